@@ -1,0 +1,477 @@
+//! Symbolic dimensions: integer polynomials over named symbols, with floor and ceiling division, minimum and maximum.
+//!
+//! A [`Dim`] is kept in a normal form (sorted sum of coefficient times product of atoms), so that two dims that are equal
+//! as polynomials are equal as values: `(4*n)*2 == 8*n`, `(4*n) floordiv 4 == n`.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    ops::{Add, Mul, Sub},
+    str::FromStr,
+    sync::Arc,
+};
+
+/// A named quantity that is known only when a graph runs, e.g. `seq` or `image_tokens`, with the range it may take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Symbol {
+    /// Identifier: letters, digits and `_`.
+    pub name: String,
+    /// Smallest value.
+    pub min: i64,
+    /// Largest value.
+    pub max: i64,
+}
+
+/// The values of the symbols in one run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bindings(BTreeMap<Arc<str>, i64>);
+
+impl Bindings {
+    /// The value of `name`, if bound.
+    pub fn get(&self, name: &str) -> Option<i64> {
+        self.0.get(name).copied()
+    }
+
+    /// Binds `name` to `value`, replacing an earlier value.
+    pub fn set(&mut self, name: &str, value: i64) {
+        match self.0.get_mut(name) {
+            Some(v) => *v = value,
+            None => {
+                self.0.insert(name.into(), value);
+            }
+        }
+    }
+
+    /// All symbols and values, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, i64)> {
+        self.0.iter().map(|(k, v)| (&**k, *v))
+    }
+}
+
+impl<'a> FromIterator<(&'a str, i64)> for Bindings {
+    fn from_iter<T: IntoIterator<Item = (&'a str, i64)>>(iter: T) -> Self {
+        Self(iter.into_iter().map(|(k, v)| (k.into(), v)).collect())
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Atom {
+    Sym(Arc<str>),
+    FloorDiv(Dim, Dim),
+    CeilDiv(Dim, Dim),
+    Min(Dim, Dim),
+    Max(Dim, Dim),
+}
+
+/// A dimension: an integer expression over symbols, in normal form. Prints as `past + seq`, `4*image_tokens`, `1536`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Dim {
+    /// Sorted by product; no zero coefficient; the constant term has the empty product.
+    terms: Vec<(Vec<Atom>, i64)>,
+}
+
+/// Why a dim has no value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DimError {
+    /// A symbol of the dim is not bound.
+    #[error("symbol '{0}' has no value")]
+    Unbound(String),
+    /// A divisor is zero or the value does not fit 63 bits.
+    #[error("'{0}' overflows or divides by zero")]
+    Overflow(String),
+    /// Text that is not a dim.
+    #[error("'{text}' is not a dim: {why}")]
+    Syntax {
+        /// The text.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl Dim {
+    /// The symbol `name`.
+    pub fn symbol(name: &str) -> Self {
+        Self::atom(Atom::Sym(name.into()))
+    }
+
+    fn atom(a: Atom) -> Self {
+        Self { terms: vec![(vec![a], 1)] }
+    }
+
+    /// The value, if no symbol occurs.
+    pub fn as_const(&self) -> Option<i64> {
+        match self.terms.as_slice() {
+            [] => Some(0),
+            [(p, c)] if p.is_empty() => Some(*c),
+            _ => None,
+        }
+    }
+
+    /// `(coefficient, symbol)` if the dim is `coefficient * symbol`.
+    pub fn as_scaled_symbol(&self) -> Option<(i64, &str)> {
+        match self.terms.as_slice() {
+            [(p, c)] => match p.as_slice() {
+                [Atom::Sym(s)] => Some((*c, s)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// `floor(self / d)`, simplified when every coefficient divides.
+    pub fn floor_div(&self, d: &Dim) -> Dim {
+        self.exact_div(d).unwrap_or_else(|| match (self.as_const(), d.as_const()) {
+            (Some(a), Some(b)) if b != 0 => Dim::from(a.div_euclid(b)),
+            _ => Dim::atom(Atom::FloorDiv(self.clone(), d.clone())),
+        })
+    }
+
+    /// `ceil(self / d)`, simplified when every coefficient divides.
+    pub fn ceil_div(&self, d: &Dim) -> Dim {
+        self.exact_div(d).unwrap_or_else(|| match (self.as_const(), d.as_const()) {
+            (Some(a), Some(b)) if b != 0 => Dim::from(-(-a).div_euclid(b)),
+            _ => Dim::atom(Atom::CeilDiv(self.clone(), d.clone())),
+        })
+    }
+
+    /// The smaller of two dims.
+    pub fn min_with(&self, o: &Dim) -> Dim {
+        match (self.as_const(), o.as_const()) {
+            _ if self == o => self.clone(),
+            (Some(a), Some(b)) => Dim::from(a.min(b)),
+            _ => Dim::atom(Atom::Min(self.clone(), o.clone())),
+        }
+    }
+
+    /// The larger of two dims.
+    pub fn max_with(&self, o: &Dim) -> Dim {
+        match (self.as_const(), o.as_const()) {
+            _ if self == o => self.clone(),
+            (Some(a), Some(b)) => Dim::from(a.max(b)),
+            _ => Dim::atom(Atom::Max(self.clone(), o.clone())),
+        }
+    }
+
+    /// `self / d` when `d` is a single term that divides every term of `self`.
+    pub fn exact_div(&self, d: &Dim) -> Option<Dim> {
+        let [(dp, dc)] = d.terms.as_slice() else { return None };
+        let mut terms = Vec::with_capacity(self.terms.len());
+        for (p, c) in &self.terms {
+            if c % dc != 0 {
+                return None;
+            }
+            let mut p = p.clone();
+            for a in dp {
+                p.remove(p.iter().position(|x| x == a)?);
+            }
+            terms.push((p, c / dc));
+        }
+        Some(Self::normal(terms))
+    }
+
+    fn normal(terms: impl IntoIterator<Item = (Vec<Atom>, i64)>) -> Self {
+        let mut sum: BTreeMap<Vec<Atom>, i64> = BTreeMap::new();
+        for (p, c) in terms {
+            *sum.entry(p).or_default() += c;
+        }
+        Self { terms: sum.into_iter().filter(|(_, c)| *c != 0).collect() }
+    }
+
+    /// The value under `b`.
+    ///
+    /// # Errors
+    /// [`DimError::Unbound`] names a symbol without a value; [`DimError::Overflow`] a result outside `i64`.
+    pub fn eval(&self, b: &Bindings) -> Result<i64, DimError> {
+        let over = || DimError::Overflow(self.to_string());
+        let mut sum = 0i64;
+        for (p, c) in &self.terms {
+            let mut v = *c;
+            for a in p {
+                let x = match a {
+                    Atom::Sym(s) => b.get(s).ok_or_else(|| DimError::Unbound(s.to_string()))?,
+                    Atom::FloorDiv(x, y) => x.eval(b)?.checked_div_euclid(y.eval(b)?).ok_or_else(over)?,
+                    Atom::CeilDiv(x, y) => {
+                        let x = x.eval(b)?.checked_neg().ok_or_else(over)?;
+                        x.checked_div_euclid(y.eval(b)?).and_then(i64::checked_neg).ok_or_else(over)?
+                    }
+                    Atom::Min(x, y) => x.eval(b)?.min(y.eval(b)?),
+                    Atom::Max(x, y) => x.eval(b)?.max(y.eval(b)?),
+                };
+                v = v.checked_mul(x).ok_or_else(over)?;
+            }
+            sum = sum.checked_add(v).ok_or_else(over)?;
+        }
+        Ok(sum)
+    }
+
+    /// Calls `f` with the name of every symbol that occurs (possibly repeatedly).
+    pub fn for_each_symbol(&self, f: &mut impl FnMut(&str)) {
+        for a in self.terms.iter().flat_map(|(p, _)| p) {
+            match a {
+                Atom::Sym(s) => f(s),
+                Atom::FloorDiv(x, y) | Atom::CeilDiv(x, y) | Atom::Min(x, y) | Atom::Max(x, y) => {
+                    x.for_each_symbol(f);
+                    y.for_each_symbol(f);
+                }
+            }
+        }
+    }
+}
+
+impl From<i64> for Dim {
+    fn from(v: i64) -> Self {
+        Self::normal([(vec![], v)])
+    }
+}
+
+impl From<i32> for Dim {
+    fn from(v: i32) -> Self {
+        i64::from(v).into()
+    }
+}
+
+impl From<usize> for Dim {
+    fn from(v: usize) -> Self {
+        i64::try_from(v).unwrap_or(i64::MAX).into()
+    }
+}
+
+impl<T: Into<Dim>> Add<T> for &Dim {
+    type Output = Dim;
+    fn add(self, o: T) -> Dim {
+        Dim::normal(self.terms.iter().cloned().chain(o.into().terms))
+    }
+}
+
+impl<T: Into<Dim>> Sub<T> for &Dim {
+    type Output = Dim;
+    fn sub(self, o: T) -> Dim {
+        Dim::normal(self.terms.iter().cloned().chain(o.into().terms.into_iter().map(|(p, c)| (p, -c))))
+    }
+}
+
+impl<T: Into<Dim>> Mul<T> for &Dim {
+    type Output = Dim;
+    fn mul(self, o: T) -> Dim {
+        let o = o.into();
+        Dim::normal(self.terms.iter().flat_map(|(p, c)| {
+            o.terms.iter().map(move |(q, d)| {
+                let mut r = [p.clone(), q.clone()].concat();
+                r.sort();
+                (r, c.saturating_mul(*d))
+            })
+        }))
+    }
+}
+
+impl From<&Dim> for Dim {
+    fn from(d: &Dim) -> Self {
+        d.clone()
+    }
+}
+
+impl fmt::Display for Atom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sym(s) => f.write_str(s),
+            Self::FloorDiv(a, b) => write!(f, "floordiv({a}, {b})"),
+            Self::CeilDiv(a, b) => write!(f, "ceildiv({a}, {b})"),
+            Self::Min(a, b) => write!(f, "min({a}, {b})"),
+            Self::Max(a, b) => write!(f, "max({a}, {b})"),
+        }
+    }
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.terms.is_empty() {
+            return f.write_str("0");
+        }
+        // The constant term sorts first but reads best last: `seq + 1`.
+        let (constant, symbolic): (Vec<_>, Vec<_>) = self.terms.iter().partition(|(p, _)| p.is_empty());
+        for (i, (p, c)) in symbolic.into_iter().chain(constant).enumerate() {
+            match (i, *c < 0) {
+                (0, false) => {}
+                (0, true) => f.write_str("-")?,
+                (_, false) => f.write_str(" + ")?,
+                (_, true) => f.write_str(" - ")?,
+            }
+            let c = c.unsigned_abs();
+            if p.is_empty() || c != 1 {
+                write!(f, "{c}{}", if p.is_empty() { "" } else { "*" })?;
+            }
+            for (j, a) in p.iter().enumerate() {
+                write!(f, "{}{a}", if j > 0 { "*" } else { "" })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Dim {
+    type Err = DimError;
+
+    /// Parses what `Display` prints (and any sum of products of integers, symbols and the four functions).
+    fn from_str(text: &str) -> Result<Self, DimError> {
+        let mut p = Parser { text, at: 0, depth: 0 };
+        let d = p.sum()?;
+        if p.peek().is_some() { p.fail("unexpected text after it") } else { Ok(d) }
+    }
+}
+
+struct Parser<'a> {
+    text: &'a str,
+    at: usize,
+    depth: u32,
+}
+
+impl Parser<'_> {
+    fn fail<T>(&self, why: &str) -> Result<T, DimError> {
+        Err(DimError::Syntax { text: self.text.chars().take(200).collect(), why: format!("{why} (at byte {})", self.at) })
+    }
+
+    fn peek(&mut self) -> Option<u8> {
+        let b = self.text.as_bytes();
+        while b.get(self.at).is_some_and(u8::is_ascii_whitespace) {
+            self.at += 1;
+        }
+        b.get(self.at).copied()
+    }
+
+    fn eat(&mut self, c: u8) -> bool {
+        let yes = self.peek() == Some(c);
+        self.at += usize::from(yes);
+        yes
+    }
+
+    fn sum(&mut self) -> Result<Dim, DimError> {
+        self.depth += 1;
+        if self.depth > 16 {
+            return self.fail("nested too deeply");
+        }
+        let negative = self.eat(b'-');
+        let first = self.product()?;
+        let mut d = if negative { &Dim::from(0) - first } else { first };
+        loop {
+            if self.eat(b'+') {
+                d = &d + self.product()?;
+            } else if self.eat(b'-') {
+                d = &d - self.product()?;
+            } else {
+                self.depth -= 1;
+                return Ok(d);
+            }
+        }
+    }
+
+    fn product(&mut self) -> Result<Dim, DimError> {
+        let mut d = self.factor()?;
+        while self.eat(b'*') {
+            d = &d * self.factor()?;
+        }
+        Ok(d)
+    }
+
+    fn factor(&mut self) -> Result<Dim, DimError> {
+        let Some(c) = self.peek() else { return self.fail("expected an integer or a symbol") };
+        let start = self.at;
+        let bytes = self.text.as_bytes();
+        while bytes.get(self.at).is_some_and(|c| c.is_ascii_alphanumeric() || *c == b'_') {
+            self.at += 1;
+        }
+        let word = &self.text[start..self.at];
+        if c.is_ascii_digit() {
+            return word.parse::<i64>().map(Dim::from).or_else(|_| self.fail("not an integer"));
+        }
+        if word.is_empty() {
+            return self.fail("expected an integer or a symbol");
+        }
+        if !self.eat(b'(') {
+            return Ok(Dim::symbol(word));
+        }
+        let a = self.sum()?;
+        if !self.eat(b',') {
+            return self.fail("expected ','");
+        }
+        let b = self.sum()?;
+        if !self.eat(b')') {
+            return self.fail("expected ')'");
+        }
+        match word {
+            "floordiv" => Ok(a.floor_div(&b)),
+            "ceildiv" => Ok(a.ceil_div(&b)),
+            "min" => Ok(a.min_with(&b)),
+            "max" => Ok(a.max_with(&b)),
+            _ => self.fail("expected floordiv, ceildiv, min or max"),
+        }
+    }
+}
+
+impl Serialize for Dim {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self.as_const() {
+            Some(v) => s.serialize_i64(v),
+            None => s.collect_str(self),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Dim {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Const(i64),
+            Text(String),
+        }
+        match Form::deserialize(d)? {
+            Form::Const(v) => Ok(v.into()),
+            Form::Text(t) => t.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dim(s: &str) -> Dim {
+        s.parse().unwrap()
+    }
+
+    #[test]
+    fn normal_form_prints_and_parses() {
+        for (text, printed) in [
+            ("seq + past", "past + seq"),
+            ("4*n*2 - n", "7*n"),
+            ("1 + n", "n + 1"),
+            ("floordiv(4*n, 4)", "n"),
+            ("floordiv(n + 1, 2)*3", "3*floordiv(n + 1, 2)"),
+            ("n - n", "0"),
+            ("-n + 2", "-n + 2"),
+            ("min(n, 3) + max(a, b)", "max(a, b) + min(n, 3)"),
+        ] {
+            let d = dim(text);
+            assert_eq!(dim(&d.to_string()), d);
+            let mut sorted: Vec<_> = d.to_string().split(' ').map(str::to_owned).collect();
+            let mut want: Vec<_> = printed.split(' ').map(str::to_owned).collect();
+            sorted.sort();
+            want.sort();
+            assert_eq!(sorted, want, "{text}");
+        }
+    }
+
+    #[test]
+    fn evaluates_and_refuses() {
+        let b = Bindings::from_iter([("n", 7)]);
+        assert_eq!(dim("ceildiv(n, 2) + floordiv(n, 2)").eval(&b), Ok(7));
+        assert_eq!(dim("m").eval(&b), Err(DimError::Unbound("m".into())));
+        assert!(matches!(dim("floordiv(n, 0)").eval(&b), Err(DimError::Overflow(_))));
+        assert!(matches!(dim("n*9223372036854775807").eval(&b), Err(DimError::Overflow(_))));
+        for bad in ["", "n +", "2n", "f(1, 2)", "min(1)", "n n", &"min(".repeat(100)] {
+            assert!(bad.parse::<Dim>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! `manifest.json`: the one file that says what an artifact holds and how to feed it.
+
+use crate::{DType, Dim, Symbol};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// File name of the manifest inside an artifact directory.
+pub const MANIFEST: &str = "manifest.json";
+/// File name of the compiled program of a `cpu` artifact.
+pub const PROGRAM: &str = "program.json";
+/// Artifact format that this version reads and writes.
+pub const FORMAT: u32 = 1;
+/// Key of a weight file's safetensors `__metadata__` that holds the SHA-256 (hex) of its data section.
+pub const DATA_SHA256: &str = "data_sha256";
+
+/// The content of `manifest.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Must equal [`FORMAT`].
+    pub format: u32,
+    /// Version of the compiler, e.g. `vlmc 0.1.0`.
+    pub compiler: String,
+    /// Target name, e.g. `cpu` or `onnx-cpu`.
+    pub target: String,
+    /// `model_type` of the checkpoint, e.g. `qwen2_vl`.
+    pub architecture: String,
+    /// Number of weights, each tensor counted once.
+    pub parameters: u64,
+    /// What the artifact was compiled from.
+    pub source: Source,
+    /// Symbols that occur in shapes, with their ranges.
+    pub symbols: Vec<Symbol>,
+    /// Callable graphs: `vision`, `embed`, `decoder`.
+    pub entries: Vec<Entry>,
+    /// Special token ids and the rule for positions.
+    pub prompt: PromptRules,
+    /// How pictures become `pixel_values`; absent if the checkpoint has no preprocessor config.
+    pub processor: Option<Processor>,
+    /// Defaults from `generation_config.json`.
+    pub generation: Generation,
+    /// Every other file of the artifact, by its path relative to the manifest.
+    pub files: BTreeMap<String, FileEntry>,
+}
+
+/// Where an artifact comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// SHA-256 (hex) of `config.json`.
+    pub config_sha256: String,
+    /// Checkpoint files, by name, with the SHA-256 (hex) of their safetensors headers.
+    pub weights: BTreeMap<String, String>,
+}
+
+/// A file of the artifact.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// SHA-256 (hex) of the file; for a `.safetensors` file of its data section, which its own header repeats under
+    /// [`DATA_SHA256`]: so a part of another artifact is noticed without reading gigabytes at each load.
+    pub sha256: String,
+}
+
+/// A named tensor at the boundary of a graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Name, as in the Hugging Face forward signature.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape.
+    pub shape: Vec<Dim>,
+}
+
+/// A tensor that an entry keeps between calls (KV cache).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Input name of an ONNX graph: `past_key_values.0.key`.
+    pub past: String,
+    /// Output name of an ONNX graph: `present.0.key`.
+    pub present: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape before a call, e.g. `[batch, 2, past, 128]`.
+    pub shape: Vec<Dim>,
+    /// Axis that grows.
+    pub axis: usize,
+}
+
+/// A callable graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// `vision`, `embed` or `decoder`.
+    pub name: String,
+    /// File that holds the graph.
+    pub file: String,
+    /// Inputs, without states.
+    pub inputs: Vec<Port>,
+    /// Outputs, without states.
+    pub outputs: Vec<Port>,
+    /// States, in layer order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub states: Vec<State>,
+    /// Bytes of working memory as planned by the compiler (CPU runtime only): activations, without weights and states.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arena: Option<Dim>,
+}
+
+/// Token ids with a meaning, and how position ids follow from a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptRules {
+    /// Placeholder repeated once per image feature row.
+    pub image_token_id: i64,
+    /// Placeholder repeated once per video feature row.
+    pub video_token_id: Option<i64>,
+    /// Width of the decoder's embeddings.
+    pub hidden_size: usize,
+    /// Rows of the output logits.
+    pub vocab_size: usize,
+    /// Longest context the checkpoint declares (`max_position_embeddings`).
+    pub max_positions: usize,
+    /// Rule for `position_ids`.
+    pub positions: Positions,
+}
+
+/// Rule for `position_ids`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Positions {
+    /// Multimodal rotary positions `[3, batch, seq]` (Qwen2-VL paper, section 2.1): temporal, height and width rows; a
+    /// modality starts at the largest position of the previous one, plus 1.
+    Mrope {
+        /// Grid cells per token along height and width.
+        spatial_merge_size: usize,
+    },
+}
+
+/// How pictures and videos become `pixel_values`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Processor {
+    /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
+    Qwen2Vl(Qwen2VlProcessor),
+}
+
+/// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Qwen2VlProcessor {
+    /// Pixels per patch side.
+    pub patch_size: usize,
+    /// Frames per patch.
+    pub temporal_patch_size: usize,
+    /// Patches per token side.
+    pub merge_size: usize,
+    /// Pixel budget of a picture, lower bound.
+    pub min_pixels: usize,
+    /// Pixel budget of a picture, upper bound.
+    pub max_pixels: usize,
+    /// Pixel budget of a video frame, lower bound.
+    pub video_min_pixels: usize,
+    /// Pixel budget of a video frame, upper bound.
+    pub video_max_pixels: usize,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+}
+
+/// Pillow's resampling filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resample {
+    /// Triangle filter, support 1.
+    Bilinear,
+    /// Keys' cubic with a = -0.5, support 2.
+    Bicubic,
+    /// Windowed sinc, support 3.
+    Lanczos,
+}
+
+/// Defaults for generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Generation {
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<i64>,
+    /// Token for padded positions.
+    pub pad_token_id: Option<i64>,
+    /// Sample instead of taking the most probable token.
+    pub do_sample: bool,
+    /// Divides logits before sampling.
+    pub temperature: f32,
+    /// Keep the k most probable tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the smallest set of tokens whose probability reaches p.
+    pub top_p: f32,
+    /// Divides (positive) or multiplies (negative) the logits of tokens already seen; 1 is off.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Self {
+            eos_token_ids: vec![],
+            pad_token_id: None,
+            do_sample: false,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+        }
+    }
+}

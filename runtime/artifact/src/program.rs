@@ -1,0 +1,297 @@
+//! The compiled program of a `cpu` artifact: per entry, a flat list of kernel calls over values placed in an arena.
+//!
+//! Every value is a contiguous row-major tensor, except states (see [`Place::State`]). Floating-point values are `f32`;
+//! only weights have narrower types. Slot sizes are functions of the symbols, so one plan serves every input size.
+
+use crate::{DType, Dim, Symbol};
+use serde::{Deserialize, Serialize};
+
+/// The content of `program.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// Symbols of all functions.
+    pub symbols: Vec<Symbol>,
+    /// Tensors of the weight file that the functions use.
+    pub weights: Vec<Weight>,
+    /// One per entry of the manifest, same name.
+    pub functions: Vec<Function>,
+}
+
+/// A tensor of the weight file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Weight {
+    /// Name in the weight file.
+    pub name: String,
+    /// Element type in the weight file.
+    pub dtype: DType,
+    /// Shape that kernels see, before the layout is applied.
+    pub shape: Vec<usize>,
+    /// How the bytes lie.
+    pub layout: Layout,
+}
+
+/// Byte order of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Row-major.
+    Rows,
+    /// Matrix `[n, k]` in panels of 16 rows: `[ceil(n/16), k, 16]`, missing rows zero. Element `(r, c)` is at
+    /// `(r / 16, c, r % 16)`: a matrix product loads 16 outputs' weights for one `c` at once, and a panel is one
+    /// sequential stream.
+    Panel16,
+}
+
+/// Rows per panel of [`Layout::Panel16`].
+pub const PANEL: usize = 16;
+
+/// One callable function.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Function {
+    /// Entry name.
+    pub name: String,
+    /// Inputs in order, as indices into `values`.
+    pub inputs: Vec<NamedValue>,
+    /// Outputs in order, as indices into `values`.
+    pub outputs: Vec<NamedValue>,
+    /// State tensors, indexed by [`Place::State`].
+    pub states: Vec<StateDecl>,
+    /// Bytes of each arena slot; slots lie one after the other, each rounded up to 64 bytes.
+    pub slots: Vec<Dim>,
+    /// All values.
+    pub values: Vec<Value>,
+    /// Kernel calls in execution order.
+    pub steps: Vec<Step>,
+}
+
+/// A name for a value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedValue {
+    /// Port name.
+    pub name: String,
+    /// Index into [`Function::values`].
+    pub value: u32,
+}
+
+/// A growing state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateDecl {
+    /// Same as the manifest's `past` name.
+    pub name: String,
+    /// Shape before the call: `[batch, heads, past, head_dim]`.
+    pub shape: Vec<Dim>,
+    /// Axis that grows.
+    pub axis: usize,
+}
+
+/// A tensor of a function.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Value {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape.
+    pub shape: Vec<Dim>,
+    /// Where it lies.
+    pub place: Place,
+}
+
+/// Where a value lies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// Caller's buffer of input `i`.
+    Input(u32),
+    /// Start of arena slot `i`. Several values may share a slot: the compiler has made sure that their lives do not overlap,
+    /// or that one is a reshape of the other, or that the kernel works in place.
+    Slot(u32),
+    /// Index into [`Program::weights`].
+    Weight(u32),
+    /// Elements, row-major; integers and booleans as numbers.
+    Literal(Vec<f64>),
+    /// State `i`, after this call's rows were appended: rows lie with the stride of the state's capacity, so only
+    /// [`Kernel::Append`] may write and [`Kernel::Attention`] read it.
+    State(u32),
+}
+
+/// A kernel call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// What to compute.
+    #[serde(flatten)]
+    pub kernel: Kernel,
+    /// Operands: indices into [`Function::values`].
+    pub args: Vec<u32>,
+    /// Result.
+    pub out: u32,
+    /// Where in the model the call comes from, e.g. `blocks.0.attn`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
+}
+
+/// Kernels. Shapes: `...` stands for any number of leading axes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kernel", rename_all = "snake_case")]
+pub enum Kernel {
+    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16 or bf16), optional `bias f32[n]` -> `f32[..., n]` = x wᵀ + bias.
+    Linear,
+    /// `table [n, h]` (rows or panel16), `ids i64[...]` -> `f32[..., h]`. An id outside `0..n` is an error.
+    Embedding,
+    /// `x f32[..., n]`, `weight f32[n]`, `bias f32[n]` -> `(x - mean) / sqrt(var + eps) * weight + bias`, biased variance.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// `x f32[..., n]`, `weight f32[n]` -> `x / sqrt(mean(x²) + eps) * weight`.
+    RmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// `x f32[..., heads, s, d]`, `cos`, `sin f32[..., s, d/2]` -> rotation of the pairs `(i, i + d/2)`.
+    Rotary,
+    /// Scaled dot-product attention with grouped heads: `q f32[..., heads, s, d]`, `k`, `v f32[..., kv_heads, t, d]`
+    /// (`k`, `v` may be states), mask operand as [`Mask`] says -> `f32[..., heads, s, d]`.
+    /// A query that sees no key gives zeros.
+    Attention {
+        /// Multiplies the scores.
+        scale: f64,
+        /// Which keys a query sees.
+        mask: Mask,
+    },
+    /// `new f32[batch, heads, s, d]` -> appended to the state that `out` names, along its axis.
+    Append,
+    /// Elementwise function of one operand, may work in place.
+    Unary {
+        /// The function.
+        f: Unary,
+    },
+    /// Elementwise function of two operands of one dtype with NumPy broadcasting; may work in place on an operand of the
+    /// output's shape. Comparisons give `bool`.
+    Binary {
+        /// The function.
+        f: Binary,
+    },
+    /// `condition bool`, `a`, `b` (broadcast) -> `a` where the condition holds, else `b`.
+    Select,
+    /// Conversion to the output's dtype; float to integer truncates towards zero.
+    Cast,
+    /// No operand -> `i64[n]` = 0, 1, ... n-1.
+    Iota,
+    /// No operand -> `i64[]`: the value of the dim.
+    DimValue {
+        /// The dim.
+        dim: Dim,
+    },
+    /// Reduction over `axes` (removed from the shape).
+    Reduce {
+        /// The function.
+        f: Reduce,
+        /// Sorted axes.
+        axes: Vec<usize>,
+    },
+    /// Running sum along `axis`, including the element itself.
+    CumSum {
+        /// The axis.
+        axis: usize,
+    },
+    /// `a f32[..., m, k]`, `b f32[..., k, n]` (leading axes broadcast) -> `f32[..., m, n]`.
+    MatMul,
+    /// Axis `i` of the output is axis `perm[i]` of the operand.
+    Transpose {
+        /// The permutation.
+        perm: Vec<usize>,
+    },
+    /// NumPy broadcast to the output's shape.
+    Broadcast,
+    /// Operands joined along `axis`.
+    Concat {
+        /// The axis.
+        axis: usize,
+    },
+    /// Elements `start .. start + out.shape[axis]` along `axis`.
+    Slice {
+        /// The axis.
+        axis: usize,
+        /// First element.
+        start: Dim,
+    },
+    /// `data`, `index i64[...]` -> `data` with `axis` replaced by the index's axes. An index outside the axis is an error.
+    Gather {
+        /// The axis.
+        axis: usize,
+    },
+}
+
+/// Which keys a query of [`Kernel::Attention`] sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// All keys; no mask operand.
+    Full,
+    /// Query `i` of `s` sees keys `j <= t - s + i` whose `attention_mask i64[batch, t]` (the mask operand) is not 0.
+    Causal,
+    /// Query `i` sees the keys of its own segment: the mask operand is `i64[t]` with `t = s`, a segment id per row.
+    Segments,
+}
+
+/// Functions of one operand; f32 unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Unary {
+    Neg,
+    Abs,
+    Exp,
+    Log,
+    Sqrt,
+    Sin,
+    Cos,
+    Tanh,
+    Erf,
+    Sigmoid,
+    Floor,
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `x/2 (1 + erf(x / sqrt 2))`.
+    Gelu,
+    /// `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// bool.
+    Not,
+}
+
+/// Functions of two operands; f32 and i64 unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Binary {
+    Add,
+    Sub,
+    Mul,
+    /// f32: division; i64: floor division (an error when the divisor is 0).
+    Div,
+    /// i64: remainder of the floor division.
+    Mod,
+    /// f32.
+    Pow,
+    Min,
+    Max,
+    Eq,
+    Lt,
+    Le,
+    /// bool.
+    And,
+    /// bool.
+    Or,
+}
+
+/// Reductions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Reduce {
+    Sum,
+    Mean,
+    Max,
+}
