@@ -1,0 +1,27 @@
+//! What runs the graphs of an artifact.
+
+use crate::{Result, Tensor};
+use vlmc_artifact::Manifest;
+
+/// Runs the entries of one artifact and keeps their states (the KV cache of one batch of sequences).
+pub trait Engine {
+    /// The artifact's manifest.
+    fn manifest(&self) -> &Manifest;
+
+    /// Runs `entry` on named inputs (all that the manifest lists, in any order) and returns its outputs in the manifest's
+    /// order. The states of the entry grow by this call's positions.
+    ///
+    /// # Errors
+    /// An input is missing, unknown or does not fit its declared dtype and shape; an index (token id, position) is out of
+    /// range; the states belong to another batch size.
+    fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>>;
+
+    /// Number of positions in the states.
+    fn past(&self) -> usize;
+
+    /// Keeps the first `len` positions of the states; 0 starts anew, possibly with another batch size.
+    ///
+    /// # Errors
+    /// `len` is more than [`Self::past`].
+    fn truncate(&mut self, len: usize) -> Result<()>;
+}

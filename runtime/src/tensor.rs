@@ -1,0 +1,98 @@
+//! Tensors at the boundary of an engine.
+
+use crate::{Error, Result};
+use vlmc_artifact::DType;
+
+/// A dense row-major tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    data: Data,
+}
+
+/// Elements of a [`Tensor`].
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Data {
+    F32(Vec<f32>),
+    I64(Vec<i64>),
+    Bool(Vec<bool>),
+}
+
+impl Data {
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::I64(v) => v.len(),
+            Self::Bool(v) => v.len(),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Data {
+    fn from(v: Vec<f32>) -> Self {
+        Self::F32(v)
+    }
+}
+impl From<Vec<i64>> for Data {
+    fn from(v: Vec<i64>) -> Self {
+        Self::I64(v)
+    }
+}
+impl From<Vec<bool>> for Data {
+    fn from(v: Vec<bool>) -> Self {
+        Self::Bool(v)
+    }
+}
+
+impl Tensor {
+    /// # Errors
+    /// [`Error::Input`] if the shape does not hold as many elements as `data`.
+    pub fn new(shape: impl Into<Vec<usize>>, data: impl Into<Data>) -> Result<Self> {
+        let (shape, data) = (shape.into(), data.into());
+        let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        if elements != Some(data.len()) {
+            return Err(Error::Input(format!("a tensor of shape {shape:?} cannot have {} elements", data.len())));
+        }
+        Ok(Self { shape, data })
+    }
+
+    /// Shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Elements.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        match self.data {
+            Data::F32(_) => DType::F32,
+            Data::I64(_) => DType::I64,
+            Data::Bool(_) => DType::Bool,
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Input`] if the elements are not `f32`.
+    pub fn f32(&self) -> Result<&[f32]> {
+        match &self.data {
+            Data::F32(v) => Ok(v),
+            _ => Err(Error::Input(format!("expected a tensor of f32, got {}", self.dtype()))),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Input`] if the elements are not `i64`.
+    pub fn i64(&self) -> Result<&[i64]> {
+        match &self.data {
+            Data::I64(v) => Ok(v),
+            _ => Err(Error::Input(format!("expected a tensor of i64, got {}", self.dtype()))),
+        }
+    }
+}
