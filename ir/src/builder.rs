@@ -1,0 +1,594 @@
+//! Building graphs. Model code should read like the model's definition: values are `Copy` and have operators, weight paths
+//! compose with `/`, and no call returns a `Result`: the first error is kept, with its scope and the line of model code
+//! that made it, and `finish` returns it.
+
+use crate::{
+    DType, Dim, Literal, Op, Type,
+    graph::{Def, Graph, Node, NodeId, Port, State, ValueId},
+    ops::*,
+    weights::{Recipe, WeightDef},
+};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    fmt::Display,
+    ops::{Add, Div, Mul, Sub},
+    panic::Location,
+    rc::Rc,
+};
+use vlmc_artifact::program::{Binary, Mask, Reduce, Unary};
+
+/// What a builder asks about a checkpoint.
+pub trait WeightSource {
+    /// Whether the checkpoint has the tensor; `None` when only the structure of a model is built, without a checkpoint.
+    fn contains(&self, name: &str) -> Option<bool>;
+
+    /// Element type of tensor `name`, which the model declares to have `shape`.
+    ///
+    /// # Errors
+    /// A message for the user if the tensor is missing (with the nearest names) or has another shape.
+    fn resolve(&self, name: &str, shape: &[usize]) -> Result<DType, String>;
+}
+
+/// The weights that the graphs of one program have asked for.
+pub struct Weights<'s> {
+    source: &'s dyn WeightSource,
+    table: RefCell<BTreeMap<String, WeightDef>>,
+}
+
+impl<'s> Weights<'s> {
+    /// An empty table over a checkpoint.
+    pub fn new(source: &'s dyn WeightSource) -> Self {
+        Self { source, table: RefCell::default() }
+    }
+
+    /// See [`WeightSource::contains`].
+    pub fn contains(&self, name: &str) -> Option<bool> {
+        self.source.contains(name)
+    }
+
+    /// The table for [`crate::Program::weights`].
+    pub fn into_table(self) -> BTreeMap<String, WeightDef> {
+        self.table.into_inner()
+    }
+}
+
+/// Why a graph could not be built.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{graph}{}{scope}: {message} (from {location})", if .scope.is_empty() { "" } else { ": " })]
+pub struct BuildError {
+    /// Graph name.
+    pub graph: String,
+    /// Scope of the failing call.
+    pub scope: String,
+    /// What is wrong.
+    pub message: String,
+    /// Line of model code.
+    pub location: &'static Location<'static>,
+}
+
+/// A graph under construction.
+pub struct Builder<'s> {
+    weights: Option<&'s Weights<'s>>,
+    inner: RefCell<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    graph: Graph,
+    scope: Rc<str>,
+    paths: Vec<Rc<str>>,
+    weight_values: HashMap<String, ValueId>,
+    error: Option<BuildError>,
+}
+
+/// A value of the graph under construction.
+#[derive(Clone, Copy)]
+pub struct Val<'g> {
+    g: &'g Builder<'g>,
+    id: ValueId,
+}
+
+/// A path into the checkpoint's tensor names: `w / "blocks" / 3 / "attn"`.
+#[derive(Clone, Copy)]
+pub struct W<'g> {
+    g: &'g Builder<'g>,
+    path: usize,
+}
+
+impl<'g, T: Display> Div<T> for W<'g> {
+    type Output = W<'g>;
+    fn div(self, part: T) -> W<'g> {
+        let parent = self.path();
+        self.g.path(if parent.is_empty() { part.to_string() } else { format!("{parent}.{part}") })
+    }
+}
+
+impl W<'_> {
+    /// The tensor name.
+    pub fn path(self) -> Rc<str> {
+        self.g.inner.borrow().paths[self.path].clone()
+    }
+}
+
+/// Restores the scope when dropped.
+pub struct Scope<'g> {
+    g: &'g Builder<'g>,
+    before: Rc<str>,
+}
+
+impl Drop for Scope<'_> {
+    fn drop(&mut self) {
+        self.g.inner.borrow_mut().scope = self.before.clone();
+    }
+}
+
+impl<'g> Val<'g> {
+    /// Its id in the graph.
+    pub fn id(self) -> ValueId {
+        self.id
+    }
+
+    /// Its type.
+    pub fn ty(self) -> Type {
+        self.g.inner.borrow().graph.ty(self.id).clone()
+    }
+
+    /// Dim of `axis`; 1 after an earlier error made the value a stand-in of lower rank.
+    pub fn dim(self, axis: usize) -> Dim {
+        self.ty().shape.get(axis).cloned().unwrap_or(1.into())
+    }
+}
+
+impl<'s> Builder<'s> {
+    /// A builder for graph `name`. Without `weights` (in decompositions and passes) only [`Self::weight_value`] makes weights.
+    pub fn new(name: &str, weights: Option<&'s Weights<'s>>) -> Self {
+        let graph = Graph { name: name.into(), ..Graph::default() };
+        Self { weights, inner: RefCell::new(Inner { graph, scope: "".into(), ..Inner::default() }) }
+    }
+
+    /// The finished graph.
+    ///
+    /// # Errors
+    /// The first error of any call.
+    pub fn finish(self) -> Result<Graph, BuildError> {
+        let inner = self.inner.into_inner();
+        inner.error.map_or(Ok(inner.graph), Err)
+    }
+
+    fn value(&self, ty: Type, def: Def) -> ValueId {
+        let values = &mut self.inner.borrow_mut().graph.values;
+        values.push((ty, def));
+        ValueId(values.len() as u32 - 1)
+    }
+}
+
+// Model code borrows the builder for as long as its weights live, so that `Val` needs one lifetime only.
+impl<'g> Builder<'g> {
+    fn path(&'g self, path: String) -> W<'g> {
+        let paths = &mut self.inner.borrow_mut().paths;
+        paths.push(path.into());
+        W { g: self, path: paths.len() - 1 }
+    }
+
+    /// The path `root` of the checkpoint's names.
+    pub fn weights(&'g self, root: &str) -> W<'g> {
+        self.path(root.into())
+    }
+
+    /// Nodes made while the guard lives belong to `scope`.
+    #[must_use = "the scope ends when the guard is dropped"]
+    pub fn scope(&'g self, scope: impl Display) -> Scope<'g> {
+        let before = std::mem::replace(&mut self.inner.borrow_mut().scope, scope.to_string().into());
+        Scope { g: self, before }
+    }
+
+    /// Declares an input.
+    pub fn input<D: Into<Dim>>(&'g self, name: &str, dtype: DType, shape: impl IntoIterator<Item = D>) -> Val<'g> {
+        let i = self.inner.borrow().graph.inputs.len() as u32;
+        let value = self.value(Type::new(dtype, shape), Def::Input(i));
+        self.inner.borrow_mut().graph.inputs.push(Port { name: name.into(), value });
+        Val { g: self, id: value }
+    }
+
+    /// Declares a state that grows along `axis`; `append` must read it exactly once.
+    pub fn state<D: Into<Dim>>(
+        &'g self,
+        past: &str,
+        present: &str,
+        dtype: DType,
+        shape: impl IntoIterator<Item = D>,
+        axis: usize,
+    ) -> Val<'g> {
+        let i = self.inner.borrow().graph.states.len() as u32;
+        let value = self.value(Type::new(dtype, shape), Def::State(i));
+        let state = State { past_name: past.into(), present_name: present.into(), past: value, axis };
+        self.inner.borrow_mut().graph.states.push(state);
+        Val { g: self, id: value }
+    }
+
+    /// Declares an output.
+    pub fn output(&'g self, name: &str, v: Val<'g>) {
+        self.inner.borrow_mut().graph.outputs.push(Port { name: name.into(), value: v.id });
+    }
+
+    /// A value known at compile time.
+    pub fn literal(&'g self, l: Literal) -> Val<'g> {
+        Val { g: self, id: self.value(l.ty(), Def::Literal(l)) }
+    }
+
+    /// An `f32` vector.
+    pub fn floats(&'g self, data: impl IntoIterator<Item = f64>) -> Val<'g> {
+        self.literal(Literal::vector(DType::F32, data.into_iter().collect()))
+    }
+
+    /// The value of weight `name`, which the program's table describes.
+    pub fn weight_value(&'g self, name: &str, ty: Type) -> Val<'g> {
+        if let Some(id) = self.inner.borrow().weight_values.get(name) {
+            return Val { g: self, id: *id };
+        }
+        let id = self.value(ty, Def::Weight(name.into()));
+        self.inner.borrow_mut().weight_values.insert(name.into(), id);
+        Val { g: self, id }
+    }
+
+    /// The checkpoint tensor at `w`, which must have `shape`.
+    #[track_caller]
+    pub fn weight(&'g self, w: W<'g>, shape: &[usize]) -> Val<'g> {
+        self.weight_as(w, shape, shape)
+    }
+
+    /// The checkpoint tensor at `w`, which must have shape `stored`, seen as `shape` (same number of rows).
+    #[track_caller]
+    pub fn weight_as(&'g self, w: W<'g>, stored: &[usize], shape: &[usize]) -> Val<'g> {
+        let name = w.path();
+        let dtype = match self.weights.map(|weights| weights.source.resolve(&name, stored)) {
+            Some(Ok(dtype)) if dtype.is_float() => dtype,
+            Some(Ok(dtype)) => return self.fail(format!("tensor '{name}' has dtype {dtype}, but a weight must be f32, f16 or bf16")),
+            Some(Err(message)) => return self.fail(message),
+            None => return self.fail(format!("no checkpoint to take '{name}' from")),
+        };
+        let mut recipe = Recipe::Source(name.to_string());
+        if stored != shape {
+            recipe = Recipe::Reshape(Box::new(recipe), shape.into());
+        }
+        let def = WeightDef { dtype, shape: shape.into(), recipe };
+        if let Some(weights) = self.weights {
+            weights.table.borrow_mut().insert(name.to_string(), def);
+        }
+        self.weight_value(&name, Type::new(dtype, shape.iter().copied()))
+    }
+
+    /// Keeps the first error; the returned stand-in lets model code go on.
+    #[track_caller]
+    pub fn fail(&'g self, message: impl Into<String>) -> Val<'g> {
+        let location = Location::caller();
+        let mut inner = self.inner.borrow_mut();
+        if inner.error.is_none() {
+            inner.error =
+                Some(BuildError { graph: inner.graph.name.clone(), scope: inner.scope.to_string(), message: message.into(), location });
+        }
+        drop(inner);
+        self.literal(Literal::scalar(DType::F32, 0.0))
+    }
+
+    /// Applies any op; `N` results.
+    #[track_caller]
+    pub fn apply<const N: usize>(&'g self, op: impl Into<Op>, args: &[Val<'g>]) -> [Val<'g>; N] {
+        let outs = self.apply_op(op.into(), args);
+        let first = outs.first().copied();
+        std::array::from_fn(|i| outs.get(i).copied().or(first).unwrap_or_else(|| self.fail("op without results")))
+    }
+
+    /// Applies any op.
+    #[track_caller]
+    pub fn apply_op(&'g self, op: Op, args: &[Val<'g>]) -> Vec<Val<'g>> {
+        if self.inner.borrow().error.is_some() {
+            // After the first error types mean nothing; do not report consequences.
+            return vec![args.first().copied().unwrap_or_else(|| self.fail("")); 1];
+        }
+        let types: Vec<Type> = args.iter().map(|a| a.ty()).collect();
+        let types = match op.infer(&types) {
+            Ok(t) => t,
+            Err(why) => {
+                let shown: Vec<String> = types.iter().map(Type::to_string).collect();
+                return vec![self.fail(format!("{}({}): {why}", op.name(), shown.join(", ")))];
+            }
+        };
+        let node = NodeId(self.inner.borrow().graph.nodes.len() as u32);
+        let outs: Vec<ValueId> = types.into_iter().enumerate().map(|(i, t)| self.value(t, Def::Node(node, i as u32))).collect();
+        let mut inner = self.inner.borrow_mut();
+        let scope = inner.scope.to_string();
+        inner.graph.nodes.push(Node { op, args: args.iter().map(|a| a.id).collect(), outs: outs.clone(), scope });
+        outs.into_iter().map(|id| Val { g: self, id }).collect()
+    }
+
+    #[track_caller]
+    fn one(&'g self, op: impl Into<Op>, args: &[Val<'g>]) -> Val<'g> {
+        self.apply_op(op.into(), args)[0]
+    }
+
+    // Elementwise.
+
+    /// See [`Unary`].
+    #[track_caller]
+    pub fn unary(&'g self, f: Unary, x: Val<'g>) -> Val<'g> {
+        self.one(Elementwise1 { f }, &[x])
+    }
+
+    /// See [`Binary`].
+    #[track_caller]
+    pub fn binary(&'g self, f: Binary, a: Val<'g>, b: Val<'g>) -> Val<'g> {
+        self.one(Elementwise2 { f }, &[a, b])
+    }
+
+    /// `if_true` where `condition` holds, else `if_false`.
+    #[track_caller]
+    pub fn select(&'g self, condition: Val<'g>, if_true: Val<'g>, if_false: Val<'g>) -> Val<'g> {
+        self.one(Select {}, &[condition, if_true, if_false])
+    }
+
+    /// Conversion; no node if the type is right already.
+    #[track_caller]
+    pub fn cast(&'g self, x: Val<'g>, dtype: DType) -> Val<'g> {
+        if x.ty().dtype == dtype { x } else { self.one(Cast { dtype }, &[x]) }
+    }
+
+    // Shapes and indices.
+
+    /// `i64[len]` = 0, 1, ...
+    #[track_caller]
+    pub fn iota(&'g self, len: impl Into<Dim>) -> Val<'g> {
+        self.one(Iota { len: len.into() }, &[])
+    }
+
+    /// The value of a dim as `i64[]`.
+    #[track_caller]
+    pub fn dim(&'g self, dim: impl Into<Dim>) -> Val<'g> {
+        self.one(DimValue { dim: dim.into() }, &[])
+    }
+
+    /// Same elements, another shape.
+    #[track_caller]
+    pub fn reshape<D: Into<Dim>>(&'g self, x: Val<'g>, shape: impl IntoIterator<Item = D>) -> Val<'g> {
+        let shape: Vec<Dim> = shape.into_iter().map(Into::into).collect();
+        if x.ty().shape == shape { x } else { self.one(Reshape { shape }, &[x]) }
+    }
+
+    /// Inserts an axis of length 1.
+    #[track_caller]
+    pub fn unsqueeze(&'g self, x: Val<'g>, axis: usize) -> Val<'g> {
+        let mut shape = x.ty().shape;
+        shape.insert(axis.min(shape.len()), 1.into());
+        self.reshape(x, shape)
+    }
+
+    /// Axis `i` of the result is axis `perm[i]` of `x`.
+    #[track_caller]
+    pub fn transpose(&'g self, x: Val<'g>, perm: &[usize]) -> Val<'g> {
+        self.one(Transpose { perm: perm.into() }, &[x])
+    }
+
+    /// NumPy broadcast to `shape`.
+    #[track_caller]
+    pub fn broadcast(&'g self, x: Val<'g>, shape: Vec<Dim>) -> Val<'g> {
+        if x.ty().shape == shape { x } else { self.one(Broadcast { shape }, &[x]) }
+    }
+
+    /// Values joined along `axis`.
+    #[track_caller]
+    pub fn concat(&'g self, xs: &[Val<'g>], axis: usize) -> Val<'g> {
+        self.one(Concat { axis }, xs)
+    }
+
+    /// `len` elements of `axis` from `start`.
+    #[track_caller]
+    pub fn slice(&'g self, x: Val<'g>, axis: usize, start: impl Into<Dim>, len: impl Into<Dim>) -> Val<'g> {
+        self.one(Slice { axis, start: start.into(), len: len.into() }, &[x])
+    }
+
+    /// Elements of `axis` chosen by `index i64[...]`.
+    #[track_caller]
+    pub fn gather(&'g self, x: Val<'g>, index: Val<'g>, axis: usize) -> Val<'g> {
+        self.one(Gather { axis }, &[x, index])
+    }
+
+    /// See [`Reduce`].
+    #[track_caller]
+    pub fn reduce(&'g self, f: Reduce, x: Val<'g>, axes: &[usize]) -> Val<'g> {
+        self.one(ReduceOp { f, axes: axes.into() }, &[x])
+    }
+
+    /// Running sum, including the element itself.
+    #[track_caller]
+    pub fn cumsum(&'g self, x: Val<'g>, axis: usize) -> Val<'g> {
+        self.one(CumSum { axis }, &[x])
+    }
+
+    // Neural network ops.
+
+    /// Batched matrix product.
+    #[track_caller]
+    pub fn matmul(&'g self, a: Val<'g>, b: Val<'g>) -> Val<'g> {
+        self.one(MatMul {}, &[a, b])
+    }
+
+    /// `x wᵀ` with the weight `[out_features, in]` at `w / "weight"`.
+    #[track_caller]
+    pub fn linear(&'g self, x: Val<'g>, w: W<'g>, out_features: usize) -> Val<'g> {
+        let weight = self.linear_weight(x, w, out_features);
+        self.one(Linear {}, &[x, weight])
+    }
+
+    /// `x wᵀ + b` with weights at `w / "weight"` and `w / "bias"`.
+    #[track_caller]
+    pub fn linear_bias(&'g self, x: Val<'g>, w: W<'g>, out_features: usize) -> Val<'g> {
+        let weight = self.linear_weight(x, w, out_features);
+        let bias = self.weight(w / "bias", &[out_features]);
+        self.one(Linear {}, &[x, weight, bias])
+    }
+
+    #[track_caller]
+    fn linear_weight(&'g self, x: Val<'g>, w: W<'g>, out_features: usize) -> Val<'g> {
+        match x.ty().shape.last().and_then(Dim::as_const) {
+            Some(k) => self.weight(w / "weight", &[out_features, k as usize]),
+            None => self.fail(format!("linear: the last dim of {} must be a number", x.ty())),
+        }
+    }
+
+    /// [`Linear`] with given weights.
+    #[track_caller]
+    pub fn linear_with(&'g self, x: Val<'g>, weight: Val<'g>, bias: Option<Val<'g>>) -> Val<'g> {
+        self.one(Linear {}, &[x, weight].into_iter().chain(bias).collect::<Vec<_>>())
+    }
+
+    /// Rows of the table at `w / "weight"`, `[entries, width]`, chosen by `ids`.
+    #[track_caller]
+    pub fn embedding(&'g self, ids: Val<'g>, w: W<'g>, entries: usize, width: usize) -> Val<'g> {
+        let table = self.weight(w / "weight", &[entries, width]);
+        self.one(Embedding {}, &[table, ids])
+    }
+
+    /// Layer normalisation over the last axis with `w / "weight"` and `w / "bias"`.
+    #[track_caller]
+    pub fn layer_norm(&'g self, x: Val<'g>, w: W<'g>, eps: f64) -> Val<'g> {
+        let n = x.ty().shape.last().and_then(Dim::as_const).unwrap_or(1) as usize;
+        let (weight, bias) = (self.weight(w / "weight", &[n]), self.weight(w / "bias", &[n]));
+        self.one(LayerNorm { eps }, &[x, weight, bias])
+    }
+
+    /// Root-mean-square normalisation over the last axis with `w / "weight"`.
+    #[track_caller]
+    pub fn rms_norm(&'g self, x: Val<'g>, w: W<'g>, eps: f64) -> Val<'g> {
+        let n = x.ty().shape.last().and_then(Dim::as_const).unwrap_or(1) as usize;
+        let weight = self.weight(w / "weight", &[n]);
+        self.one(RmsNorm { eps }, &[x, weight])
+    }
+
+    /// `[..., s, heads * d]` to `[..., heads, s, d]`.
+    #[track_caller]
+    pub fn split_heads(&'g self, x: Val<'g>, heads: usize) -> Val<'g> {
+        self.one(SplitHeads { heads }, &[x])
+    }
+
+    /// `[..., heads, s, d]` to `[..., s, heads * d]`.
+    #[track_caller]
+    pub fn merge_heads(&'g self, x: Val<'g>) -> Val<'g> {
+        self.one(MergeHeads {}, &[x])
+    }
+
+    /// See [`Rotary`].
+    #[track_caller]
+    pub fn rotary(&'g self, x: Val<'g>, (cos, sin): (Val<'g>, Val<'g>)) -> Val<'g> {
+        self.one(Rotary {}, &[x, cos, sin])
+    }
+
+    /// See [`Attention`]; `mask` is the operand that the kind asks for.
+    #[track_caller]
+    pub fn attention(&'g self, q: Val<'g>, k: Val<'g>, v: Val<'g>, scale: f64, kind: Mask, mask: Option<Val<'g>>) -> Val<'g> {
+        self.one(Attention { scale, mask: kind }, &[q, k, v].into_iter().chain(mask).collect::<Vec<_>>())
+    }
+
+    /// See [`GridPositions`]: row, column and segment of each of `rows` patches.
+    #[track_caller]
+    pub fn grid_positions(&'g self, grid: Val<'g>, rows: impl Into<Dim>, merge: usize) -> [Val<'g>; 3] {
+        self.apply(GridPositions { rows: rows.into(), merge }, &[grid])
+    }
+
+    /// See [`Rotary2d`]: cos and sin.
+    #[track_caller]
+    pub fn rotary_2d(&'g self, row: Val<'g>, col: Val<'g>, head_dim: usize, theta: f64) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(Rotary2d { head_dim, theta }, &[row, col]);
+        (cos, sin)
+    }
+
+    /// See [`Mrope`]: cos and sin.
+    #[track_caller]
+    pub fn mrope(&'g self, position_ids: Val<'g>, head_dim: usize, theta: f64, section: [usize; 3]) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(Mrope { head_dim, theta, section }, &[position_ids]);
+        (cos, sin)
+    }
+
+    /// See [`MergeFeatures`].
+    #[track_caller]
+    pub fn merge_features(&'g self, embeds: Val<'g>, ids: Val<'g>, features: Val<'g>, tokens: &[i64]) -> Val<'g> {
+        self.one(MergeFeatures { tokens: tokens.into() }, &[embeds, ids, features])
+    }
+
+    /// `new` appended to a state.
+    #[track_caller]
+    pub fn append(&'g self, past: Val<'g>, new: Val<'g>, axis: usize) -> Val<'g> {
+        self.one(Append { axis }, &[past, new])
+    }
+}
+
+macro_rules! operator {
+    ($trait:ident, $method:ident, $f:ident) => {
+        impl<'g> $trait for Val<'g> {
+            type Output = Val<'g>;
+            #[track_caller]
+            fn $method(self, o: Val<'g>) -> Val<'g> {
+                self.g.binary(Binary::$f, self, o)
+            }
+        }
+        /// With a scalar of the value's own dtype.
+        impl<'g> $trait<f64> for Val<'g> {
+            type Output = Val<'g>;
+            #[track_caller]
+            fn $method(self, o: f64) -> Val<'g> {
+                let o = self.g.literal(Literal::scalar(self.ty().dtype, o));
+                self.g.binary(Binary::$f, self, o)
+            }
+        }
+    };
+}
+operator!(Add, add, Add);
+operator!(Sub, sub, Sub);
+operator!(Mul, mul, Mul);
+operator!(Div, div, Div);
+
+/// Copies a graph through `rewrite`, which may replace a node by others: it gets the node and its new operands and returns
+/// the values that stand for its results, or `None` to keep the node.
+///
+/// # Errors
+/// What the rewrite's builder calls reported.
+pub fn rewrite(
+    graph: &Graph,
+    mut rewrite: impl for<'g> FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>,
+) -> Result<Graph, BuildError> {
+    let b = Builder::new(&graph.name, None);
+    copy(graph, &b, &mut rewrite);
+    b.finish()
+}
+
+fn copy<'g>(graph: &Graph, b: &'g Builder<'g>, rewrite: &mut impl FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>) {
+    let mut map: HashMap<ValueId, Val<'g>> = HashMap::new();
+    for p in &graph.inputs {
+        let t = graph.ty(p.value);
+        map.insert(p.value, b.input(&p.name, t.dtype, t.shape.iter()));
+    }
+    for s in &graph.states {
+        let t = graph.ty(s.past);
+        map.insert(s.past, b.state(&s.past_name, &s.present_name, t.dtype, t.shape.iter(), s.axis));
+    }
+    let resolve = |v: ValueId, map: &mut HashMap<ValueId, Val<'g>>| {
+        *map.entry(v).or_insert_with(|| match graph.def(v) {
+            Def::Weight(name) => b.weight_value(name, graph.ty(v).clone()),
+            Def::Literal(l) => b.literal(l.clone()),
+            Def::Input(_) | Def::State(_) | Def::Node(..) => b.fail(format!("value %{} is used before it is defined", v.0)),
+        })
+    };
+    for (_, node) in graph.nodes() {
+        let _scope = b.scope(&node.scope);
+        let args: Vec<Val<'g>> = node.args.iter().map(|a| resolve(*a, &mut map)).collect();
+        let outs = rewrite(b, node, &args).unwrap_or_else(|| b.apply_op(node.op.clone(), &args));
+        if outs.len() != node.outs.len() && b.inner.borrow().error.is_none() {
+            b.fail(format!("{} has {} results, its replacement {}", node.op.name(), node.outs.len(), outs.len()));
+        }
+        map.extend(node.outs.iter().copied().zip(outs));
+    }
+    for o in &graph.outputs {
+        let v = resolve(o.value, &mut map);
+        b.output(&o.name, v);
+    }
+}

@@ -1,0 +1,254 @@
+//! Programs, graphs, nodes and values. Construction is [`crate::Builder`]'s job; a graph is immutable afterwards, and passes
+//! build a new one.
+
+use crate::{Literal, Op, Symbol, Type, weights::WeightDef};
+use petgraph::visit as pv;
+use std::collections::BTreeMap;
+
+/// Index of a value in its graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ValueId(pub(crate) u32);
+
+/// Index of a node in its graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub(crate) u32);
+
+impl ValueId {
+    /// Position in [`Graph::values`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl NodeId {
+    /// Position in [`Graph::nodes`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A model: graphs over shared weights.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Program {
+    /// `model_type` of the checkpoint.
+    pub name: String,
+    /// Symbols of all graphs.
+    pub symbols: Vec<Symbol>,
+    /// Graphs, in the order a request runs them.
+    pub graphs: Vec<Graph>,
+    /// Weights by name.
+    pub weights: BTreeMap<String, WeightDef>,
+}
+
+/// A graph: nodes in execution order over an arena of values.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Graph {
+    /// Entry name.
+    pub name: String,
+    /// Inputs.
+    pub inputs: Vec<Port>,
+    /// Outputs.
+    pub outputs: Vec<Port>,
+    /// States (KV cache).
+    pub states: Vec<State>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) values: Vec<(Type, Def)>,
+}
+
+/// A named input or output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Port {
+    /// Name, as in the Hugging Face forward signature.
+    pub name: String,
+    /// The value.
+    pub value: ValueId,
+}
+
+/// A tensor that is kept between runs. Exactly one `append` node reads `past`; its result is the state after the run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// `past_key_values.0.key`
+    pub past_name: String,
+    /// `present.0.key`
+    pub present_name: String,
+    /// The value before the run.
+    pub past: ValueId,
+    /// Axis that grows.
+    pub axis: usize,
+}
+
+/// What defines a value.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Def {
+    /// Input `i` of the graph.
+    Input(u32),
+    /// `past` of state `i`.
+    State(u32),
+    /// A weight of the program, by name.
+    Weight(String),
+    /// A value known at compile time.
+    Literal(Literal),
+    /// Result `1` of node `0`.
+    Node(NodeId, u32),
+}
+
+/// An op applied to values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// What is computed.
+    pub op: Op,
+    /// Operands.
+    pub args: Vec<ValueId>,
+    /// Results.
+    pub outs: Vec<ValueId>,
+    /// Where in the model it stands: `visual.blocks.0`. May be empty.
+    pub scope: String,
+}
+
+impl Graph {
+    /// Nodes in execution order.
+    pub fn nodes(&self) -> impl ExactSizeIterator<Item = (NodeId, &Node)> {
+        self.nodes.iter().enumerate().map(|(i, n)| (NodeId(i as u32), n))
+    }
+
+    /// A node.
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+
+    /// All values: type and definition, indexed by [`ValueId::index`].
+    pub fn values(&self) -> impl ExactSizeIterator<Item = (ValueId, &Type, &Def)> {
+        self.values.iter().enumerate().map(|(i, (t, d))| (ValueId(i as u32), t, d))
+    }
+
+    /// Type of a value.
+    pub fn ty(&self, v: ValueId) -> &Type {
+        &self.values[v.index()].0
+    }
+
+    /// Definition of a value.
+    pub fn def(&self, v: ValueId) -> &Def {
+        &self.values[v.index()].1
+    }
+
+    /// The node that defines a value, if one does.
+    pub fn producer(&self, v: ValueId) -> Option<NodeId> {
+        match self.def(v) {
+            Def::Node(n, _) => Some(*n),
+            _ => None,
+        }
+    }
+
+    /// The value of a state after the run: the result of the node that reads its `past`.
+    pub fn present(&self, state: &State) -> Option<ValueId> {
+        self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| n.outs[0])
+    }
+
+    /// Nodes whose results leave the graph: through outputs and states.
+    pub fn roots(&self) -> impl Iterator<Item = NodeId> {
+        let states = self.states.iter().filter_map(|s| self.present(s));
+        self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
+    }
+
+    /// Producer to consumer, one edge per operand.
+    fn edges(&self) -> impl Iterator<Item = Edge> {
+        self.nodes().flat_map(move |(to, n)| {
+            n.args.iter().enumerate().filter_map(move |(i, a)| Some(Edge { from: self.producer(*a)?, to, operand: i }))
+        })
+    }
+}
+
+/// An edge of the graph as petgraph sees it: from the producer of operand `operand` to its consumer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Edge {
+    from: NodeId,
+    to: NodeId,
+    operand: usize,
+}
+
+// petgraph reads a graph through its visit traits: nodes are nodes, an edge goes from each operand's producer to its consumer.
+impl pv::GraphBase for Graph {
+    type NodeId = NodeId;
+    type EdgeId = (NodeId, usize);
+}
+
+impl pv::GraphProp for Graph {
+    type EdgeType = petgraph::Directed;
+}
+
+impl pv::Data for Graph {
+    type NodeWeight = Node;
+    type EdgeWeight = usize;
+}
+
+impl pv::NodeIndexable for Graph {
+    fn node_bound(&self) -> usize {
+        self.nodes.len()
+    }
+    fn to_index(&self, a: NodeId) -> usize {
+        a.index()
+    }
+    fn from_index(&self, i: usize) -> NodeId {
+        NodeId(i as u32)
+    }
+}
+
+impl pv::Visitable for Graph {
+    type Map = std::collections::HashSet<NodeId>;
+    fn visit_map(&self) -> Self::Map {
+        Self::Map::new()
+    }
+    fn reset_map(&self, map: &mut Self::Map) {
+        map.clear();
+    }
+}
+
+impl<'a> pv::IntoNodeIdentifiers for &'a Graph {
+    type NodeIdentifiers = Box<dyn Iterator<Item = NodeId> + 'a>;
+    fn node_identifiers(self) -> Self::NodeIdentifiers {
+        Box::new((0..self.nodes.len() as u32).map(NodeId))
+    }
+}
+
+/// A node as petgraph sees it.
+impl<'a> pv::IntoNodeReferences for &'a Graph {
+    type NodeRef = (NodeId, &'a Node);
+    type NodeReferences = Box<dyn Iterator<Item = (NodeId, &'a Node)> + 'a>;
+    fn node_references(self) -> Self::NodeReferences {
+        Box::new(self.nodes())
+    }
+}
+
+impl pv::EdgeRef for Edge {
+    type NodeId = NodeId;
+    type EdgeId = (NodeId, usize);
+    type Weight = usize;
+    fn source(&self) -> NodeId {
+        self.from
+    }
+    fn target(&self) -> NodeId {
+        self.to
+    }
+    fn weight(&self) -> &usize {
+        &self.operand
+    }
+    fn id(&self) -> (NodeId, usize) {
+        (self.to, self.operand)
+    }
+}
+
+impl<'a> pv::IntoEdgeReferences for &'a Graph {
+    type EdgeRef = Edge;
+    type EdgeReferences = Box<dyn Iterator<Item = Edge> + 'a>;
+    fn edge_references(self) -> Self::EdgeReferences {
+        Box::new(self.edges())
+    }
+}
+
+/// Neighbours are the producers of a node's operands: walks go from results to what they need.
+impl<'a> pv::IntoNeighbors for &'a Graph {
+    type Neighbors = Box<dyn Iterator<Item = NodeId> + 'a>;
+    fn neighbors(self, n: NodeId) -> Self::Neighbors {
+        Box::new(self.node(n).args.iter().filter_map(|a| self.producer(*a)))
+    }
+}

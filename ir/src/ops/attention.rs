@@ -1,0 +1,216 @@
+//! Attention, its heads, and its cache.
+
+use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
+use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
+use ndarray::Axis;
+use serde::{Deserialize, Serialize};
+use vlmc_artifact::program::{Binary, Mask, Reduce, Unary};
+
+/// `[..., s, heads * d]` to `[..., heads, s, d]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SplitHeads {
+    /// Number of heads.
+    pub heads: usize,
+}
+
+fn swapped(rank: usize, a: usize, b: usize) -> Vec<usize> {
+    let mut perm: Vec<usize> = (0..rank).collect();
+    perm.swap(a, b);
+    perm
+}
+
+impl OpDef for SplitHeads {
+    const NAME: &'static str = "split_heads";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x] = operands(args)?;
+        expect_rank(x, 2, "x")?;
+        let width = x.last()?;
+        let heads = Dim::from(self.heads);
+        let d = if self.heads == 0 { None } else { width.exact_div(&heads) };
+        let d = d.ok_or_else(|| format!("{width} is not a multiple of {} heads", self.heads))?;
+        let mut shape = x.shape[..x.rank() - 2].to_vec();
+        shape.extend([heads, x.shape[x.rank() - 2].clone(), d]);
+        Ok(vec![Type { dtype: x.dtype, shape }])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let t = args[0].ty();
+        let rank = t.rank();
+        let d = t.shape[rank - 1].exact_div(&self.heads.into())?;
+        let mut shape = t.shape[..rank - 1].to_vec();
+        shape.extend([self.heads.into(), d]);
+        Some(vec![g.transpose(g.reshape(args[0], shape), &swapped(rank + 1, rank - 2, rank - 1))])
+    }
+}
+
+/// `[..., heads, s, d]` to `[..., s, heads * d]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MergeHeads {}
+
+impl OpDef for MergeHeads {
+    const NAME: &'static str = "merge_heads";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x] = operands(args)?;
+        expect_rank(x, 3, "x")?;
+        let (lead, [heads, s, d]) = split3(&x.shape);
+        let mut shape = lead.to_vec();
+        shape.extend([s.clone(), heads * d]);
+        Ok(vec![Type { dtype: x.dtype, shape }])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let out = self.infer(&[args[0].ty()]).ok()?.remove(0);
+        let rank = args[0].ty().rank();
+        Some(vec![g.reshape(g.transpose(args[0], &swapped(rank, rank - 3, rank - 2)), out.shape)])
+    }
+}
+
+fn split3(shape: &[Dim]) -> (&[Dim], [&Dim; 3]) {
+    let (lead, last) = shape.split_at(shape.len() - 3);
+    (lead, [&last[0], &last[1], &last[2]])
+}
+
+/// Rotary position embedding (Su et al., 2021) of the pairs `(i, i + d/2)`, as Llama's `rotate_half`:
+/// `x f32[..., heads, s, d]`, `cos` and `sin f32[..., s, d/2]` to
+/// `[x1 cos - x2 sin, x2 cos + x1 sin]` for the halves `x1`, `x2` of the last axis.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rotary {}
+
+impl OpDef for Rotary {
+    const NAME: &'static str = "rotary";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, cos, sin] = operands(args)?;
+        expect_dtype(x, DType::F32, "x")?;
+        expect_rank(x, 3, "x")?;
+        let (lead, [_, s, d]) = split3(&x.shape);
+        let half = d.exact_div(&2.into()).ok_or_else(|| format!("head dim {d} is odd"))?;
+        let shape = [lead, &[s.clone(), half]].concat();
+        for (t, what) in [(cos, "cos"), (sin, "sin")] {
+            expect_dtype(t, DType::F32, what)?;
+            expect_shape(t, &shape, what)?;
+        }
+        Ok(vec![x.clone()])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let x = args[0];
+        let rank = x.ty().rank();
+        let half = args[1].dim(rank - 2);
+        let (cos, sin) = (g.unsqueeze(args[1], rank - 3), g.unsqueeze(args[2], rank - 3));
+        let (x1, x2) = (g.slice(x, rank - 1, 0, half.clone()), g.slice(x, rank - 1, half.clone(), half));
+        Some(vec![g.concat(&[x1 * cos - x2 * sin, x2 * cos + x1 * sin], rank - 1)])
+    }
+}
+
+/// Scaled dot-product attention with grouped heads (Ainslie et al., 2023): `q f32[..., heads, s, d]`,
+/// `k`, `v f32[..., kv_heads, t, d]` and the mask operand that [`Mask`] asks for, to `f32[..., heads, s, d]`. Query head `h`
+/// reads key head `h / (heads / kv_heads)`. A query that sees no key gives zeros.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attention {
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// Which keys a query sees.
+    pub mask: Mask,
+}
+
+impl OpDef for Attention {
+    const NAME: &'static str = "attention";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let (q, k, v, mask) = match (args, self.mask) {
+            ([q, k, v], Mask::Full) => (q, k, v, None),
+            ([q, k, v, mask], Mask::Causal | Mask::Segments) => (q, k, v, Some(mask)),
+            _ => return Err(format!("takes {} operands with this mask, got {}", if self.mask == Mask::Full { 3 } else { 4 }, args.len())),
+        };
+        for (t, what) in [(q, "q"), (k, "k"), (v, "v")] {
+            expect_dtype(t, DType::F32, what)?;
+            expect_rank(t, 3, what)?;
+        }
+        let ((lead, [heads, s, d]), (lead_k, [kv_heads, t, _])) = (split3(&q.shape), split3(&k.shape));
+        expect_shape(k, &[lead, &[kv_heads.clone(), t.clone(), d.clone()]].concat(), "k")?;
+        expect(lead == lead_k, || format!("leading dims of {q} and {k} differ"))?;
+        expect_shape(v, &k.shape, "v")?;
+        expect(heads.exact_div(kv_heads).is_some(), || format!("{heads} heads are not a multiple of {kv_heads} kv heads"))?;
+        match (self.mask, mask) {
+            (Mask::Causal, Some(mask)) => {
+                expect_dtype(mask, DType::I64, "mask")?;
+                expect(lead.len() == 1, || format!("q must be [batch, heads, s, d] with this mask, is {q}"))?;
+                expect_shape(mask, &[lead[0].clone(), t.clone()], "mask")?;
+            }
+            (_, Some(mask)) => {
+                expect_dtype(mask, DType::I64, "mask")?;
+                expect(s == t, || format!("segments need as many queries as keys, got {s} and {t}"))?;
+                expect_shape(mask, std::slice::from_ref(t), "mask")?;
+            }
+            _ => {}
+        }
+        Ok(vec![q.clone()])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (q, k, v) = (args[0], args[1], args[2]);
+        let (tq, tk) = (q.ty(), k.ty());
+        let ((lead, [heads, s, d]), (_, [kv_heads, t, _])) = (split3(&tq.shape), split3(&tk.shape));
+        let groups = heads.exact_div(kv_heads)?;
+        // All query heads of a key head together: [..., kv_heads, groups, s, d] against [..., kv_heads, 1, t, d].
+        let grouped = |n: &Dim, len: &Dim| [lead, &[kv_heads.clone(), n.clone(), len.clone(), d.clone()]].concat();
+        let one = Dim::from(1);
+        let q5 = g.reshape(q, grouped(&groups, s));
+        let (k5, v5) = (g.reshape(k, grouped(&one, t)), g.reshape(v, grouped(&one, t)));
+        let rank = tq.rank() + 1;
+        let scores = g.matmul(q5 * self.scale, g.transpose(k5, &swapped(rank, rank - 2, rank - 1)));
+        let seen = match self.mask {
+            Mask::Full => None,
+            Mask::Causal => Some(g.unsqueeze(causal_mask(g, args[3], s), 1)),
+            Mask::Segments => Some(segment_mask(g, args[3])),
+        };
+        let lowest = g.literal(Literal::scalar(DType::F32, f64::from(f32::MIN)));
+        let scores = seen.map_or(scores, |m| g.select(m, scores, lowest));
+        let largest = g.unsqueeze(g.reduce(Reduce::Max, scores, &[rank - 1]), rank - 1);
+        let weights = g.unary(Unary::Exp, scores - largest);
+        let weights = seen.map_or(weights, |m| weights * g.cast(m, DType::F32));
+        let sum = g.unsqueeze(g.reduce(Reduce::Sum, weights, &[rank - 1]), rank - 1);
+        let sum = g.binary(Binary::Max, sum, g.literal(Literal::scalar(DType::F32, f64::from(f32::MIN_POSITIVE))));
+        Some(vec![g.reshape(g.matmul(weights / sum, v5), tq.shape.clone())])
+    }
+}
+
+/// `attention_mask i64[batch, t]` and `s` queries to `bool[batch, 1, s, t]`: query `i` sees keys `j <= t - s + i` that the
+/// mask lets through.
+pub fn causal_mask<'g>(g: &'g Builder<'g>, attention_mask: Val<'g>, s: &Dim) -> Val<'g> {
+    let (batch, t) = (attention_mask.dim(0), attention_mask.dim(1));
+    let query = g.iota(s.clone()) + g.dim(&t - s);
+    let past = g.binary(Binary::Le, g.unsqueeze(g.iota(t.clone()), 0), g.unsqueeze(query, 1));
+    let live = g.reshape(g.cast(attention_mask, DType::Bool), [batch, 1.into(), 1.into(), t]);
+    g.binary(Binary::And, live, past)
+}
+
+/// `segments i64[t]` to `bool[t, t]`: query `i` sees key `j` of its own segment.
+pub fn segment_mask<'g>(g: &'g Builder<'g>, segments: Val<'g>) -> Val<'g> {
+    g.binary(Binary::Eq, g.unsqueeze(segments, 1), g.unsqueeze(segments, 0))
+}
+
+/// `past`, `new` to both, one after the other along `axis`. What it reads from a state it gives back as the state's next value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Append {
+    /// The axis that grows.
+    pub axis: usize,
+}
+
+impl OpDef for Append {
+    const NAME: &'static str = "append";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [past, new] = operands(args)?;
+        super::Concat { axis: self.axis }.infer(&[past.clone(), new.clone()])
+    }
+
+    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+        let (past, new) = (args[0].f32()?, args[1].f32()?);
+        let both = ndarray::concatenate(Axis(self.axis), &[past.view(), new.view()]);
+        Ok(vec![Array::F32(both.map_err(|e| e.to_string())?)])
+    }
+}

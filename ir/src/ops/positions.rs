@@ -1,0 +1,130 @@
+//! Positions of patches and tokens, and the angles that follow from them.
+
+use super::{OpDef, expect, expect_dtype, operands};
+use crate::{Builder, DType, Dim, Literal, Type, Val};
+use serde::{Deserialize, Serialize};
+use vlmc_artifact::program::{Binary, Reduce, Unary};
+
+fn int<'g>(g: &'g Builder<'g>, v: usize) -> Val<'g> {
+    g.literal(Literal::scalar(DType::I64, v as f64))
+}
+
+/// `grid_thw i64[images, 3]` (frames, rows and columns of patches of each picture or video) to three `i64[rows]`: the row, the
+/// column and the segment (one per frame, counted over all images) of every patch. Patches come image after image, frame
+/// after frame, and within a frame in blocks of `merge` x `merge` (Qwen2-VL's processor: h/m, w/m, m, m).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GridPositions {
+    /// Number of patches of all images.
+    pub rows: Dim,
+    /// Side of a block.
+    pub merge: usize,
+}
+
+impl OpDef for GridPositions {
+    const NAME: &'static str = "grid_positions";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [grid] = operands(args)?;
+        expect_dtype(grid, DType::I64, "grid")?;
+        expect(grid.rank() == 2 && grid.shape[1] == 3.into(), || format!("grid must be i64[images, 3], is {grid}"))?;
+        expect(self.merge > 0, || "merge must be at least 1".into())?;
+        Ok(vec![Type::new(DType::I64, [&self.rows]); 3])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let grid = args[0];
+        let images = grid.dim(0);
+        let column = |i: usize| g.reshape(g.slice(grid, 1, i, 1), [images.clone()]);
+        let (t, h, w) = (column(0), column(1), column(2));
+        let before = |x: Val<'g>| g.cumsum(x, 0) - x;
+        let patches = t * h * w;
+        let patch = g.iota(self.rows.clone());
+        // The image of a patch: how many images end at or before it.
+        let ended = g.binary(Binary::Le, g.unsqueeze(g.cumsum(patches, 0), 0), g.unsqueeze(patch, 1));
+        let image = g.reduce(Reduce::Sum, g.cast(ended, DType::I64), &[1]);
+        let of_image = |x: Val<'g>| g.gather(x, image, 0);
+        let (h, w) = (of_image(h), of_image(w));
+        let in_image = patch - of_image(before(patches));
+        let div = |a: Val<'g>, b: Val<'g>| a / b;
+        let rem = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Mod, a, b);
+        let segment = of_image(before(t)) + div(in_image, h * w);
+        let in_frame = rem(in_image, h * w);
+        let (m, block_size) = (int(g, self.merge), int(g, self.merge * self.merge));
+        let (block, inner, blocks_per_row) = (div(in_frame, block_size), rem(in_frame, block_size), div(w, m));
+        let row = div(block, blocks_per_row) * m + div(inner, m);
+        let col = rem(block, blocks_per_row) * m + rem(inner, m);
+        Some(vec![row, col, segment])
+    }
+}
+
+/// `theta^(-2i/d)` for `i < d/2`, rounded to `f32` as the reference computes it.
+fn inverse_frequencies(theta: f64, d: usize) -> impl Iterator<Item = f64> {
+    (0..d / 2).map(move |i| f64::from((1.0 / theta.powf((2 * i) as f64 / d as f64)) as f32))
+}
+
+/// `row i64[n]`, `col i64[n]` to `cos` and `sin f32[n, head_dim/2]` of the angles of a 2-D rotary embedding: the first half
+/// from the row, the second from the column, each with the frequencies `theta^(-4i/head_dim)`
+/// (transformers `VisionRotaryEmbedding` of Qwen2-VL).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rotary2d {
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+}
+
+impl OpDef for Rotary2d {
+    const NAME: &'static str = "rotary_2d";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [row, col] = operands(args)?;
+        expect_dtype(row, DType::I64, "row")?;
+        expect(row.rank() == 1 && row == col, || format!("row and col must be two i64[n], are {row} and {col}"))?;
+        expect(self.head_dim > 0 && self.head_dim.is_multiple_of(4), || format!("head_dim {} is not a multiple of 4", self.head_dim))?;
+        Ok(vec![Type::new(DType::F32, [row.shape[0].clone(), (self.head_dim / 2).into()]); 2])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let frequencies = g.floats(inverse_frequencies(self.theta, self.head_dim / 2));
+        let angles = |p: Val<'g>| g.unsqueeze(g.cast(p, DType::F32), 1) * frequencies;
+        let angles = g.concat(&[angles(args[0]), angles(args[1])], 1);
+        Some(vec![g.unary(Unary::Cos, angles), g.unary(Unary::Sin, angles)])
+    }
+}
+
+/// Multimodal rotary embedding (Qwen2-VL, section 2.1): `position_ids i64[3, batch, seq]` (temporal, height, width) to `cos`
+/// and `sin f32[batch, seq, head_dim/2]`. The first `section[0]` angles follow the temporal position, the next `section[1]`
+/// the height, the rest the width, with the frequencies `theta^(-2i/head_dim)`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Mrope {
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Angles of each kind; sums to `head_dim / 2`.
+    pub section: [usize; 3],
+}
+
+impl OpDef for Mrope {
+    const NAME: &'static str = "mrope";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [p] = operands(args)?;
+        expect_dtype(p, DType::I64, "position_ids")?;
+        expect(p.rank() == 3 && p.shape[0] == 3.into(), || format!("position_ids must be i64[3, batch, seq], is {p}"))?;
+        let half = self.head_dim / 2;
+        let sum = self.section.iter().fold(0usize, |n, s| n.saturating_add(*s));
+        expect(sum == half && self.head_dim.is_multiple_of(2), || {
+            format!("sections {:?} sum to {sum}, half of head_dim {} is needed", self.section, self.head_dim)
+        })?;
+        Ok(vec![Type::new(DType::F32, [p.shape[1].clone(), p.shape[2].clone(), half.into()]); 2])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let kinds = self.section.iter().enumerate().flat_map(|(kind, n)| std::iter::repeat_n(kind as f64, *n)).collect();
+        let kind = g.literal(Literal::vector(DType::I64, kinds));
+        let positions = g.gather(g.transpose(args[0], &[1, 2, 0]), kind, 2);
+        let angles = g.cast(positions, DType::F32) * g.floats(inverse_frequencies(self.theta, self.head_dim));
+        Some(vec![g.unary(Unary::Cos, angles), g.unary(Unary::Sin, angles)])
+    }
+}
