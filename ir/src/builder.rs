@@ -16,7 +16,7 @@ use std::{
     panic::Location,
     rc::Rc,
 };
-use vlmc_artifact::program::{Binary, Mask, Reduce, Unary};
+use vlmc_artifact::program::{Binary, Reduce, Unary};
 
 /// What a builder asks about a checkpoint.
 pub trait WeightSource {

@@ -40,6 +40,22 @@ pub struct Program {
     pub weights: BTreeMap<String, WeightDef>,
 }
 
+impl Program {
+    /// Replaces every weight's definition; the values that stand for a weight follow its type.
+    pub fn map_weights(&mut self, mut f: impl FnMut(&str, &WeightDef) -> WeightDef) {
+        for (name, def) in &mut self.weights {
+            *def = f(name, def);
+        }
+        for (ty, def) in self.graphs.iter_mut().flat_map(|g| &mut g.values) {
+            if let Def::Weight(name) = def
+                && let Some(w) = self.weights.get(name)
+            {
+                *ty = Type::new(w.dtype, w.shape.iter().copied());
+            }
+        }
+    }
+}
+
 /// A graph: nodes in execution order over an arena of values.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Graph {
@@ -148,6 +164,50 @@ impl Graph {
     pub fn roots(&self) -> impl Iterator<Item = NodeId> {
         let states = self.states.iter().filter_map(|s| self.present(s));
         self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
+    }
+
+    /// Every use of a value replaced by the use of another one, of the same type and defined no later.
+    pub fn substitute(&self, by: impl Fn(ValueId) -> ValueId) -> Graph {
+        let mut graph = self.clone();
+        let uses = graph.nodes.iter_mut().flat_map(|n| &mut n.args).chain(graph.outputs.iter_mut().map(|o| &mut o.value));
+        uses.for_each(|v| *v = by(*v));
+        graph
+    }
+
+    /// The graph of the nodes that `keep` names, whose operands it must keep too; values that nothing uses any more are gone.
+    pub fn retain(&self, keep: impl Fn(NodeId) -> bool) -> Graph {
+        let kept: Vec<&Node> = self.nodes().filter(|(id, _)| keep(*id)).map(|(_, n)| n).collect();
+        let mut used = vec![false; self.values.len()];
+        let ports = self.inputs.iter().chain(&self.outputs).map(|p| p.value).chain(self.states.iter().map(|s| s.past));
+        for v in kept.iter().flat_map(|n| n.args.iter().chain(&n.outs)).copied().chain(ports) {
+            used[v.index()] = true;
+        }
+        let mut map = vec![ValueId(0); self.values.len()];
+        let mut values = vec![];
+        for (i, value) in self.values.iter().enumerate().filter(|(i, _)| used[*i]) {
+            map[i] = ValueId(values.len() as u32);
+            values.push(value.clone());
+        }
+        let at = |v: &ValueId| map[v.index()];
+        let port = |p: &Port| Port { name: p.name.clone(), value: at(&p.value) };
+        for (n, node) in kept.iter().enumerate() {
+            for o in &node.outs {
+                if let Def::Node(id, _) = &mut values[at(o).index()].1 {
+                    *id = NodeId(n as u32);
+                }
+            }
+        }
+        Graph {
+            name: self.name.clone(),
+            inputs: self.inputs.iter().map(port).collect(),
+            outputs: self.outputs.iter().map(port).collect(),
+            states: self.states.iter().map(|s| State { past: at(&s.past), ..s.clone() }).collect(),
+            nodes: kept
+                .iter()
+                .map(|n| Node { args: n.args.iter().map(at).collect(), outs: n.outs.iter().map(at).collect(), ..(*n).clone() })
+                .collect(),
+            values,
+        }
     }
 
     /// Producer to consumer, one edge per operand.

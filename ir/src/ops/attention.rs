@@ -4,7 +4,7 @@ use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
-use vlmc_artifact::program::{Binary, Mask, Reduce, Unary};
+use vlmc_artifact::program::{Binary, Reduce, Unary};
 
 /// `[..., s, heads * d]` to `[..., heads, s, d]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -105,9 +105,24 @@ impl OpDef for Rotary {
     }
 }
 
+/// Which keys a query of [`Attention`] sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// All keys; no mask operand.
+    Full,
+    /// Query `i` of `s` sees the keys `j <= t - s + i` whose `attention_mask i64[batch, t]` (the mask operand) is not 0.
+    Causal,
+    /// Query `i` sees the keys of its own segment: the mask operand is `i64[t]` with `t = s`, a segment id per row.
+    Segments,
+    /// Query `i` sees key `j` where the mask operand `bool[..., s, t]`, broadcast to the scores, says so.
+    Given,
+}
+
 /// Scaled dot-product attention with grouped heads (Ainslie et al., 2023): `q f32[..., heads, s, d]`,
 /// `k`, `v f32[..., kv_heads, t, d]` and the mask operand that [`Mask`] asks for, to `f32[..., heads, s, d]`. Query head `h`
-/// reads key head `h / (heads / kv_heads)`. A query that sees no key gives zeros.
+/// reads key head `h / (heads / kv_heads)`. The result for a query that sees no key (padding) is finite, and nothing else can be
+/// said of it: zeros here, averages in ONNX Runtime.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
     /// Multiplies the scores.
@@ -122,7 +137,7 @@ impl OpDef for Attention {
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let (q, k, v, mask) = match (args, self.mask) {
             ([q, k, v], Mask::Full) => (q, k, v, None),
-            ([q, k, v, mask], Mask::Causal | Mask::Segments) => (q, k, v, Some(mask)),
+            ([q, k, v, mask], _) if self.mask != Mask::Full => (q, k, v, Some(mask)),
             _ => return Err(format!("takes {} operands with this mask, got {}", if self.mask == Mask::Full { 3 } else { 4 }, args.len())),
         };
         for (t, what) in [(q, "q"), (k, "k"), (v, "v")] {
@@ -139,6 +154,12 @@ impl OpDef for Attention {
                 expect_dtype(mask, DType::I64, "mask")?;
                 expect(lead.len() == 1, || format!("q must be [batch, heads, s, d] with this mask, is {q}"))?;
                 expect_shape(mask, &[lead[0].clone(), t.clone()], "mask")?;
+            }
+            (Mask::Given, Some(mask)) => {
+                expect_dtype(mask, DType::Bool, "mask")?;
+                let scores = [lead, &[heads.clone(), s.clone(), t.clone()]].concat();
+                let fits = super::broadcast_shapes(&mask.shape, &scores)? == scores;
+                expect(fits, || format!("mask {mask} does not broadcast to the scores"))?;
             }
             (_, Some(mask)) => {
                 expect_dtype(mask, DType::I64, "mask")?;
@@ -166,6 +187,19 @@ impl OpDef for Attention {
             Mask::Full => None,
             Mask::Causal => Some(g.unsqueeze(causal_mask(g, args[3], s), 1)),
             Mask::Segments => Some(segment_mask(g, args[3])),
+            Mask::Given => {
+                // [..., heads, s, t] to [..., kv_heads, groups, s, t]; one mask for all heads keeps its axis of 1.
+                let m = args[3].ty();
+                Some(match m.shape.len().checked_sub(3).map(|axis| (axis, m.shape[axis] == one)) {
+                    None => args[3],
+                    Some((axis, true)) => g.unsqueeze(args[3], axis),
+                    Some((axis, false)) => {
+                        let mut shape = m.shape.clone();
+                        shape.splice(axis..=axis, [kv_heads.clone(), groups.clone()]);
+                        g.reshape(args[3], shape)
+                    }
+                })
+            }
         };
         let lowest = g.literal(Literal::scalar(DType::F32, f64::from(f32::MIN)));
         let scores = seen.map_or(scores, |m| g.select(m, scores, lowest));

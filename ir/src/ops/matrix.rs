@@ -34,8 +34,8 @@ impl OpDef for MatMul {
         let batch: Vec<usize> = batch.iter().map(|d| d.as_const().unwrap_or(0) as usize).collect();
         let full = |m: usize, n: usize| [batch.as_slice(), &[m, n]].concat();
         let flat = |x: &ArrayD<f32>, m: usize, n: usize| -> Result<ndarray::Array3<f32>, String> {
-            let x = x.broadcast(full(m, n)).ok_or("shapes do not broadcast")?.to_owned();
-            x.into_shape_with_order((batch.iter().product(), m, n)).map_err(|e| e.to_string())
+            let x = x.broadcast(full(m, n)).ok_or("shapes do not broadcast")?;
+            x.as_standard_layout().into_owned().into_shape_with_order((batch.iter().product(), m, n)).map_err(|e| e.to_string())
         };
         let (a, b) = (flat(a, *m, *k)?, flat(b, *k, *n)?);
         let mut out = ndarray::Array3::zeros((a.shape()[0], *m, *n));

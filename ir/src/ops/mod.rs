@@ -9,7 +9,7 @@ mod norm;
 mod positions;
 mod shape;
 
-pub use attention::{Append, Attention, MergeHeads, Rotary, SplitHeads, causal_mask, segment_mask};
+pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, SplitHeads, causal_mask, segment_mask};
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use norm::{LayerNorm, RmsNorm};

@@ -240,7 +240,7 @@ impl OpDef for Gather {
             .collect::<Result<_, _>>()?;
         let mut shape = args[0].shape().to_vec();
         shape.splice(self.axis..=self.axis, index.shape().iter().copied());
-        Ok(vec![any!(&args[0], x => x.select(Axis(self.axis), &flat).into_shape_with_order(shape).map_err(|e| e.to_string())?)])
+        Ok(vec![any!(&args[0], x => x.select(Axis(self.axis), &flat).to_shape(shape).map_err(|e| e.to_string())?.to_owned())])
     }
 }
 

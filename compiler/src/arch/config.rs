@@ -1,0 +1,92 @@
+//! Reading `config.json`: every getter's error names the field.
+
+use crate::{Error, Result};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::ops::RangeInclusive;
+
+/// An object of the config, with its path, and possibly the object around it as a fallback: the same field may stand in
+/// `text_config` or, in older files, at the top.
+#[derive(Clone)]
+pub(super) struct Section<'a> {
+    path: String,
+    fields: &'a Map<String, Value>,
+    outer: Option<&'a Map<String, Value>>,
+}
+
+impl<'a> Section<'a> {
+    pub(super) fn root(config: &'a Value) -> Result<Self> {
+        let fields = config.as_object().ok_or_else(|| Error::config("", "the file must hold an object"))?;
+        Ok(Self { path: String::new(), fields, outer: None })
+    }
+
+    /// Path of a field, for error messages.
+    pub(super) fn path(&self, field: &str) -> String {
+        if self.path.is_empty() || !self.fields.contains_key(field) { field.into() } else { format!("{}.{field}", self.path) }
+    }
+
+    fn value(&self, field: &str) -> Option<&'a Value> {
+        self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
+    }
+
+    /// The object `field`, if it is there.
+    pub(super) fn section(&self, field: &str) -> Result<Option<Section<'a>>> {
+        let Some(value) = self.value(field) else { return Ok(None) };
+        let fields = value.as_object().ok_or_else(|| Error::config(self.path(field), format!("must be an object, is {value}")))?;
+        Ok(Some(Section { path: self.path(field), fields, outer: None }))
+    }
+
+    /// The object `field` with this one as a fallback; this one if it is not there.
+    pub(super) fn section_or_self(&self, field: &str) -> Result<Section<'a>> {
+        Ok(self.section(field)?.map_or_else(|| self.clone(), |s| Section { outer: Some(self.fields), ..s }))
+    }
+
+    /// The field's value, if it is there.
+    pub(super) fn get<T: DeserializeOwned>(&self, field: &str) -> Result<Option<T>> {
+        let Some(value) = self.value(field) else { return Ok(None) };
+        serde_json::from_value(value.clone()).map(Some).map_err(|e| Error::config(self.path(field), format!("{value}: {e}")))
+    }
+
+    /// The field's value.
+    pub(super) fn require<T: DeserializeOwned>(&self, field: &str) -> Result<T> {
+        let path = if self.path.is_empty() { field.into() } else { format!("{}.{field}", self.path) };
+        self.get(field)?.ok_or_else(|| Error::config(path, "is missing"))
+    }
+
+    /// An integer within `range`.
+    pub(super) fn int(&self, field: &str, range: RangeInclusive<usize>) -> Result<usize> {
+        let value: Value = self.require(field)?;
+        self.in_range(field, &value, range)
+    }
+
+    /// An integer within `range`, if it is there.
+    pub(super) fn opt_int(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
+        self.value(field).map(|v| self.in_range(field, v, range)).transpose()
+    }
+
+    fn in_range(&self, field: &str, value: &Value, range: RangeInclusive<usize>) -> Result<usize> {
+        let int = value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| range.contains(v));
+        int.ok_or_else(|| {
+            Error::config(self.path(field), format!("must be an integer from {} to {}, is {value}", range.start(), range.end()))
+        })
+    }
+
+    /// A finite number above zero.
+    pub(super) fn positive(&self, field: &str) -> Result<Option<f64>> {
+        let Some(value) = self.value(field) else { return Ok(None) };
+        let number = value.as_f64().filter(|v| v.is_finite() && *v > 0.0);
+        number.map(Some).ok_or_else(|| Error::config(self.path(field), format!("must be a positive number, is {value}")))
+    }
+
+    /// Refuses a field whose value is neither absent, null nor one of `allowed`.
+    pub(super) fn only(&self, field: &str, allowed: &[Value]) -> Result<()> {
+        match self.value(field) {
+            Some(v) if !allowed.contains(v) => {
+                let allowed: Vec<_> = allowed.iter().map(Value::to_string).collect();
+                let instead = if allowed.is_empty() { String::new() } else { format!("; supported: {}", allowed.join(", ")) };
+                Err(Error::config(self.path(field), format!("{v} is not supported{instead}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}

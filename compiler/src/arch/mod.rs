@@ -1,0 +1,91 @@
+//! Architectures. One file each; a new one gets a line in [`ARCHITECTURES`].
+
+mod config;
+mod nn;
+mod qwen2_vl;
+
+use crate::{Error, Result};
+use config::Section;
+use serde_json::Value;
+use std::{borrow::Cow, ops::RangeInclusive};
+use vlmc_artifact::{Processor, PromptRules};
+use vlmc_ir::{BuildError, Builder, Graph, Program, Symbol, Weights};
+
+/// What the compiler knows about a family of checkpoints.
+pub struct Architecture {
+    /// `model_type` of `config.json`.
+    pub model_type: &'static str,
+    /// Family name for people.
+    pub title: &'static str,
+    /// Paper, or reference implementation.
+    pub reference: &'static str,
+    /// The name by which the frontend knows checkpoint tensor `name`: undoes the renames between versions of transformers.
+    pub canonical_name: fn(&str) -> Cow<'_, str>,
+    /// Whether the model may do without the tensor (buffers that follow from the config).
+    pub ignored: fn(&str) -> bool,
+    lower: fn(&Section<'_>, &Weights<'_>) -> Result<Lowered>,
+    processor: fn(&SideFiles) -> Result<Option<Processor>>,
+}
+
+/// All architectures.
+pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE];
+
+/// What a frontend makes of a config and its weights.
+pub struct Lowered {
+    /// Symbols of the graphs.
+    pub symbols: Vec<Symbol>,
+    /// The graphs, in the order a request runs them.
+    pub graphs: Vec<Graph>,
+    /// Special tokens and positions.
+    pub prompt: PromptRules,
+}
+
+/// Optional JSON files beside `config.json`, parsed.
+#[derive(Default)]
+pub struct SideFiles {
+    /// `preprocessor_config.json`.
+    pub preprocessor: Option<Value>,
+    /// `video_preprocessor_config.json`.
+    pub video_preprocessor: Option<Value>,
+}
+
+impl Architecture {
+    /// The architecture of a config.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `model_type` is missing or unknown.
+    pub fn of(config: &Value) -> Result<&'static Self> {
+        let model_type: String = Section::root(config)?.require("model_type")?;
+        ARCHITECTURES.iter().find(|a| a.model_type == model_type).ok_or_else(|| {
+            let known: Vec<_> = ARCHITECTURES.iter().map(|a| a.model_type).collect();
+            Error::config("model_type", format!("architecture '{model_type}' is not supported; supported are: {}", known.join(", ")))
+        })
+    }
+
+    /// The program of a config over `weights`, and what a client must know to feed it.
+    ///
+    /// # Errors
+    /// A field of the config or a tensor is missing or not supported.
+    pub fn lower(&self, config: &Value, weights: Weights<'_>) -> Result<(Program, PromptRules)> {
+        let Lowered { symbols, graphs, prompt } = (self.lower)(&Section::root(config)?, &weights)?;
+        Ok((Program { name: self.model_type.into(), symbols, graphs, weights: weights.into_table() }, prompt))
+    }
+
+    /// How pictures become tensors; `None` if the checkpoint does not say.
+    ///
+    /// # Errors
+    /// A setting that is not supported.
+    pub fn processor(&self, files: &SideFiles) -> Result<Option<Processor>> {
+        (self.processor)(files)
+    }
+}
+
+fn graph(name: &str, weights: &Weights<'_>, build: impl for<'g> FnOnce(&'g Builder<'g>)) -> Result<Graph, BuildError> {
+    let g = Builder::new(name, Some(weights));
+    build(&g);
+    g.finish()
+}
+
+fn symbol(name: &str, range: RangeInclusive<usize>) -> Symbol {
+    Symbol { name: name.into(), min: *range.start() as i64, max: *range.end() as i64 }
+}

@@ -1,0 +1,77 @@
+//! What can go wrong when a checkpoint is read and an artifact is written.
+
+use std::{io, path::PathBuf};
+
+/// Shorthand.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Every variant's message says what is wrong, where, and, if it is not obvious, what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A file or directory is not what it should be.
+    #[error("{}: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A field of `config.json` is missing, or has a value that cannot be compiled.
+    #[error("config.json: `{field}`: {message}")]
+    Config {
+        /// Path of the field, e.g. `vision_config.depth`.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A model's name leads to no checkpoint.
+    #[error("model '{model}': {message}")]
+    Model {
+        /// As the user wrote it.
+        model: String,
+        /// What was looked for, where, and what to do.
+        message: String,
+    },
+    /// A tensor's bytes cannot be read or written as asked.
+    #[error("tensor '{name}': {message}")]
+    Tensor {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A model could not be lowered: a tensor is missing or does not fit.
+    #[error(transparent)]
+    Build(#[from] vlmc_ir::BuildError),
+}
+
+impl Error {
+    /// For `map_err` on operations on `path`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// `message` about the content of `path`.
+    pub fn file(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
+        Self::File { path: path.into(), message: message.into() }
+    }
+
+    /// `message` about a field of `config.json`.
+    pub fn config(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Config { field: field.into(), message: message.into() }
+    }
+
+    /// `message` about the tensor `name`.
+    pub fn tensor(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Tensor { name: name.into(), message: message.into() }
+    }
+}
