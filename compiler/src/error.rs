@@ -48,6 +48,18 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// `--target` names no target.
+    #[error("target '{0}' is not supported; `vlmc targets` lists those that are")]
+    Target(String),
+    /// A pass refused the program.
+    #[error(transparent)]
+    Pass(#[from] vlmc_passes::PassError),
+    /// A frontend made a program that does not verify: a bug of vlmc.
+    #[error("the frontend made an invalid program; please report this:{0}")]
+    Invalid(String),
+    /// A backend met what its target's table should have kept from it: a bug of vlmc.
+    #[error("cannot write the program down: {0}; please report this")]
+    Backend(String),
     /// A model could not be lowered: a tensor is missing or does not fit.
     #[error(transparent)]
     Build(#[from] vlmc_ir::BuildError),

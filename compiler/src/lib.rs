@@ -1,6 +1,14 @@
 //! Ahead-of-time compiler for vision-language models.
 
 pub mod arch;
+pub mod artifact_dir;
+pub mod back;
+pub mod checkpoint;
+pub mod compile;
+mod digest;
 mod error;
+mod safetensors_header;
+pub mod target;
+pub mod weights_writer;
 
 pub use error::{Error, Result};

@@ -19,6 +19,17 @@ pub enum Recipe {
     Concat(Vec<Recipe>),
 }
 
+impl Recipe {
+    /// Names of the checkpoint tensors that go into it.
+    pub fn sources(&self) -> Vec<&str> {
+        match self {
+            Self::Source(name) => vec![name],
+            Self::Reshape(inner, _) | Self::Cast(inner, _) => inner.sources(),
+            Self::Concat(parts) => parts.iter().flat_map(Self::sources).collect(),
+        }
+    }
+}
+
 /// A weight of a program.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightDef {

@@ -7,6 +7,7 @@
 mod clean;
 mod legalize;
 mod masks;
+pub mod memory;
 mod target;
 mod weights;
 

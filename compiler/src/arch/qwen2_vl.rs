@@ -298,7 +298,7 @@ fn processor(files: &SideFiles) -> Result<Option<Processor>> {
             video_max_pixels,
             // OpenAI CLIP's statistics, the class defaults.
             image_mean: rgb("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
-            image_std: rgb("image_std", [0.268_629_54, 0.261_302_58, 0.275_777_11])?,
+            image_std: rgb("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
             rescale_factor: c.positive("rescale_factor")?.unwrap_or(1.0 / 255.0),
             resample: match c.get::<u32>("resample")? {
                 None | Some(3) => Resample::Bicubic,

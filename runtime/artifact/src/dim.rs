@@ -154,6 +154,12 @@ impl Dim {
         }
     }
 
+    /// Whether `self >= o` can be seen to hold for all values of the symbols, which are never negative: no term of the
+    /// difference is negative.
+    pub fn covers(&self, o: &Dim) -> bool {
+        (self - o).terms.iter().all(|(p, c)| *c >= 0 && p.iter().all(|a| matches!(a, Atom::Sym(_))))
+    }
+
     /// `self / d` when `d` is a single term that divides every term of `self`.
     pub fn exact_div(&self, d: &Dim) -> Option<Dim> {
         let [(dp, dc)] = d.terms.as_slice() else { return None };
@@ -460,6 +466,15 @@ mod tests {
             sorted.sort();
             want.sort();
             assert_eq!(sorted, want, "{text}");
+        }
+    }
+
+    #[test]
+    fn covers_only_what_holds_for_all_values() {
+        for (a, b, holds) in
+            [("4*n", "n", true), ("n", "4*n", false), ("n + m", "m", true), ("n", "m", false), ("n*m", "n", false), ("7", "7", true)]
+        {
+            assert_eq!(dim(a).covers(&dim(b)), holds, "{a} >= {b}");
         }
     }
 

@@ -1,0 +1,41 @@
+//! Backends: they write a verified, legalised program down, and obey the target's table.
+
+pub mod native;
+mod weights;
+
+pub(crate) use weights::write;
+
+use crate::weights_writer::TensorSpec;
+use vlmc_artifact::program::PANEL;
+use vlmc_ir::weights::WeightDef;
+
+/// A weight as it lies in the weight file of an artifact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Name in the weight file.
+    pub name: String,
+    /// Name in the program.
+    pub weight: String,
+    /// Order of the elements.
+    pub layout: Layout,
+}
+
+/// Order of the elements of a stored weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Layout {
+    /// Row-major, as in the program.
+    Rows,
+    /// Of a matrix: [`vlmc_artifact::program::Layout::Panel16`].
+    Panels,
+}
+
+impl Stored {
+    /// Name, element type and shape in the file.
+    pub(crate) fn spec(&self, def: &WeightDef) -> TensorSpec {
+        let shape = match (self.layout, def.shape.as_slice()) {
+            (Layout::Panels, [n, k]) => vec![n.div_ceil(PANEL), *k, PANEL],
+            _ => def.shape.clone(),
+        };
+        TensorSpec { name: self.name.clone(), dtype: def.dtype, shape }
+    }
+}

@@ -1,0 +1,199 @@
+//! The `cpu` target: a program of kernel calls over planned memory, for vlmc's own runtime.
+
+use super::{Layout, Stored};
+use crate::{Error, Result};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use vlmc_artifact::program::{self as out, Kernel, Place, Step};
+use vlmc_ir::{Def, Dim, Graph, Node, Op, Type, ValueId, Verified, ops::Mask};
+use vlmc_passes::memory;
+
+/// The compiled program, and the weights it reads, by name.
+///
+/// # Errors
+/// [`Error::Backend`] if the program was not legalised for this target.
+pub fn lower(program: &Verified) -> Result<(out::Program, Vec<Stored>)> {
+    let mut weights = WeightTable::new(program);
+    let functions = program.graphs.iter().map(|g| Lowering::new(g, program, &mut weights).run()).collect::<Result<_>>()?;
+    Ok((out::Program { symbols: program.symbols.clone(), weights: weights.used, functions }, weights.stored))
+}
+
+/// Which layouts each weight is needed in. A table that is also a matrix (tied embedding) is stored once, in panels.
+struct WeightTable<'a> {
+    program: &'a Verified,
+    matrices: BTreeSet<&'a str>,
+    index: BTreeMap<(&'a str, Layout), u32>,
+    used: Vec<out::Weight>,
+    stored: Vec<Stored>,
+}
+
+impl<'a> WeightTable<'a> {
+    fn new(program: &'a Verified) -> Self {
+        let matrix = |g: &'a Graph, n: &Node| match (&n.op, n.args.get(1).map(|w| g.def(*w))) {
+            (Op::Linear(_), Some(Def::Weight(name))) => Some(name.as_str()),
+            _ => None,
+        };
+        let matrices = program.graphs.iter().flat_map(|g| g.nodes().filter_map(move |(_, n)| matrix(g, n))).collect();
+        Self { program, matrices, index: BTreeMap::new(), used: vec![], stored: vec![] }
+    }
+
+    fn index(&mut self, name: &'a str, layout: Layout) -> Result<u32> {
+        if let Some(i) = self.index.get(&(name, layout)) {
+            return Ok(*i);
+        }
+        let def = self.program.weights.get(name).ok_or_else(|| Error::Backend(format!("weight '{name}' is not declared")))?;
+        // A weight in two layouts is stored under two names.
+        let stored = if layout == Layout::Panels || !self.matrices.contains(name) { name.into() } else { format!("{name}.rows") };
+        let runtime_layout = match layout {
+            Layout::Rows => out::Layout::Rows,
+            Layout::Panels => out::Layout::Panel16,
+        };
+        self.used.push(out::Weight { name: stored.clone(), dtype: def.dtype, shape: def.shape.clone(), layout: runtime_layout });
+        self.stored.push(Stored { name: stored, weight: name.into(), layout });
+        let i = self.used.len() as u32 - 1;
+        self.index.insert((name, layout), i);
+        Ok(i)
+    }
+}
+
+struct Lowering<'a, 'w> {
+    graph: &'a Graph,
+    plan: memory::Plan,
+    weights: &'w mut WeightTable<'a>,
+    values: Vec<out::Value>,
+    index: HashMap<(ValueId, Option<Layout>), u32>,
+    steps: Vec<Step>,
+}
+
+impl<'a, 'w> Lowering<'a, 'w> {
+    fn new(graph: &'a Graph, program: &'a Verified, weights: &'w mut WeightTable<'a>) -> Self {
+        let plan = memory::plan(graph, &program.symbols, works_in_place);
+        Self { graph, plan, weights, values: vec![], index: HashMap::new(), steps: vec![] }
+    }
+
+    fn run(mut self) -> Result<out::Function> {
+        let g = self.graph;
+        let port = |this: &mut Self, p: &vlmc_ir::Port| {
+            Ok::<_, Error>(out::NamedValue { name: p.name.clone(), value: this.value(p.value, None)? })
+        };
+        let inputs = g.inputs.iter().map(|p| port(&mut self, p)).collect::<Result<_>>()?;
+        for (_, node) in g.nodes() {
+            self.node(node)?;
+        }
+        let outputs = g.outputs.iter().map(|p| port(&mut self, p)).collect::<Result<_>>()?;
+        let states = g
+            .states
+            .iter()
+            .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis })
+            .collect();
+        let slots = self.plan.slots;
+        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, slots, values: self.values, steps: self.steps })
+    }
+
+    /// Index of a value in the function; `layout` says how an op wants a weight.
+    fn value(&mut self, v: ValueId, layout: Option<Layout>) -> Result<u32> {
+        if let Some(i) = self.index.get(&(v, layout)) {
+            return Ok(*i);
+        }
+        let place = self.place(v, layout)?;
+        let Type { dtype, shape } = self.graph.ty(v).clone();
+        self.values.push(out::Value { dtype, shape, place });
+        let i = self.values.len() as u32 - 1;
+        self.index.insert((v, layout), i);
+        Ok(i)
+    }
+
+    fn place(&mut self, v: ValueId, layout: Option<Layout>) -> Result<Place> {
+        let g = self.graph;
+        Ok(match g.def(v) {
+            Def::Input(i) => Place::Input(*i),
+            Def::Weight(name) => Place::Weight(self.weights.index(name, layout.unwrap_or(Layout::Rows))?),
+            Def::Literal(l) => Place::Literal(l.data.clone()),
+            Def::State(i) => Place::State(*i),
+            Def::Node(n, _) => {
+                let node = g.node(*n);
+                match (&node.op, self.plan.slot(v)) {
+                    (Op::Append(_), _) => self.place(node.args[0], None)?,
+                    (_, Some(slot)) => Place::Slot(slot),
+                    // A reshape of what lies elsewhere lies there too.
+                    (Op::Reshape(_), None) => self.place(node.args[0], None)?,
+                    (op, None) => return Err(Error::Backend(format!("{}: {}: a result has no place", node.scope, op.name()))),
+                }
+            }
+        })
+    }
+
+    fn node(&mut self, node: &'a Node) -> Result<()> {
+        let Some(kernel) = kernel(&node.op).map_err(|why| Error::Backend(format!("{}: {}: {why}", node.scope, node.op.name())))? else {
+            return Ok(());
+        };
+        let args = match &node.op {
+            // The state itself is the result.
+            Op::Append(_) => &node.args[1..],
+            _ => &node.args[..],
+        };
+        let args = args.iter().enumerate().map(|(i, a)| self.value(*a, self.layout(node, i))).collect::<Result<_>>()?;
+        let out = self.value(node.outs[0], None)?;
+        self.steps.push(Step { kernel, args, out, scope: node.scope.clone() });
+        Ok(())
+    }
+
+    fn layout(&self, node: &Node, operand: usize) -> Option<Layout> {
+        let Def::Weight(name) = self.graph.def(node.args[operand]) else { return None };
+        match (&node.op, operand) {
+            (Op::Linear(_), 1) => Some(Layout::Panels),
+            (Op::Embedding(_), 0) if self.weights.matrices.contains(name.as_str()) => Some(Layout::Panels),
+            _ => None,
+        }
+    }
+}
+
+/// The kernel of an op; `None` for a reshape, which moves nothing.
+fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
+    Ok(Some(match op {
+        Op::Reshape(_) => return Ok(None),
+        Op::Linear(_) => Kernel::Linear,
+        Op::Embedding(_) => Kernel::Embedding,
+        Op::LayerNorm(o) => Kernel::LayerNorm { eps: o.eps },
+        Op::RmsNorm(o) => Kernel::RmsNorm { eps: o.eps },
+        Op::Rotary(_) => Kernel::Rotary,
+        Op::Attention(o) => Kernel::Attention {
+            scale: o.scale,
+            mask: match o.mask {
+                Mask::Full => out::Mask::Full,
+                Mask::Causal => out::Mask::Causal,
+                Mask::Segments => out::Mask::Segments,
+                Mask::Given => return Err("has no kernel for a given mask"),
+            },
+        },
+        Op::Append(_) => Kernel::Append,
+        Op::Elementwise1(o) => Kernel::Unary { f: o.f },
+        Op::Elementwise2(o) => Kernel::Binary { f: o.f },
+        Op::Select(_) => Kernel::Select,
+        Op::Cast(_) => Kernel::Cast,
+        Op::Iota(_) => Kernel::Iota,
+        Op::DimValue(o) => Kernel::DimValue { dim: o.dim.clone() },
+        Op::ReduceOp(o) => Kernel::Reduce { f: o.f, axes: o.axes.clone() },
+        Op::CumSum(o) => Kernel::CumSum { axis: o.axis },
+        Op::MatMul(_) => Kernel::MatMul,
+        Op::Transpose(o) => Kernel::Transpose { perm: o.perm.clone() },
+        Op::Broadcast(_) => Kernel::Broadcast,
+        Op::Concat(o) => Kernel::Concat { axis: o.axis },
+        Op::Slice(o) => Kernel::Slice { axis: o.axis, start: o.start.clone() },
+        Op::Gather(o) => Kernel::Gather { axis: o.axis },
+        _ => return Err("has no kernel; it was not legalised"),
+    }))
+}
+
+/// Operands that a kernel may overwrite with its result, if their type is the result's.
+fn works_in_place(op: &Op) -> &'static [usize] {
+    match op {
+        Op::Elementwise1(_) | Op::LayerNorm(_) | Op::RmsNorm(_) => &[0],
+        Op::Elementwise2(_) => &[0, 1],
+        _ => &[],
+    }
+}
+
+/// Bytes of all slots of a function, as the runtime lays them out.
+pub(crate) fn arena(f: &out::Function) -> Dim {
+    f.slots.iter().fold(Dim::from(0), |sum, s| &sum + &s.ceil_div(&64.into()) * 64)
+}

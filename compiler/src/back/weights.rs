@@ -1,0 +1,142 @@
+//! Weights on their way from the checkpoint to the artifact: read, converted, laid out and written in tiles of rows, so that
+//! memory holds a few tiles and never a model. Tiles are independent: any number of threads writes the same bytes.
+
+use super::{Layout, Stored};
+use crate::{Error, Result, checkpoint::Checkpoint, weights_writer::WeightsWriter};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::ops::Range;
+use vlmc_artifact::program::PANEL;
+use vlmc_ir::{
+    DType, Program,
+    weights::{Recipe, WeightDef},
+};
+
+/// Bytes of a tile, roughly.
+const TILE: usize = 4 << 20;
+
+/// Writes all of `stored`; `progress` is called with the bytes of each tile written.
+pub(crate) fn write(
+    program: &Program,
+    checkpoint: &Checkpoint,
+    stored: &[Stored],
+    file: &WeightsWriter,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<()> {
+    let mut tiles = vec![];
+    for s in stored {
+        let def = program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not a weight of the program"))?;
+        let rows = def.shape.first().copied().unwrap_or(1);
+        let row = row_elements(def) * def.dtype.size();
+        let step = (TILE / row.max(1)).max(1).next_multiple_of(PANEL);
+        tiles.extend((0..rows).step_by(step).map(|start| (s, def, start..rows.min(start + step))));
+    }
+    tiles.into_par_iter().try_for_each(|(s, def, rows)| {
+        let bytes = Rows { checkpoint, dtype: def.dtype }.read(&def.recipe, rows.clone())?;
+        let row = row_elements(def) * def.dtype.size();
+        match s.layout {
+            Layout::Rows => file.write_at(&s.name, (rows.start * row) as u64, &bytes)?,
+            Layout::Panels => file.write_at(&s.name, (rows.start * row) as u64, &panels(&bytes, rows.len(), def.dtype.size()))?,
+        }
+        progress(bytes.len() as u64);
+        Ok(())
+    })
+}
+
+/// Elements of a row of the weight.
+fn row_elements(def: &WeightDef) -> usize {
+    def.shape.iter().skip(1).product()
+}
+
+/// Row-major `[n, k]` to panels of rows; missing rows of the last panel are zero.
+fn panels(rows: &[u8], n: usize, size: usize) -> Vec<u8> {
+    let k = rows.len() / size / n.max(1);
+    let mut out = vec![0; n.div_ceil(PANEL) * PANEL * k * size];
+    for (r, row) in rows.chunks_exact((k * size).max(1)).enumerate() {
+        let panel = &mut out[r / PANEL * PANEL * k * size..];
+        for (c, element) in row.chunks_exact(size).enumerate() {
+            let at = (c * PANEL + r % PANEL) * size;
+            panel[at..at + size].copy_from_slice(element);
+        }
+    }
+    out
+}
+
+/// Makes rows of a weight by its recipe.
+struct Rows<'a> {
+    checkpoint: &'a Checkpoint,
+    /// Element type asked for at this level of the recipe; at the top, the weight's.
+    dtype: DType,
+}
+
+impl Rows<'_> {
+    fn read(&self, recipe: &Recipe, rows: Range<usize>) -> Result<Vec<u8>> {
+        let mut out = vec![];
+        let from = self.append(recipe, rows, &mut out)?;
+        Ok(if from == self.dtype { out } else { convert(&out, from, self.dtype) })
+    }
+
+    /// Appends the rows' bytes to `out`; returns their element type.
+    fn append(&self, recipe: &Recipe, rows: Range<usize>, out: &mut Vec<u8>) -> Result<DType> {
+        match recipe {
+            Recipe::Source(name) => {
+                let (dtype, _) = self.tensor(name)?;
+                let mut tile = vec![];
+                self.checkpoint.read_rows(name, rows, &mut tile)?;
+                if out.is_empty() {
+                    *out = tile
+                } else {
+                    out.extend(tile)
+                }
+                Ok(dtype)
+            }
+            Recipe::Reshape(inner, _) => self.append(inner, rows, out),
+            Recipe::Cast(inner, dtype) => {
+                out.extend(Rows { dtype: *dtype, ..*self }.read(inner, rows)?);
+                Ok(*dtype)
+            }
+            Recipe::Concat(parts) => {
+                let mut start = 0;
+                for part in parts {
+                    let end = start + self.rows(part)?;
+                    let wanted = rows.start.max(start)..rows.end.min(end);
+                    if !wanted.is_empty() {
+                        out.extend(self.read(part, wanted.start - start..wanted.end - start)?);
+                    }
+                    start = end;
+                }
+                Ok(self.dtype)
+            }
+        }
+    }
+
+    fn rows(&self, recipe: &Recipe) -> Result<usize> {
+        match recipe {
+            Recipe::Source(name) => Ok(self.tensor(name)?.1.first().copied().unwrap_or(1)),
+            Recipe::Reshape(inner, _) | Recipe::Cast(inner, _) => self.rows(inner),
+            Recipe::Concat(parts) => parts.iter().map(|p| self.rows(p)).sum(),
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Result<(DType, &[usize])> {
+        self.checkpoint
+            .tensor(name)
+            .ok_or_else(|| Error::tensor(name, "is missing from the checkpoint, or of a type that is not supported"))
+    }
+}
+
+/// Floats of one type to another; narrowing rounds to nearest even.
+fn convert(bytes: &[u8], from: DType, to: DType) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len() / from.size() * to.size());
+    let mut put = |v: f32| match to {
+        DType::F16 => out.extend_from_slice(&f16::from_f32(v).to_le_bytes()),
+        DType::BF16 => out.extend_from_slice(&bf16::from_f32(v).to_le_bytes()),
+        _ => out.extend_from_slice(&v.to_le_bytes()),
+    };
+    match from {
+        DType::F16 => bytes.as_chunks().0.iter().for_each(|b| put(f16::from_le_bytes(*b).to_f32())),
+        DType::BF16 => bytes.as_chunks().0.iter().for_each(|b| put(bf16::from_le_bytes(*b).to_f32())),
+        _ => bytes.as_chunks().0.iter().for_each(|b| put(f32::from_le_bytes(*b))),
+    }
+    out
+}

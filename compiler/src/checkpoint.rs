@@ -1,0 +1,540 @@
+//! A Hugging Face checkpoint directory: `config.json`, safetensors weights, optional side files.
+//!
+//! Opening it reads headers only; [`Checkpoint::read_rows`] reads what is asked for, from any thread.
+
+use crate::{
+    Error, Result, digest,
+    safetensors_header::{Header, Stored},
+};
+use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::Value;
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{self, Read},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+use vlmc_artifact::{DType, Source};
+use vlmc_ir::WeightSource;
+
+/// File name of the configuration.
+pub const CONFIG: &str = "config.json";
+/// File name of unsharded weights.
+pub const WEIGHTS: &str = "model.safetensors";
+/// File name of the table that says which shard has which tensor.
+pub const INDEX: &str = "model.safetensors.index.json";
+
+/// Longest JSON file that is read: twice the index of the largest models.
+const MAX_JSON: u64 = 16 << 20;
+/// Names longer than this are not compared with a missing one (the comparison takes quadratic time).
+const MAX_COMPARED_NAME: usize = 256;
+
+/// An opened checkpoint, with or without weights.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    config_sha256: String,
+    weights: Weights,
+}
+
+#[derive(Debug)]
+enum Weights {
+    /// Only the configuration is known; the type is the one that it names.
+    Assumed(DType),
+    Files {
+        shards: Vec<Shard>,
+        tensors: BTreeMap<String, Tensor>,
+    },
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    path: PathBuf,
+    file: File,
+    header_sha256: String,
+}
+
+#[derive(Debug)]
+struct Tensor {
+    shard: usize,
+    stored: Stored,
+}
+
+impl Checkpoint {
+    /// Opens a directory with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and the shards that it
+    /// names. If both are there the unsharded file wins, as in `from_pretrained`.
+    ///
+    /// # Errors
+    /// A file is missing, malformed or truncated; shards contradict one another or the index.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self> {
+        let dir = dir.into();
+        if !dir.is_dir() {
+            return Err(Error::file(dir, "is not a directory"));
+        }
+        let (config, config_sha256) = read_config(&dir.join(CONFIG))?;
+        let index = dir.join(INDEX);
+        let weights = if dir.join(WEIGHTS).exists() {
+            Weights::open(&dir, &BTreeSet::from([WEIGHTS.to_owned()]))?
+        } else if let Some(bytes) = read_small(&index)? {
+            let shards = shards_of_index(&bytes).map_err(|message| Error::file(&index, message))?;
+            Weights::open(&dir, &shards.values().cloned().collect())?.agreeing_with(&index, &shards)?
+        } else {
+            return Err(no_weights(&dir));
+        };
+        Ok(Self { dir, config, config_sha256, weights })
+    }
+
+    /// The structure without the weights: every tensor is taken to exist, in the type that `torch_dtype` (or `dtype`) names.
+    ///
+    /// # Errors
+    /// `path` is missing or malformed, or names an unknown type.
+    pub fn from_config(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (config, config_sha256) = read_config(path)?;
+        let dtype = config_dtype(&config)?;
+        let dir = path.parent().unwrap_or(Path::new("")).to_owned();
+        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype) })
+    }
+
+    /// Renames every tensor, e.g. `model.visual.x` to `visual.x`: from here on only the new names are known.
+    ///
+    /// # Errors
+    /// Two tensors get the same name.
+    pub fn with_names(mut self, canonical: impl Fn(&str) -> Cow<'_, str>) -> Result<Self> {
+        if let Weights::Files { tensors, .. } = &mut self.weights {
+            let mut origin = BTreeMap::new();
+            let mut renamed = BTreeMap::new();
+            for (name, tensor) in std::mem::take(tensors) {
+                let new = canonical(&name).into_owned();
+                if let Some(other) = origin.insert(new.clone(), name.clone()) {
+                    return Err(Error::file(
+                        &self.dir,
+                        format!("tensors '{other}' and '{name}' are both '{new}': two layouts in one checkpoint"),
+                    ));
+                }
+                renamed.insert(new, tensor);
+            }
+            *tensors = renamed;
+        }
+        Ok(self)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `config.json`, always an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Digests of the configuration and of the shards' headers (their JSON text).
+    pub fn source(&self) -> Source {
+        let weights = match &self.weights {
+            Weights::Assumed(_) => BTreeMap::new(),
+            Weights::Files { shards, .. } => shards.iter().map(|s| (s.name.clone(), s.header_sha256.clone())).collect(),
+        };
+        Source { config_sha256: self.config_sha256.clone(), weights }
+    }
+
+    /// Reads an optional side file such as `generation_config.json`; `None` if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be read, is not JSON, or is too long for what it should be.
+    pub fn json(&self, file: &str) -> Result<Option<Value>> {
+        let path = self.dir.join(file);
+        read_small(&path)?.map(|bytes| parse(&path, &bytes)).transpose()
+    }
+
+    /// Element type and shape of a tensor; `None` if there is no such tensor, or of a type that vlmc does not know.
+    pub fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
+        let Weights::Files { tensors, .. } = &self.weights else { return None };
+        let Tensor { stored, .. } = tensors.get(name)?;
+        Some((known_dtype(stored.dtype)?, &stored.shape))
+    }
+
+    /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
+    /// row. May be called from several threads at once.
+    ///
+    /// # Errors
+    /// The tensor or the rows do not exist, the checkpoint was opened without weights, or the file cannot be read.
+    pub fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
+        let Weights::Files { shards, tensors } = &self.weights else {
+            return Err(Error::tensor(name, "has no data: only the configuration was given"));
+        };
+        let Tensor { shard, stored } = tensors.get(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
+        let count = stored.shape.first().copied().unwrap_or(1);
+        if rows.start > rows.end || rows.end > count {
+            return Err(Error::tensor(name, format!("has {count} rows; {rows:?} were asked for")));
+        }
+        // Whole bytes for every type but the packed 4- and 6-bit ones, which `resolve` refuses.
+        let bytes_per_row = (stored.range.end - stored.range.start).checked_div(count as u64).unwrap_or(0);
+        buf.resize(rows.len() * bytes_per_row as usize, 0);
+        let Shard { path, file, .. } = &shards[*shard];
+        file.read_exact_at(buf, stored.range.start + rows.start as u64 * bytes_per_row).map_err(Error::io(path))
+    }
+
+    /// Tensors that are not in `used`, sorted.
+    pub fn unused<'a>(&self, used: impl IntoIterator<Item = &'a str>) -> Vec<String> {
+        let Weights::Files { tensors, .. } = &self.weights else { return vec![] };
+        let used: BTreeSet<_> = used.into_iter().collect();
+        tensors.keys().filter(|n| !used.contains(n.as_str())).cloned().collect()
+    }
+}
+
+impl WeightSource for Checkpoint {
+    fn contains(&self, name: &str) -> Option<bool> {
+        match &self.weights {
+            Weights::Assumed(_) => None,
+            Weights::Files { tensors, .. } => Some(tensors.contains_key(name)),
+        }
+    }
+
+    fn resolve(&self, name: &str, shape: &[usize]) -> Result<DType, String> {
+        let tensors = match &self.weights {
+            Weights::Assumed(dtype) => return Ok(*dtype),
+            Weights::Files { tensors, .. } => tensors,
+        };
+        let Some(Tensor { stored, .. }) = tensors.get(name) else {
+            let near: Vec<_> = nearest(name, tensors.keys()).iter().map(|n| format!("'{n}'")).collect();
+            return Err(match near.len() {
+                0 => format!("tensor '{name}' is missing; the checkpoint has no tensors"),
+                1 => format!("tensor '{name}' is missing; the nearest name is {}", near[0]),
+                _ => format!("tensor '{name}' is missing; the nearest names are {}", near.join(", ")),
+            });
+        };
+        if stored.shape != shape {
+            return Err(format!("tensor '{name}' has shape {:?}, expected {shape:?}", stored.shape));
+        }
+        known_dtype(stored.dtype).ok_or_else(|| format!("tensor '{name}' has type {}, which is not supported", stored.dtype))
+    }
+}
+
+impl Weights {
+    fn open(dir: &Path, names: &BTreeSet<String>) -> Result<Self> {
+        let (mut shards, mut tensors) = (Vec::<Shard>::with_capacity(names.len()), BTreeMap::<String, Tensor>::new());
+        for name in names {
+            let path = dir.join(name);
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    return Err(Error::file(path, "is missing; copy or download the checkpoint again"));
+                }
+                Err(e) => return Err(Error::io(path)(e)),
+            };
+            let header = Header::read(&path, &file)?;
+            let shard = shards.len();
+            for (tensor, stored) in header.tensors {
+                if let Some(other) = tensors.get(&tensor) {
+                    return Err(Error::file(path, format!("tensor '{tensor}' is also in {}", shards[other.shard].name)));
+                }
+                tensors.insert(tensor, Tensor { shard, stored });
+            }
+            shards.push(Shard { name: name.clone(), path, file, header_sha256: header.sha256 });
+        }
+        Ok(Self::Files { shards, tensors })
+    }
+
+    /// Checks that every tensor is where the index says.
+    fn agreeing_with(self, index: &Path, weight_map: &BTreeMap<String, String>) -> Result<Self> {
+        let Self::Files { shards, tensors } = &self else { return Ok(self) };
+        for (tensor, shard) in weight_map {
+            if tensors.get(tensor).is_none_or(|t| shards[t.shard].name != *shard) {
+                return Err(Error::file(index, format!("places tensor '{tensor}' in {shard}, which does not have it")));
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// The `weight_map` of an index: tensor to shard.
+///
+/// # Errors
+/// Not an index, or a shard's name is more than a file name.
+pub(crate) fn shards_of_index(json: &[u8]) -> Result<BTreeMap<String, String>, String> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let Index { weight_map } = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    if weight_map.is_empty() {
+        return Err("names no tensors".into());
+    }
+    match weight_map.values().find(|shard| !is_file_name(shard)) {
+        Some(shard) => Err(format!("shard {shard:?} is not the name of a file in this directory")),
+        None => Ok(weight_map),
+    }
+}
+
+/// True if joining it to a directory names an entry of that directory.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\\']) && !name.chars().any(char::is_control)
+}
+
+fn no_weights(dir: &Path) -> Error {
+    let mut names: Vec<_> = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok()).collect();
+    names.sort();
+    let first = |extension: &str| names.iter().find(|n| n.ends_with(extension));
+    Error::file(
+        dir,
+        if let Some(name) = first(".bin").or(first(".pt")).or(first(".pth")) {
+            format!("has PyTorch weights ({name}), which are not supported yet; convert them to safetensors")
+        } else if let Some(name) = first(".safetensors") {
+            format!("has {name} but no {INDEX}; copy or download the checkpoint again")
+        } else {
+            format!("has no weights: neither {WEIGHTS} nor {INDEX}")
+        },
+    )
+}
+
+fn read_config(path: &Path) -> Result<(Value, String)> {
+    let bytes = read_small(path)?.ok_or_else(|| Error::file(path, "is missing: not a Hugging Face checkpoint"))?;
+    let config: Value = parse(path, &bytes)?;
+    if !config.is_object() {
+        return Err(Error::file(path, "is not a JSON object"));
+    }
+    Ok((config, digest::sha256(&bytes)))
+}
+
+fn config_dtype(config: &Value) -> Result<DType> {
+    let named = |field| Some((field, config.get(field).filter(|v| !v.is_null())?));
+    let Some((field, value)) = named("torch_dtype").or_else(|| named("dtype")) else { return Ok(DType::F32) };
+    match value.as_str() {
+        Some("float32") => Ok(DType::F32),
+        Some("float16") => Ok(DType::F16),
+        Some("bfloat16") => Ok(DType::BF16),
+        _ => Err(Error::config(field, format!("is {value}; float32, float16 and bfloat16 are supported"))),
+    }
+}
+
+/// Bytes of a JSON file; `None` if there is none.
+fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
+    let stat = match fs::metadata(path) {
+        Ok(stat) => stat,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(path)(e)),
+    };
+    if !stat.is_file() {
+        return Err(Error::file(path, "is not a regular file"));
+    }
+    let mut bytes = vec![];
+    let file = File::open(path).map_err(Error::io(path))?;
+    file.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > MAX_JSON {
+        return Err(Error::file(path, format!("is {} bytes long; at most {MAX_JSON} are read", stat.len())));
+    }
+    Ok(Some(bytes))
+}
+
+fn parse(path: &Path, json: &[u8]) -> Result<Value> {
+    serde_json::from_slice(json).map_err(|e| Error::file(path, e.to_string()))
+}
+
+fn known_dtype(dtype: Dtype) -> Option<DType> {
+    dtype.to_string().parse().ok()
+}
+
+/// At most three names, the most similar first.
+fn nearest<'a>(name: &str, all: impl Iterator<Item = &'a String>) -> Vec<&'a str> {
+    let mut ranked: Vec<_> = all.filter(|n| n.len() <= MAX_COMPARED_NAME).map(|n| (strsim::levenshtein(name, n), n.as_str())).collect();
+    ranked.sort_unstable();
+    ranked.into_iter().take(3).map(|(_, n)| n).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::fs::symlink;
+    use tempfile::TempDir;
+
+    /// A safetensors file of f32 tensors counting up from 0 over the file.
+    fn write_shard(path: impl AsRef<Path>, tensors: &[(&str, &[usize])]) {
+        let (mut header, mut end) = (serde_json::Map::new(), 0);
+        for (name, shape) in tensors {
+            let bytes = 4 * shape.iter().product::<usize>();
+            header.insert((*name).into(), json!({"dtype": "F32", "shape": shape, "data_offsets": [end, end + bytes]}));
+            end += bytes;
+        }
+        let header = serde_json::to_vec(&header).unwrap();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header);
+        bytes.extend((0..end / 4).flat_map(|i| (i as f32).to_le_bytes()));
+        fs::write(path, bytes).unwrap();
+    }
+
+    fn dir(config: &str) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CONFIG), config).unwrap();
+        dir
+    }
+
+    fn sharded() -> TempDir {
+        let d = dir("{}");
+        write_shard(d.path().join("one.safetensors"), &[("a", &[4, 2]), ("b", &[])]);
+        write_shard(d.path().join("two.safetensors"), &[("c", &[3])]);
+        index(&d, json!({"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}));
+        d
+    }
+
+    fn index(d: &TempDir, weight_map: Value) {
+        fs::write(d.path().join(INDEX), json!({"metadata": {"total_size": 1}, "weight_map": weight_map}).to_string()).unwrap();
+    }
+
+    fn floats(c: &Checkpoint, name: &str, rows: Range<usize>) -> Vec<f32> {
+        let mut buf = vec![1, 2, 3];
+        c.read_rows(name, rows, &mut buf).unwrap();
+        buf.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn error(d: &TempDir) -> String {
+        Checkpoint::open(d.path()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn shards() {
+        let d = sharded();
+        let c = Checkpoint::open(d.path()).unwrap();
+        assert_eq!(floats(&c, "a", 1..3), [2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(floats(&c, "b", 0..1), [8.0]);
+        assert_eq!(floats(&c, "c", 0..3), [0.0, 1.0, 2.0]);
+        assert_eq!(floats(&c, "c", 3..3), [0.0; 0]);
+        assert_eq!((c.contains("a"), c.contains("d")), (Some(true), Some(false)));
+        assert_eq!(c.resolve("a", &[4, 2]), Ok(DType::F32));
+        assert_eq!(c.resolve("b", &[]), Ok(DType::F32));
+        assert_eq!(c.resolve("a", &[2, 4]).unwrap_err(), "tensor 'a' has shape [4, 2], expected [2, 4]");
+        assert_eq!(c.resolve("cc", &[3]).unwrap_err(), "tensor 'cc' is missing; the nearest names are 'c', 'a', 'b'");
+        assert_eq!(c.unused(["a", "c", "x"]), ["b"]);
+        assert_eq!(c.source().weights.keys().collect::<Vec<_>>(), ["one.safetensors", "two.safetensors"]);
+        assert_eq!(c.source().config_sha256, digest::sha256(b"{}"));
+        for (name, rows, message) in [("a", 2..5, "tensor 'a': has 4 rows; 2..5 were asked for"), ("x", 0..1, "tensor 'x': is missing")] {
+            assert_eq!(c.read_rows(name, rows, &mut vec![]).unwrap_err().to_string(), message);
+        }
+    }
+
+    #[test]
+    fn symlinked_like_the_hub_cache() {
+        let blobs = tempfile::tempdir().unwrap();
+        write_shard(blobs.path().join("blob"), &[("a", &[2])]);
+        let d = dir("{}");
+        symlink(blobs.path().join("blob"), d.path().join(WEIGHTS)).unwrap();
+        assert_eq!(floats(&Checkpoint::open(d.path()).unwrap(), "a", 1..2), [1.0]);
+    }
+
+    #[test]
+    fn fixture() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/qwen2-vl");
+        let c = Checkpoint::open(&dir).unwrap();
+        assert_eq!(c.config()["model_type"], "qwen2_vl");
+        let rows = c.config()["vocab_size"].as_u64().unwrap() as usize;
+        assert_eq!(c.resolve("model.embed_tokens.weight", &[rows, 64]), Ok(DType::BF16));
+        let bytes = fs::read(dir.join(WEIGHTS)).unwrap();
+        let reference = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        for (name, view) in reference.tensors() {
+            let mut buf = vec![];
+            c.read_rows(&name, 0..view.shape()[0], &mut buf).unwrap();
+            assert_eq!(buf, view.data(), "{name}");
+        }
+        assert_eq!(c.json("generation_config.json").unwrap().unwrap()["top_k"], 1);
+        assert_eq!(c.json("no_such_file.json").unwrap(), None);
+    }
+
+    #[test]
+    fn renaming() {
+        fn strip(name: &str) -> Cow<'_, str> {
+            name.strip_prefix("model.").unwrap_or(name).into()
+        }
+        let d = dir("{}");
+        write_shard(d.path().join(WEIGHTS), &[("model.a", &[1]), ("b", &[1])]);
+        let c = Checkpoint::open(d.path()).unwrap().with_names(strip).unwrap();
+        assert_eq!((c.contains("a"), c.contains("model.a")), (Some(true), Some(false)));
+        assert_eq!(floats(&c, "b", 0..1), [1.0]);
+        write_shard(d.path().join(WEIGHTS), &[("model.a", &[1]), ("a", &[1])]);
+        let message = Checkpoint::open(d.path()).unwrap().with_names(strip).unwrap_err().to_string();
+        assert!(message.ends_with("tensors 'a' and 'model.a' are both 'a': two layouts in one checkpoint"), "{message}");
+    }
+
+    #[test]
+    fn config_only() {
+        let open = |config: &str| Checkpoint::from_config(dir(config).path().join(CONFIG));
+        for (config, dtype) in [
+            (r#"{"torch_dtype": "bfloat16"}"#, DType::BF16),
+            (r#"{"dtype": "float16"}"#, DType::F16),
+            (r#"{"torch_dtype": null, "dtype": "float16"}"#, DType::F16),
+            (r#"{"torch_dtype": null}"#, DType::F32),
+            ("{}", DType::F32),
+        ] {
+            let c = open(config).unwrap();
+            assert_eq!((c.contains("a"), c.resolve("a", &[1, 2])), (None, Ok(dtype)));
+            assert_eq!(
+                c.read_rows("a", 0..1, &mut vec![]).unwrap_err().to_string(),
+                "tensor 'a': has no data: only the configuration was given"
+            );
+            assert_eq!((c.unused([]), c.source().weights.len()), (vec![], 0));
+        }
+        let message = open(r#"{"dtype": "float8"}"#).unwrap_err().to_string();
+        assert_eq!(message, r#"config.json: `dtype`: is "float8"; float32, float16 and bfloat16 are supported"#);
+    }
+
+    #[test]
+    fn integer_and_unknown_types() {
+        let d = dir("{}");
+        let header = br#"{"i":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},"f":{"dtype":"F64","shape":[1],"data_offsets":[8,16]},"e":{"dtype":"F32","shape":[0,5],"data_offsets":[16,16]}}"#;
+        fs::write(d.path().join(WEIGHTS), [&(header.len() as u64).to_le_bytes()[..], header, &[0; 16]].concat()).unwrap();
+        let c = Checkpoint::open(d.path()).unwrap();
+        assert_eq!(c.resolve("i", &[1]), Ok(DType::I64));
+        assert_eq!(c.resolve("f", &[1]).unwrap_err(), "tensor 'f' has type F64, which is not supported");
+        assert_eq!(floats(&c, "e", 0..0), [0.0; 0]);
+    }
+
+    #[test]
+    fn bad_directories() {
+        let d = tempfile::tempdir().unwrap();
+        assert!(error(&d).ends_with("config.json: is missing: not a Hugging Face checkpoint"));
+        assert!(Checkpoint::open(d.path().join("no")).unwrap_err().to_string().ends_with("no: is not a directory"));
+        let d = dir("{\n \"a\": }");
+        assert!(error(&d).ends_with("config.json: expected value at line 2 column 7"), "{}", error(&d));
+        assert!(error(&dir("[]")).ends_with("config.json: is not a JSON object"));
+        let d = dir("{}");
+        assert!(error(&d).ends_with("has no weights: neither model.safetensors nor model.safetensors.index.json"));
+        write_shard(d.path().join("model-00001-of-00002.safetensors"), &[]);
+        assert!(error(&d).contains("has model-00001-of-00002.safetensors but no model.safetensors.index.json"));
+        fs::write(d.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(error(&d).ends_with("has PyTorch weights (pytorch_model.bin), which are not supported yet; convert them to safetensors"));
+        let huge = File::create(d.path().join(CONFIG)).unwrap();
+        huge.set_len(MAX_JSON + 1).unwrap();
+        assert!(error(&d).contains("config.json: is 16777217 bytes long"), "{}", error(&d));
+    }
+
+    #[test]
+    fn bad_shards() {
+        let d = sharded();
+        let two = d.path().join("two.safetensors");
+        let len = fs::metadata(&two).unwrap().len();
+        File::options().write(true).open(&two).unwrap().set_len(len - 5).unwrap();
+        let expected =
+            format!("two.safetensors: is truncated: it is {} bytes long, its header says {len}; copy or download it again", len - 5);
+        assert!(error(&d).ends_with(&expected), "{}", error(&d));
+        fs::remove_file(&two).unwrap();
+        assert!(error(&d).contains("two.safetensors: is missing"));
+        write_shard(&two, &[("c", &[3]), ("a", &[1])]);
+        assert!(error(&d).ends_with("two.safetensors: tensor 'a' is also in one.safetensors"), "{}", error(&d));
+        write_shard(&two, &[("d", &[3])]);
+        assert!(error(&d).ends_with("places tensor 'c' in two.safetensors, which does not have it"), "{}", error(&d));
+        for name in ["../two.safetensors", "/etc/passwd", "", "..", "a\\b"] {
+            index(&d, json!({"a": name}));
+            assert!(error(&d).contains("is not the name of a file in this directory"), "{}", error(&d));
+        }
+        index(&d, json!({}));
+        assert!(error(&d).ends_with("index.json: names no tensors"));
+        index(&d, json!(3));
+        assert!(error(&d).contains("index.json: invalid type"), "{}", error(&d));
+    }
+}

@@ -1,0 +1,282 @@
+//! From a checkpoint to an artifact.
+
+use crate::{
+    Error, Result,
+    arch::{Architecture, SideFiles},
+    artifact_dir::ArtifactDir,
+    back::{self, Stored},
+    checkpoint::Checkpoint,
+    target,
+    weights_writer::{TensorSpec, WeightsWriter},
+};
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, PromptRules, State};
+use vlmc_ir::{Graph, Verified, Weights, verify};
+use vlmc_passes::{Pass, Target};
+
+/// File name of the weights in an artifact.
+pub const WEIGHTS: &str = "weights.safetensors";
+/// Files that an artifact takes from the checkpoint as they are.
+pub const COPIED: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"];
+
+/// A checkpoint with the frontend that understands it.
+pub struct Model {
+    architecture: &'static Architecture,
+    checkpoint: Checkpoint,
+}
+
+/// What the program of a model is, besides its graphs.
+pub struct Lowered {
+    /// As the frontend wrote it.
+    pub program: Verified,
+    /// Special tokens and positions.
+    pub prompt: PromptRules,
+    /// Checkpoint tensors that nothing uses, sorted.
+    pub unused: Vec<String>,
+}
+
+/// What to compile, and how to tell of it.
+pub struct Options<'a> {
+    /// Target name.
+    pub target: &'a str,
+    /// Directory of the artifact.
+    pub out: &'a Path,
+    /// Called while weights are written, with the bytes of the checkpoint's weights done and in all. From any thread.
+    pub progress: &'a (dyn Fn(u64, u64) + Sync),
+}
+
+/// What was compiled.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Report {
+    /// Directory of the artifact.
+    pub out: PathBuf,
+    /// `model_type`.
+    pub architecture: String,
+    /// Target name.
+    pub target: String,
+    /// Number of weights.
+    pub parameters: u64,
+    /// Bytes of the artifact's weight file.
+    pub weight_bytes: u64,
+    /// What the user should know: what was left out, and what is missing.
+    pub warnings: Vec<String>,
+}
+
+impl Model {
+    /// Opens a checkpoint directory.
+    ///
+    /// # Errors
+    /// It is not a checkpoint, or of an architecture that is not supported.
+    pub fn open(dir: &Path) -> Result<Self> {
+        Self::new(Checkpoint::open(dir)?)
+    }
+
+    /// The structure of a model from its `config.json` alone: good for everything but an artifact.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_config(config: &Path) -> Result<Self> {
+        Self::new(Checkpoint::from_config(config)?)
+    }
+
+    fn new(checkpoint: Checkpoint) -> Result<Self> {
+        let architecture = Architecture::of(checkpoint.config())?;
+        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)? })
+    }
+
+    /// The frontend.
+    pub fn architecture(&self) -> &'static Architecture {
+        self.architecture
+    }
+
+    /// The checkpoint, with canonical tensor names.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The program as the frontend writes it.
+    ///
+    /// # Errors
+    /// The config or a tensor does not fit.
+    pub fn lower(&self) -> Result<Lowered> {
+        let (program, prompt) = self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint))?;
+        let used = program.weights.values().flat_map(|w| w.recipe.sources());
+        let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n)).collect();
+        let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
+        Ok(Lowered { program, prompt, unused })
+    }
+
+    /// The program as `target` runs it; `after` sees it after each pass.
+    ///
+    /// # Errors
+    /// As [`Self::lower`], or the target cannot run the program.
+    pub fn lower_for(&self, target: &Target, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
+        let lowered = self.lower()?;
+        let program = vlmc_passes::run(target, lowered.program, &vlmc_passes::pipeline(target), after)?;
+        Ok(Lowered { program, ..lowered })
+    }
+
+    /// How pictures become tensors, if the checkpoint says.
+    ///
+    /// # Errors
+    /// A setting that is not supported.
+    pub fn processor(&self) -> Result<Option<Processor>> {
+        let json = |file| self.checkpoint.json(file);
+        let files =
+            SideFiles { preprocessor: json("preprocessor_config.json")?, video_preprocessor: json("video_preprocessor_config.json")? };
+        self.architecture.processor(&files)
+    }
+
+    /// Compiles the model to an artifact.
+    ///
+    /// # Errors
+    /// Anything from the config to the disk; nothing is left at `out` then.
+    pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
+        let target = target::named(options.target)?;
+        let Lowered { program, prompt, unused } = self.lower_for(target, |_, _| {})?;
+        let processor = self.processor()?;
+        let mut warnings = vec![];
+        if !unused.is_empty() {
+            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
+        }
+
+        let dir = ArtifactDir::create(options.out)?;
+        let (entries, stored) = self.write_graphs(target, &program, dir.path())?;
+        let weight_bytes = self.write_weights(&program, &stored, &dir.path().join(WEIGHTS), options.progress)?;
+        self.copy_side_files(dir.path(), processor.is_some(), &mut warnings)?;
+
+        let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
+        dir.commit(Manifest {
+            format: FORMAT,
+            compiler: concat!("vlmc ", env!("CARGO_PKG_VERSION")).into(),
+            target: target.name.into(),
+            architecture: self.architecture.model_type.into(),
+            parameters,
+            source: self.checkpoint.source(),
+            symbols: program.symbols.clone(),
+            entries,
+            prompt,
+            processor,
+            generation: self.generation()?,
+            files: Default::default(),
+        })?;
+        Ok(Report {
+            out: options.out.into(),
+            architecture: self.architecture.model_type.into(),
+            target: target.name.into(),
+            parameters,
+            weight_bytes,
+            warnings,
+        })
+    }
+
+    fn write_graphs(&self, _target: &Target, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Vec<Stored>)> {
+        let (native, stored) = back::native::lower(program)?;
+        let path = dir.join(PROGRAM);
+        let json = serde_json::to_vec(&native).map_err(|e| Error::file(&path, e.to_string()))?;
+        fs::write(&path, json).map_err(Error::io(&path))?;
+        let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
+        let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
+        Ok((entries, stored))
+    }
+
+    fn write_weights(&self, program: &Verified, stored: &[Stored], path: &Path, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<u64> {
+        let specs = stored
+            .iter()
+            .map(|s| program.weights.get(&s.weight).map(|def| s.spec(def)).ok_or_else(|| Error::tensor(&s.weight, "is not declared")))
+            .collect::<Result<Vec<TensorSpec>>>()?;
+        let total = specs.iter().filter_map(TensorSpec::bytes).sum();
+        let done = std::sync::atomic::AtomicU64::new(0);
+        let writer = WeightsWriter::create(path, &specs)?;
+        back::write(program, &self.checkpoint, stored, &writer, &|bytes| {
+            progress(done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes, total);
+        })?;
+        Ok(writer.finish()?.bytes)
+    }
+
+    fn copy_side_files(&self, dir: &Path, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
+        let mut copied = vec![];
+        for name in COPIED {
+            let from = self.checkpoint.dir().join(name);
+            if from.exists() {
+                fs::copy(&from, dir.join(name)).map_err(Error::io(&from))?;
+                copied.push(name);
+            }
+        }
+        let only_run = "only `vlmc run` needs it";
+        if !copied.contains(&"tokenizer.json") {
+            warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
+        }
+        let in_config = || Ok::<_, Error>(self.checkpoint.json("tokenizer_config.json")?.is_some_and(|c| c.get("chat_template").is_some()));
+        if !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
+            warnings.push(format!("the checkpoint has no chat template; {only_run}"));
+        }
+        if !has_processor {
+            warnings.push(format!("the checkpoint has no preprocessor_config.json; {only_run}, for pictures"));
+        }
+        Ok(())
+    }
+
+    /// Defaults of `generation_config.json`; without one, the ends of the config.
+    fn generation(&self) -> Result<Generation> {
+        const FILE: &str = "generation_config.json";
+        let file = self.checkpoint.json(FILE)?;
+        let invalid = |message: String| Error::file(self.checkpoint.dir().join(FILE), message);
+        let field = |name: &str| file.as_ref().and_then(|f| f.get(name)).filter(|v| !v.is_null());
+        let number = |name: &str, default: f32| match field(name) {
+            None => Ok(default),
+            Some(v) => {
+                v.as_f64().map(|v| v as f32).filter(|v| v.is_finite()).ok_or_else(|| invalid(format!("`{name}` must be a number, is {v}")))
+            }
+        };
+        let ids = |v: &Value| match v {
+            Value::Array(ids) => ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>(),
+            id => id.as_i64().map(|id| vec![id]),
+        };
+        let config = self.checkpoint.config();
+        let eos = field("eos_token_id").or_else(|| config.get("eos_token_id")).or_else(|| config.get("text_config")?.get("eos_token_id"));
+        let eos_token_ids = match eos.filter(|v| !v.is_null()) {
+            None => vec![],
+            Some(v) => ids(v).ok_or_else(|| invalid(format!("`eos_token_id` must be a token id or a list of them, is {v}")))?,
+        };
+        let default = Generation::default();
+        Ok(Generation {
+            eos_token_ids,
+            pad_token_id: field("pad_token_id").and_then(Value::as_i64),
+            do_sample: field("do_sample").and_then(Value::as_bool).unwrap_or(default.do_sample),
+            temperature: number("temperature", default.temperature)?,
+            top_k: number("top_k", default.top_k as f32)? as usize,
+            top_p: number("top_p", default.top_p)?,
+            repetition_penalty: number("repetition_penalty", default.repetition_penalty)?,
+        })
+    }
+}
+
+fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
+    let port = |p: &vlmc_ir::Port| {
+        let ty = g.ty(p.value);
+        Port { name: p.name.clone(), dtype: ty.dtype, shape: ty.shape.clone() }
+    };
+    let state = |s: &vlmc_ir::State| {
+        let ty = g.ty(s.past);
+        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: ty.dtype, shape: ty.shape.clone(), axis: s.axis }
+    };
+    Entry {
+        name: g.name.clone(),
+        file,
+        inputs: g.inputs.iter().map(port).collect(),
+        outputs: g.outputs.iter().map(port).collect(),
+        states: g.states.iter().map(state).collect(),
+        arena,
+    }
+}
+
+/// The first few names, and how many more.
+fn abridged(names: &[String]) -> String {
+    let shown = names.iter().take(5).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > 5 { format!("{shown}, ... ({} more)", names.len() - 5) } else { shown }
+}

@@ -1,0 +1,48 @@
+//! `cpu`: vlmc's own runtime.
+
+use vlmc_ir::{DType, Op, ops::Mask};
+use vlmc_passes::{Support, Target};
+
+pub(super) const TARGET: Target = Target {
+    name: "cpu",
+    summary: "vlmc's own CPU runtime: no other library",
+    supports: |op, args| match op {
+        Op::Attention(a) if a.mask == Mask::Given => Support::Decompose,
+        // Weights are widened by the kernels that read them, never on their own.
+        Op::Cast(c) if args.iter().any(|t| is_narrow(t.dtype)) || is_narrow(c.dtype) => {
+            Support::Reject("the runtime computes in f32 and converts no narrower floats".into())
+        }
+        Op::Elementwise1(_)
+        | Op::Elementwise2(_)
+        | Op::Select(_)
+        | Op::Cast(_)
+        | Op::Iota(_)
+        | Op::DimValue(_)
+        | Op::Reshape(_)
+        | Op::Transpose(_)
+        | Op::Broadcast(_)
+        | Op::Concat(_)
+        | Op::Slice(_)
+        | Op::Gather(_)
+        | Op::ReduceOp(_)
+        | Op::CumSum(_)
+        | Op::MatMul(_)
+        | Op::Append(_)
+        | Op::Linear(_)
+        | Op::Embedding(_)
+        | Op::LayerNorm(_)
+        | Op::RmsNorm(_)
+        | Op::Rotary(_)
+        | Op::Attention(_) => Support::Native,
+        Op::SplitHeads(_) | Op::MergeHeads(_) | Op::MergeFeatures(_) | Op::GridPositions(_) | Op::Rotary2d(_) | Op::Mrope(_) => {
+            Support::Decompose
+        }
+    },
+    // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
+    storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },
+    given_masks: false,
+};
+
+fn is_narrow(d: DType) -> bool {
+    d.is_float() && d != DType::F32
+}
