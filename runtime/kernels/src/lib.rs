@@ -1,1 +1,62 @@
-//! Being written.
+//! CPU kernels of the vlmc runtime: what the steps of a compiled program
+//! ([`vlmc_artifact::program::Kernel`]) compute.
+//!
+//! All take slices and check their lengths, so that nothing can be read or written out of bounds. Each is written once over
+//! [`lanes::Lanes`], 16 floats at a time, and compiled for AVX-512, AVX2 and no SIMD at all; the best that the CPU has is
+//! chosen once ([`Isa::detect`]). A result does not depend on the number of threads: work is split over rows and panels of
+//! the output only.
+
+// SIMD needs it. Everywhere else in the project it is denied.
+#![allow(unsafe_code)]
+
+mod attention;
+mod elementwise;
+pub mod isa;
+mod lanes;
+mod linear;
+pub mod moves;
+mod norm;
+mod pool;
+
+pub use attention::{Attention, Keys, Seen};
+pub use elementwise::Broadcast;
+pub use isa::Isa;
+pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
+pub use pool::Pool;
+
+/// The kernels of one CPU: an instruction set and a pool of threads.
+pub struct Kernels {
+    isa: Isa,
+    pool: Pool,
+}
+
+impl Kernels {
+    /// With the best instruction set that this CPU has.
+    pub fn new(threads: usize) -> Self {
+        Self { isa: Isa::detect(), pool: Pool::new(threads) }
+    }
+
+    /// With a given instruction set; `None` if this CPU lacks it.
+    pub fn with_isa(threads: usize, isa: Isa) -> Option<Self> {
+        isa.is_supported().then(|| Self { isa, pool: Pool::new(threads) })
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+/// An operand that may be what the result's buffer holds.
+#[derive(Clone, Copy)]
+pub enum Src<'a, T> {
+    /// Elsewhere.
+    Slice(&'a [T]),
+    /// In the result's buffer.
+    InPlace,
+}

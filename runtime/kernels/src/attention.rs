@@ -1,0 +1,424 @@
+//! Attention: scores, softmax and the weighted sum, per head and block of queries.
+//!
+//! Many queries: keys and values of the range that a run of queries sees are packed into panels once, and both products go
+//! through the tile kernel of [`crate::linear`]. Few queries (decoding): keys are read where they lie.
+
+use crate::{
+    Kernels,
+    isa::Task,
+    lanes::{self, Lanes, N},
+    linear::{ROWS, Tile},
+};
+use std::ops::Range;
+
+/// Queries from which packing pays.
+const PACK: usize = 4;
+/// Queries per block: bounds the buffer of scores.
+const BLOCK: usize = 4 * ROWS;
+
+/// Keys or values `[lead, kv_heads, t, d]`, whose heads may be further apart than `t * d`.
+#[derive(Clone, Copy)]
+pub struct Keys<'a> {
+    /// Elements.
+    pub data: &'a [f32],
+    /// Elements from one head to the next.
+    pub head_stride: usize,
+}
+
+/// Which keys a query sees.
+#[derive(Clone, Copy)]
+pub enum Seen<'a> {
+    /// All.
+    All,
+    /// Query `i` of `s` sees the keys `j <= t - s + i` whose `mask [lead, t]` is not 0.
+    Causal(&'a [i64]),
+    /// Query `i` sees the keys `j` with `segments[j] == segments[i]`; `s` is `t`.
+    Segments(&'a [i64]),
+}
+
+/// Operands of [`Kernels::attention`].
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// `[lead, heads, s, d]`.
+    pub q: &'a [f32],
+    /// Keys.
+    pub k: Keys<'a>,
+    /// Values.
+    pub v: Keys<'a>,
+    /// Batch, or 1.
+    pub lead: usize,
+    /// Heads of queries, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Queries per head.
+    pub s: usize,
+    /// Keys per head.
+    pub t: usize,
+    /// Width of a head.
+    pub d: usize,
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// Mask.
+    pub seen: Seen<'a>,
+}
+
+/// A run of queries and the range of keys outside of which they see nothing.
+struct Run {
+    queries: Range<usize>,
+    keys: Range<usize>,
+    /// Whether they see all keys of the range.
+    dense: bool,
+}
+
+impl Attention<'_> {
+    /// Queries that share a range of keys.
+    fn runs(&self) -> Vec<Run> {
+        let all = |dense| vec![Run { queries: 0..self.s, keys: 0..self.t, dense }];
+        match self.seen {
+            Seen::All => all(true),
+            Seen::Causal(_) => (0..self.s)
+                .step_by(BLOCK)
+                .map(|start| {
+                    let end = (start + BLOCK).min(self.s);
+                    // Saturating: with fewer keys than queries the first ones see nothing.
+                    Run { queries: start..end, keys: 0..(self.t + end).saturating_sub(self.s), dense: false }
+                })
+                .collect(),
+            // Sorted segments are contiguous, and each sees itself only.
+            Seen::Segments(ids) if ids.is_sorted() => {
+                let mut runs = vec![];
+                let mut start = 0;
+                for segment in ids.chunk_by(|a, b| a == b) {
+                    let range = start..start + segment.len();
+                    start = range.end;
+                    runs.push(Run { queries: range.clone(), keys: range, dense: true });
+                }
+                runs
+            }
+            Seen::Segments(_) => all(false),
+        }
+    }
+
+    fn sees(&self, lead: usize, query: usize, key: usize) -> bool {
+        match self.seen {
+            Seen::All => true,
+            Seen::Causal(mask) => key + self.s <= self.t + query && mask[lead * self.t + key] != 0,
+            Seen::Segments(ids) => ids[query] == ids[key],
+        }
+    }
+}
+
+/// One head's run.
+struct Head<'a, 'b> {
+    a: &'a Attention<'b>,
+    lead: usize,
+    /// `[run, d]`.
+    q: &'a [f32],
+    /// `[t, d]`.
+    k: &'a [f32],
+    v: &'a [f32],
+    run: &'a Run,
+    /// `[run, d]`.
+    out: &'a mut [f32],
+}
+
+impl Task for Head<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.run.keys.is_empty() {
+                self.out.fill(0.0);
+            } else if self.run.queries.len() < PACK {
+                self.direct::<L>();
+            } else {
+                self.packed::<L>();
+            }
+        }
+    }
+}
+
+impl Head<'_, '_> {
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn direct<L: Lanes>(mut self) {
+        let (d, keys) = (self.a.d, self.run.keys.clone());
+        let out = std::mem::take(&mut self.out);
+        let mut scores = vec![0.0; keys.len()];
+        for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                for (score, k) in scores.iter_mut().zip(self.k[keys.start * d..].chunks_exact(d)) {
+                    *score = dot::<L>(q, k) * self.a.scale;
+                }
+                self.hide(i, &mut scores);
+                softmax::<L>(&mut scores);
+                out.fill(0.0);
+                for (p, v) in scores.iter().zip(self.v[keys.start * d..].chunks_exact(d)) {
+                    if *p != 0.0 {
+                        add_scaled::<L>(out, *p, v);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Task::run`].
+    #[inline(always)]
+    unsafe fn packed<L: Lanes>(self) {
+        let (d, keys) = (self.a.d, self.run.keys.clone());
+        let t = keys.len();
+        let keys_panels = crate::pack_panels(&self.k[keys.start * d..keys.end * d], t, d);
+        // Values as the panels of their transpose: [ceil(d / 16), t, 16].
+        let mut value_panels = vec![0.0; d.div_ceil(N) * t * N];
+        for (j, v) in self.v[keys.start * d..keys.end * d].chunks_exact(d).enumerate() {
+            for (p, part) in v.chunks(N).enumerate() {
+                value_panels[(p * t + j) * N..][..part.len()].copy_from_slice(part);
+            }
+        }
+        let columns = t.next_multiple_of(N);
+        let mut scores = vec![0.0; BLOCK.min(self.run.queries.len()) * columns];
+        let mut tile = [[0.0; N]; ROWS];
+        for first in (0..self.run.queries.len()).step_by(BLOCK) {
+            let block = BLOCK.min(self.run.queries.len() - first);
+            for (p, panel) in keys_panels.chunks_exact(d * N).enumerate() {
+                for row in (0..block).step_by(ROWS) {
+                    let rows = ROWS.min(block - row);
+                    let x = &self.q[(first + row) * d..];
+                    // SAFETY: the caller's promise.
+                    unsafe { Tile { x, x_stride: d, k: d, rows, panel, out: &mut tile }.compute::<L>() };
+                    for (r, values) in tile.iter().enumerate().take(rows) {
+                        let to = &mut scores[(row + r) * columns + p * N..][..N];
+                        to.iter_mut().zip(values).for_each(|(s, v)| *s = v * self.a.scale);
+                    }
+                }
+            }
+            for (row, scores) in scores.chunks_exact_mut(columns).enumerate().take(block) {
+                let scores = &mut scores[..t];
+                self.hide(first + row, scores);
+                // SAFETY: the caller's promise.
+                unsafe { softmax::<L>(scores) };
+            }
+            for (p, panel) in value_panels.chunks_exact(t * N).enumerate() {
+                let width = N.min(d - p * N);
+                for row in (0..block).step_by(ROWS) {
+                    let rows = ROWS.min(block - row);
+                    let x = &scores[row * columns..];
+                    // SAFETY: the caller's promise.
+                    unsafe { Tile { x, x_stride: columns, k: t, rows, panel, out: &mut tile }.compute::<L>() };
+                    for (r, values) in tile.iter().enumerate().take(rows) {
+                        self.out[(first + row + r) * d + p * N..][..width].copy_from_slice(&values[..width]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Scores of keys that query `i` of the run does not see become -inf.
+    #[inline(always)]
+    fn hide(&self, i: usize, scores: &mut [f32]) {
+        if self.run.dense {
+            return;
+        }
+        let query = self.run.queries.start + i;
+        for (j, score) in scores.iter_mut().enumerate() {
+            if !self.a.sees(self.lead, query, self.run.keys.start + j) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the instruction set of `L`.
+#[inline(always)]
+unsafe fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<N>(), b.as_chunks::<N>());
+    // SAFETY: the caller's promise.
+    let sum = unsafe {
+        let mut acc = L::splat(0.0);
+        for (a, b) in a.iter().zip(b) {
+            acc = L::load(a).mul_add(L::load(b), acc);
+        }
+        acc.sum()
+    };
+    sum + a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f32>()
+}
+
+/// `out += p * v`.
+///
+/// # Safety
+/// The CPU has the instruction set of `L`.
+#[inline(always)]
+unsafe fn add_scaled<L: Lanes>(out: &mut [f32], p: f32, v: &[f32]) {
+    let ((out, out_tail), (v, v_tail)) = (out.as_chunks_mut::<N>(), v.as_chunks::<N>());
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (o, v) in out.iter_mut().zip(v) {
+            L::load(v).mul_add(L::splat(p), L::load(o)).store(o);
+        }
+    }
+    out_tail.iter_mut().zip(v_tail).for_each(|(o, v)| *o += p * v);
+}
+
+/// Softmax of scores, of which -inf stands for unseen; zeros if all are.
+///
+/// # Safety
+/// The CPU has the instruction set of `L`.
+#[inline(always)]
+unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
+    // SAFETY of all blocks: the caller's promise.
+    let largest = {
+        let (chunks, tail) = scores.as_chunks::<N>();
+        let start = tail.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        unsafe { chunks.iter().fold(L::splat(start), |m, c| m.max(L::load(c))).largest() }
+    };
+    if largest == f32::NEG_INFINITY {
+        scores.fill(0.0);
+        return;
+    }
+    let (chunks, tail) = scores.as_chunks_mut::<N>();
+    let mut sum = unsafe {
+        let mut sum = L::splat(0.0);
+        let shift = L::splat(-largest);
+        for c in chunks.iter_mut() {
+            let e = lanes::exp(L::load(c).add(shift));
+            e.store(c);
+            sum = sum.add(e);
+        }
+        sum.sum()
+    };
+    for s in tail.iter_mut() {
+        *s = (*s - largest).exp();
+        sum += *s;
+    }
+    let scale = 1.0 / sum;
+    scores.iter_mut().for_each(|s| *s *= scale);
+}
+
+impl Kernels {
+    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, d]`. A query that sees no key gives zeros.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn attention(&self, a: &Attention<'_>, out: &mut [f32]) {
+        let Attention { lead, heads, kv_heads, s, t, d, .. } = *a;
+        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads must be a multiple of kv_heads");
+        assert!(a.q.len() == lead * heads * s * d && out.len() == a.q.len(), "q and out must be [lead, heads, s, d]");
+        for keys in [&a.k, &a.v] {
+            let need = if lead == 0 || t * d == 0 { 0 } else { (lead * kv_heads - 1) * keys.head_stride + t * d };
+            assert!(keys.data.len() >= need, "k and v must be [lead, kv_heads, t, d]");
+        }
+        match a.seen {
+            Seen::All => {}
+            Seen::Causal(mask) => assert_eq!(mask.len(), lead * t, "mask must be [lead, t]"),
+            Seen::Segments(ids) => assert!(ids.len() == t && s == t, "segments must be [t], and s equal t"),
+        }
+        if out.is_empty() {
+            return;
+        }
+        let runs = a.runs();
+        let pieces: Vec<_> = split(out, lead * heads, s * d, &runs, d);
+        self.pool.run(pieces.len(), |i| {
+            // Later runs of causal attention see more keys: start with the longest.
+            let i = pieces.len() - 1 - i;
+            let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
+            let Some(out) = pieces[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() else { return };
+            let (batch, kv_head) = (head / heads, head % heads / (heads / kv_heads));
+            let of = |keys: &Keys<'_>| (batch * kv_heads + kv_head) * keys.head_stride;
+            self.isa.run(Head {
+                a,
+                lead: batch,
+                q: &a.q[head * s * d + run.queries.start * d..head * s * d + run.queries.end * d],
+                k: &a.k.data[of(&a.k)..],
+                v: &a.v.data[of(&a.v)..],
+                run,
+                out,
+            });
+        });
+    }
+}
+
+type Piece<'a> = std::sync::Mutex<Option<&'a mut [f32]>>;
+
+/// The part of `out` of each head and run.
+fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<Piece<'a>> {
+    let mut pieces = Vec::with_capacity(heads * runs.len());
+    for mut head in out.chunks_exact_mut(head_len) {
+        for run in runs {
+            let (piece, rest) = head.split_at_mut(run.queries.len() * d);
+            pieces.push(std::sync::Mutex::new(Some(piece)));
+            head = rest;
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+    use proptest::prelude::*;
+
+    fn naive(a: &Attention<'_>) -> Vec<f32> {
+        let mut out = vec![];
+        for head in 0..a.lead * a.heads {
+            let (batch, kv) = (head / a.heads, head % a.heads / (a.heads / a.kv_heads));
+            let row = |x: &Keys<'_>, j: usize| {
+                let at = (batch * a.kv_heads + kv) * x.head_stride + j * a.d;
+                x.data[at..at + a.d].iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
+            };
+            for i in 0..a.s {
+                let q = &a.q[(head * a.s + i) * a.d..][..a.d];
+                let weight = |j: usize| {
+                    let dot: f64 = q.iter().zip(row(&a.k, j)).map(|(q, k)| f64::from(*q) * k).sum();
+                    if a.sees(batch, i, j) { (dot * f64::from(a.scale)).exp() } else { 0.0 }
+                };
+                let weights: Vec<f64> = (0..a.t).map(weight).collect();
+                let sum = weights.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+                let mut o = vec![0.0; a.d];
+                for (j, w) in weights.iter().enumerate() {
+                    o.iter_mut().zip(row(&a.v, j)).for_each(|(o, v)| *o += w / sum * v);
+                }
+                out.extend(o.iter().map(|v| *v as f32));
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn attention_matches_its_formula(
+            lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..4, s in 0usize..60, past in 0usize..20,
+            d in 1usize..40, slack in 0usize..50, kind in 0usize..4, threads in 1usize..4, seed: u32,
+        ) {
+            let mut state = seed;
+            let mut next = || { state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223); state >> 8 };
+            let heads = kv_heads * groups;
+            let t = if kind >= 2 { s } else { s + past };
+            let head_stride = t * d + slack;
+            let mut floats = |n: usize| (0..n).map(|_| next() as f32 / (1 << 23) as f32 - 1.0).collect::<Vec<_>>();
+            let (q, k, v) = (floats(lead * heads * s * d), floats(lead * kv_heads * head_stride), floats(lead * kv_heads * head_stride));
+            let mask: Vec<i64> = (0..lead * t).map(|_| i64::from(next() % 4 != 0)).collect();
+            let mut ids: Vec<i64> = (0..t).map(|_| i64::from(next() % 4)).collect();
+            if kind == 2 { ids.sort_unstable(); }
+            let seen = match kind { 0 => Seen::All, 1 => Seen::Causal(&mask), _ => Seen::Segments(&ids) };
+            let keys = |data| Keys { data, head_stride };
+            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, scale: 0.3, seen };
+            let expected = naive(&a);
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let mut out = vec![f32::NAN; q.len()];
+                Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut out);
+                for (o, e) in out.iter().zip(&expected) {
+                    prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
+                }
+            }
+        }
+    }
+}

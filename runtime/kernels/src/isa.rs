@@ -1,0 +1,85 @@
+//! Choice of the instruction set.
+
+use crate::lanes::{Lanes, Scalar};
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Plain Rust: the reference for the others.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+/// A computation over lanes.
+pub(crate) trait Task {
+    type Out;
+
+    /// # Safety
+    /// The CPU has the instruction set of `L`.
+    unsafe fn run<L: Lanes>(self) -> Self::Out;
+}
+
+impl Isa {
+    /// All, the plainest first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// The best that this CPU has.
+    pub fn detect() -> Self {
+        Self::ALL.into_iter().rev().find(|isa| isa.is_supported()).unwrap_or(Self::Scalar)
+    }
+
+    /// Whether this CPU has it.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && Self::Avx2.is_supported()
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Runs `task` compiled for this instruction set. [`crate::Kernels`] holds only supported ones.
+    #[inline]
+    pub(crate) fn run<T: Task>(self, task: T) -> T::Out {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Kernels` is made only with an instruction set that `is_supported` has found.
+            Self::Avx512 => unsafe { avx512(task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Self::Avx2 => unsafe { avx2(task) },
+            // SAFETY: needs nothing.
+            _ => unsafe { task.run::<Scalar>() },
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has AVX-512 F, BW, DQ, VL, AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn avx512<T: Task>(task: T) -> T::Out {
+    // SAFETY: the caller's promise.
+    unsafe { task.run::<crate::lanes::Avx512>() }
+}
+
+/// # Safety
+/// The CPU has AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2<T: Task>(task: T) -> T::Out {
+    // SAFETY: the caller's promise.
+    unsafe { task.run::<crate::lanes::Avx2>() }
+}

@@ -1,0 +1,306 @@
+//! Sixteen `f32` at a time: one AVX-512 register, two AVX2 registers, or an array.
+
+use half::{bf16, f16};
+
+/// Number of lanes.
+pub(crate) const N: usize = 16;
+
+/// Operations on 16 lanes.
+///
+/// # Safety
+/// All methods need the CPU to have the implementor's instruction set.
+#[allow(clippy::missing_safety_doc)]
+pub(crate) trait Lanes: Copy {
+    unsafe fn load(a: &[f32; N]) -> Self;
+    unsafe fn load_bf16(a: &[bf16; N]) -> Self;
+    unsafe fn load_f16(a: &[f16; N]) -> Self;
+    unsafe fn store(self, a: &mut [f32; N]);
+    unsafe fn splat(v: f32) -> Self;
+    unsafe fn add(self, o: Self) -> Self;
+    unsafe fn sub(self, o: Self) -> Self;
+    unsafe fn mul(self, o: Self) -> Self;
+    unsafe fn div(self, o: Self) -> Self;
+    unsafe fn max(self, o: Self) -> Self;
+    unsafe fn min(self, o: Self) -> Self;
+    /// `self * a + b`, rounded once (or twice without SIMD).
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self;
+    /// To the nearest integer.
+    unsafe fn round(self) -> Self;
+    /// `2^self` for integers from -126 to 127.
+    unsafe fn exp2i(self) -> Self;
+    unsafe fn sum(self) -> f32;
+    unsafe fn largest(self) -> f32;
+}
+
+/// `e^x` to about 1 ulp: `2^n e^r` with `x = n ln 2 + r` and a polynomial in `r` (Cephes `expf.c`). Below -87.3 it gives the
+/// smallest normal number instead of a subnormal, which no caller can tell from 0; above 88 it saturates at `e^88`.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let s = |v: f32| L::splat(v);
+        let x = x.min(s(88.0)).max(s(-87.3));
+        let n = x.mul(s(std::f32::consts::LOG2_E)).round();
+        let r = n.mul_add(s(-0.693_359_4), x);
+        let r = n.mul_add(s(2.121_944_4e-4), r);
+        let mut p = s(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = p.mul_add(r, s(c));
+        }
+        let y = p.mul_add(r.mul(r), r).add(s(1.0));
+        y.mul(n.exp2i())
+    }
+}
+
+/// Without SIMD.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar([f32; N]);
+
+impl Lanes for Scalar {
+    #[inline(always)]
+    unsafe fn load(a: &[f32; N]) -> Self {
+        Self(*a)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(a: &[bf16; N]) -> Self {
+        Self(a.map(bf16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(a: &[f16; N]) -> Self {
+        Self(a.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn store(self, a: &mut [f32; N]) {
+        *a = self.0;
+    }
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        Self([v; N])
+    }
+    #[inline(always)]
+    unsafe fn add(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + o.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] - o.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * o.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn div(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] / o.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn max(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] > o.0[i] { self.0[i] } else { o.0[i] }))
+    }
+    #[inline(always)]
+    unsafe fn min(self, o: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] < o.0[i] { self.0[i] } else { o.0[i] }))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * a.0[i] + b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Self(self.0.map(f32::round_ties_even))
+    }
+    #[inline(always)]
+    unsafe fn exp2i(self) -> Self {
+        Self(self.0.map(|v| f32::from_bits(((v as i32 + 127) as u32) << 23)))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        self.0.iter().sum()
+    }
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Lanes, N, bf16, f16};
+    use std::arch::x86_64::*;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(__m512);
+
+    // SAFETY of all methods: the trait asks for the instruction set; loads and stores are of arrays of 16 elements.
+    impl Lanes for Avx512 {
+        #[inline(always)]
+        unsafe fn load(a: &[f32; N]) -> Self {
+            unsafe { Self(_mm512_loadu_ps(a.as_ptr())) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(a: &[bf16; N]) -> Self {
+            unsafe { Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(a.as_ptr().cast()))))) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(a: &[f16; N]) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(a.as_ptr().cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, a: &mut [f32; N]) {
+            unsafe { _mm512_storeu_ps(a.as_mut_ptr(), self.0) }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(v)) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, o: Self) -> Self {
+            unsafe { Self(_mm512_add_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, o: Self) -> Self {
+            unsafe { Self(_mm512_sub_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, o: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn div(self, o: Self) -> Self {
+            unsafe { Self(_mm512_div_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, o: Self) -> Self {
+            unsafe { Self(_mm512_max_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn min(self, o: Self) -> Self {
+            unsafe { Self(_mm512_min_ps(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, a.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            unsafe { Self(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT }>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn exp2i(self) -> Self {
+            unsafe {
+                let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { _mm512_reduce_max_ps(self.0) }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(__m256, __m256);
+
+    impl Avx2 {
+        #[inline(always)]
+        unsafe fn array(self) -> [f32; N] {
+            let mut a = [0.0; N];
+            unsafe { self.store(&mut a) };
+            a
+        }
+    }
+
+    // SAFETY of all methods: as above.
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        unsafe fn load(a: &[f32; N]) -> Self {
+            unsafe { Self(_mm256_loadu_ps(a.as_ptr()), _mm256_loadu_ps(a.as_ptr().add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(a: &[bf16; N]) -> Self {
+            unsafe {
+                let widen = |p: *const bf16| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))));
+                Self(widen(a.as_ptr()), widen(a.as_ptr().add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(a: &[f16; N]) -> Self {
+            unsafe {
+                let widen = |p: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+                Self(widen(a.as_ptr()), widen(a.as_ptr().add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(self, a: &mut [f32; N]) {
+            unsafe {
+                _mm256_storeu_ps(a.as_mut_ptr(), self.0);
+                _mm256_storeu_ps(a.as_mut_ptr().add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(v), _mm256_set1_ps(v)) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, o: Self) -> Self {
+            unsafe { Self(_mm256_add_ps(self.0, o.0), _mm256_add_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, o: Self) -> Self {
+            unsafe { Self(_mm256_sub_ps(self.0, o.0), _mm256_sub_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, o: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, o.0), _mm256_mul_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn div(self, o: Self) -> Self {
+            unsafe { Self(_mm256_div_ps(self.0, o.0), _mm256_div_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, o: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, o.0), _mm256_max_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn min(self, o: Self) -> Self {
+            unsafe { Self(_mm256_min_ps(self.0, o.0), _mm256_min_ps(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            unsafe { Self(_mm256_round_ps::<MODE>(self.0), _mm256_round_ps::<MODE>(self.1)) }
+        }
+        #[inline(always)]
+        unsafe fn exp2i(self) -> Self {
+            unsafe {
+                let one = |v: __m256| {
+                    let n = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
+                };
+                Self(one(self.0), one(self.1))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { self.array().iter().sum() }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { self.array().into_iter().fold(f32::NEG_INFINITY, f32::max) }
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! Products with a weight matrix in panels, and rows of a table.
+
+use crate::{
+    Kernels,
+    isa::Task,
+    lanes::{Lanes, N},
+};
+use half::{bf16, f16};
+use vlmc_artifact::program::{Layout, PANEL};
+
+const _: () = assert!(PANEL == N, "a panel's row is one vector of lanes");
+
+/// Float elements as stored; kernels widen them to `f32`, which is exact.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum Floats<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+impl Floats<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(a) => a.len(),
+            Self::F16(a) => a.len(),
+            Self::BF16(a) => a.len(),
+        }
+    }
+}
+
+/// A matrix `[n, k]` in [`Layout::Panel16`].
+#[derive(Clone, Copy, Debug)]
+pub struct Panels<'a> {
+    data: Floats<'a>,
+    n: usize,
+    k: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// `None` if `data` does not have `ceil(n / 16) * k * 16` elements.
+    pub fn new(data: Floats<'a>, n: usize, k: usize) -> Option<Self> {
+        let len = n.div_ceil(PANEL).checked_mul(k)?.checked_mul(PANEL)?;
+        (data.len() == len).then_some(Self { data, n, k })
+    }
+}
+
+/// A table `[n, width]` of rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Table<'a> {
+    data: Floats<'a>,
+    layout: Layout,
+    n: usize,
+    width: usize,
+}
+
+impl<'a> Table<'a> {
+    /// `None` if `data` does not have as many elements as the shape and layout need.
+    pub fn new(data: Floats<'a>, layout: Layout, n: usize, width: usize) -> Option<Self> {
+        let rows = if layout == Layout::Panel16 { n.div_ceil(PANEL).checked_mul(PANEL)? } else { n };
+        (data.len() == rows.checked_mul(width)?).then_some(Self { data, layout, n, width })
+    }
+}
+
+/// An index outside of an axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadIndex {
+    /// The index.
+    pub index: i64,
+    /// Length of the axis.
+    pub len: usize,
+}
+
+/// Element types of weights.
+pub(crate) trait Element: Copy + Sync {
+    fn to_f32(self) -> f32;
+    /// # Safety
+    /// The CPU has the instruction set of `L`.
+    unsafe fn lanes<L: Lanes>(a: &[Self; N]) -> L;
+}
+
+macro_rules! element {
+    ($t:ty, $load:ident, $x:ident => $widen:expr) => {
+        impl Element for $t {
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                let $x = self;
+                $widen
+            }
+            #[inline(always)]
+            unsafe fn lanes<L: Lanes>(a: &[Self; N]) -> L {
+                // SAFETY: the caller's promise.
+                unsafe { L::$load(a) }
+            }
+        }
+    };
+}
+element!(f32, load, x => x);
+element!(f16, load_f16, x => f16::to_f32(x));
+element!(bf16, load_bf16, x => bf16::to_f32(x));
+
+/// Runs `$body` with `$w` bound to the slice inside.
+macro_rules! with_elements {
+    ($floats:expr, $w:ident => $body:expr) => {
+        match $floats {
+            Floats::F32($w) => $body,
+            Floats::F16($w) => $body,
+            Floats::BF16($w) => $body,
+        }
+    };
+}
+
+/// Rows `[n, k]` to panels; missing rows of the last panel are zero.
+pub fn pack_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {
+    assert_eq!(rows.len(), n * k, "rows must be [n, k]");
+    let mut out = vec![T::default(); n.div_ceil(PANEL) * PANEL * k];
+    if k > 0 {
+        for (r, row) in rows.chunks_exact(k).enumerate() {
+            let panel = &mut out[r / PANEL * PANEL * k..];
+            for (c, v) in row.iter().enumerate() {
+                panel[c * PANEL + r % PANEL] = *v;
+            }
+        }
+    }
+    out
+}
+
+/// Rows of `x` that one pass over a panel serves: as many accumulators as there are registers for.
+pub(crate) const ROWS: usize = 12;
+
+/// `x [rows, k]` times one panel `[k, 16]` to `rows` vectors of 16. Rows of `x` are `x_stride` apart.
+pub(crate) struct Tile<'a, W> {
+    pub(crate) x: &'a [f32],
+    pub(crate) x_stride: usize,
+    pub(crate) k: usize,
+    pub(crate) rows: usize,
+    pub(crate) panel: &'a [W],
+    pub(crate) out: &'a mut [[f32; N]; ROWS],
+}
+
+impl<W: Element> Tile<'_, W> {
+    /// # Safety
+    /// The CPU has the instruction set of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn compute<L: Lanes>(self) {
+        assert!(self.rows <= ROWS && self.panel.len() == self.k * N);
+        let need = if self.rows == 0 { 0 } else { (self.rows - 1) * self.x_stride + self.k };
+        assert!(self.x.len() >= need);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.rows {
+                0 => {}
+                1 => self.single::<L>(),
+                2..=4 => self.block::<L, 4>(),
+                5..=8 => self.block::<L, 8>(),
+                _ => self.block::<L, ROWS>(),
+            }
+        }
+    }
+
+    /// One row: several sums in flight hide the latency of the additions.
+    #[inline(always)]
+    unsafe fn single<L: Lanes>(self) {
+        const SUMS: usize = 8;
+        let (panel, _) = self.panel.as_chunks::<N>();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [L::splat(0.0); SUMS];
+            let x = &self.x[..self.k];
+            let (xs, x_tail) = x.as_chunks::<SUMS>();
+            let (ws, w_tail) = panel.as_chunks::<SUMS>();
+            for (x, w) in xs.iter().zip(ws) {
+                for i in 0..SUMS {
+                    acc[i] = W::lanes::<L>(&w[i]).mul_add(L::splat(x[i]), acc[i]);
+                }
+            }
+            for (x, w) in x_tail.iter().zip(w_tail) {
+                acc[0] = W::lanes::<L>(w).mul_add(L::splat(*x), acc[0]);
+            }
+            let mut width = SUMS / 2;
+            while width > 0 {
+                for i in 0..width {
+                    acc[i] = acc[i].add(acc[i + width]);
+                }
+                width /= 2;
+            }
+            acc[0].store(&mut self.out[0]);
+        }
+    }
+
+    /// Up to `M` rows; rows beyond the last one repeat it.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const M: usize>(self) {
+        let rows: [&[f32]; M] = std::array::from_fn(|r| &self.x[r.min(self.rows - 1) * self.x_stride..][..self.k]);
+        let (panel, _) = self.panel.as_chunks::<N>();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [L::splat(0.0); M];
+            for (c, w) in panel.iter().enumerate().take(self.k) {
+                let w = W::lanes::<L>(w);
+                for r in 0..M {
+                    // SAFETY: `c < k`, the length of each row.
+                    acc[r] = w.mul_add(L::splat(*rows[r].get_unchecked(c)), acc[r]);
+                }
+            }
+            for r in 0..M.min(self.rows) {
+                acc[r].store(&mut self.out[r]);
+            }
+        }
+    }
+}
+
+struct Product<'a, W> {
+    x: &'a [f32],
+    k: usize,
+    panels: &'a [W],
+    bias: &'a [f32],
+    /// Rows of the output for these panels, `[m, n]` with a stride.
+    out: OutColumns,
+    m: usize,
+    n: usize,
+    first_panel: usize,
+}
+
+/// Columns of the output that belong to one thread.
+#[derive(Clone, Copy)]
+struct OutColumns {
+    data: *mut f32,
+    len: usize,
+    stride: usize,
+}
+
+// SAFETY: threads write disjoint columns (see `Kernels::linear`).
+unsafe impl Send for OutColumns {}
+// SAFETY: as above.
+unsafe impl Sync for OutColumns {}
+
+impl<W: Element> Task for Product<'_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let mut tile = [[0.0; N]; ROWS];
+        for (p, panel) in self.panels.chunks_exact((self.k * N).max(1)).enumerate() {
+            let column = (self.first_panel + p) * N;
+            let width = N.min(self.n - column);
+            let mut bias = [0.0; N];
+            if !self.bias.is_empty() {
+                bias[..width].copy_from_slice(&self.bias[column..column + width]);
+            }
+            for row in (0..self.m).step_by(ROWS) {
+                let rows = ROWS.min(self.m - row);
+                // SAFETY: the caller's promise.
+                unsafe { Tile { x: &self.x[row * self.k..], x_stride: self.k, k: self.k, rows, panel, out: &mut tile }.compute::<L>() };
+                for (r, values) in tile.iter().enumerate().take(rows) {
+                    let at = (row + r) * self.out.stride + column;
+                    assert!(at + width <= self.out.len);
+                    for c in 0..width {
+                        // SAFETY: in bounds by the assertion; no other thread has this column.
+                        unsafe { self.out.data.add(at + c).write(values[c] + bias[c]) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Kernels {
+    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` if there is one, to `out [m, n]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, out: &mut [f32]) {
+        let (n, k) = (w.n, w.k);
+        if n == 0 || out.is_empty() {
+            assert!(out.is_empty(), "out must be [m, n]");
+            return;
+        }
+        let m = out.len() / n;
+        assert!(out.len() == m * n && x.len() == m * k, "x must be [m, k] and out [m, n]");
+        let bias = bias.unwrap_or(&[]);
+        assert!(bias.is_empty() || bias.len() == n, "bias must be [n]");
+        if k == 0 {
+            out.chunks_exact_mut(n).for_each(|row| if bias.is_empty() { row.fill(0.0) } else { row.copy_from_slice(bias) });
+            return;
+        }
+        let panels = n.div_ceil(N);
+        // Large contiguous pieces read memory best; with many rows, more pieces balance the load.
+        let work = m * n * k;
+        let pieces = if work < 1 << 16 { 1 } else { self.pool.threads() * if m > ROWS { 4 } else { 1 } };
+        let step = panels.div_ceil(pieces.clamp(1, panels));
+        let columns = OutColumns { data: out.as_mut_ptr(), len: out.len(), stride: n };
+        with_elements!(w.data, data => {
+            self.pool.run(panels.div_ceil(step), |piece| {
+                let first_panel = piece * step;
+                let end = (first_panel + step).min(panels);
+                let panels = &data[first_panel * k * N..end * k * N];
+                self.isa.run(Product { x, k, panels, bias, out: columns, m, n, first_panel });
+            });
+        });
+    }
+
+    /// Rows `ids` of a table to `out [ids, width]`.
+    ///
+    /// # Errors
+    /// An id outside of the table; `out` is incomplete then.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn embedding(&self, table: &Table<'_>, ids: &[i64], out: &mut [f32]) -> Result<(), BadIndex> {
+        assert_eq!(out.len(), ids.len() * table.width, "out must be [ids, width]");
+        let width = table.width;
+        for (i, id) in ids.iter().enumerate() {
+            let row = usize::try_from(*id).ok().filter(|r| *r < table.n).ok_or(BadIndex { index: *id, len: table.n })?;
+            let out = &mut out[i * width..(i + 1) * width];
+            with_elements!(table.data, data => match table.layout {
+                Layout::Rows => out.iter_mut().zip(&data[row * width..]).for_each(|(o, v)| *o = v.to_f32()),
+                Layout::Panel16 => {
+                    let panel = &data[row / PANEL * PANEL * width..];
+                    out.iter_mut().enumerate().for_each(|(c, o)| *o = panel[c * PANEL + row % PANEL].to_f32());
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+    use proptest::prelude::*;
+
+    fn naive(x: &[f32], w: &[f32], bias: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
+        let dot = |r: usize, c: usize| (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(w[c * k + i])).sum::<f64>() as f32;
+        (0..m * n).map(|i| dot(i / n, i % n) + bias.get(i % n).unwrap_or(&0.0)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn linear_is_a_matrix_product(m in 0usize..30, n in 0usize..70, k in 0usize..40, threads in 1usize..4, with_bias: bool, seed: u32) {
+            let mut state = seed;
+            let mut next = || { state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223); (state >> 8) as f32 / (1 << 24) as f32 - 0.5 };
+            let mut vector = |n: usize| (0..n).map(|_| next()).collect::<Vec<f32>>();
+            let (x, w, b) = (vector(m * k), vector(n * k), vector(if with_bias { n } else { 0 }));
+            let bias = with_bias.then_some(b.as_slice());
+            let b16: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+            let h16: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
+            let widened: [Vec<f32>; 3] = [w.clone(), h16.iter().map(|v| v.to_f32()).collect(), b16.iter().map(|v| v.to_f32()).collect()];
+            let (pw, ph, pb) = (pack_panels(&w, n, k), pack_panels(&h16, n, k), pack_panels(&b16, n, k));
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let kernels = Kernels::with_isa(threads, isa).unwrap();
+                for (data, w) in [Floats::F32(&pw), Floats::F16(&ph), Floats::BF16(&pb)].into_iter().zip(&widened) {
+                    let mut out = vec![f32::NAN; m * n];
+                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut out);
+                    for (a, e) in out.iter().zip(naive(&x, w, &b, m, n, k)) {
+                        prop_assert!((a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{isa:?} {a} {e}");
+                    }
+                    let mut alone = vec![f32::NAN; m * n];
+                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut alone);
+                    prop_assert_eq!(&out, &alone);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn embedding_reads_rows_of_both_layouts_and_refuses_bad_ids() {
+        let (n, width) = (19, 5);
+        let table: Vec<f32> = (0..n * width).map(|v| v as f32).collect();
+        let packed = pack_panels(&table, n, width);
+        let k = Kernels::new(1);
+        for (data, layout) in [(&table, Layout::Rows), (&packed, Layout::Panel16)] {
+            let t = Table::new(Floats::F32(data), layout, n, width).unwrap();
+            let mut out = vec![0.0; 2 * width];
+            k.embedding(&t, &[18, 3], &mut out).unwrap();
+            assert_eq!(out[..width], table[18 * width..19 * width]);
+            assert_eq!(out[width..], table[3 * width..4 * width]);
+            for bad in [-1, 19, i64::MAX] {
+                assert_eq!(k.embedding(&t, &[0, bad], &mut out), Err(BadIndex { index: bad, len: n }));
+            }
+        }
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        assert!(Panels::new(Floats::F32(&[0.0; 31]), 2, 2).is_none());
+        assert!(Panels::new(Floats::F32(&[0.0; 32]), 2, 2).is_some());
+        assert!(Panels::new(Floats::F32(&[]), usize::MAX, usize::MAX).is_none());
+        assert!(Table::new(Floats::F32(&[0.0; 5]), Layout::Rows, 2, 3).is_none());
+    }
+}
