@@ -1,9 +1,14 @@
 //! Loads vlmc artifacts and runs them.
 
+mod artifact_dir;
+mod binding;
+mod cpu;
 mod engine;
 mod error;
 mod tensor;
 
+pub use artifact_dir::Artifact;
+pub use cpu::CpuEngine;
 pub use engine::Engine;
 pub use error::{Error, Result};
 pub use tensor::{Data, Tensor};

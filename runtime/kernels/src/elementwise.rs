@@ -54,7 +54,7 @@ impl Task for Map<'_> {
             // 1/2 (1 + tanh y) = sigmoid(2 y)
             Unary::GeluTanh => each(data, |x: L| unsafe {
                 let cube = x.mul(x).mul(x);
-                let y = cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_1));
+                let y = cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_2));
                 x.mul(sigmoid(y))
             }),
         }

@@ -203,8 +203,8 @@ impl<W: Element> Tile<'_, W> {
                     acc[r] = w.mul_add(L::splat(*rows[r].get_unchecked(c)), acc[r]);
                 }
             }
-            for r in 0..M.min(self.rows) {
-                acc[r].store(&mut self.out[r]);
+            for (acc, out) in acc.iter().zip(self.out.iter_mut()).take(self.rows) {
+                acc.store(out);
             }
         }
     }
@@ -300,6 +300,27 @@ impl Kernels {
         });
     }
 
+    /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base[i].0` and `b` at
+    /// `base[i].1`. For products of activations, which are rare and small.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn matmul(&self, a: &[f32], b: &[f32], base: &[(usize, usize)], [m, k, n]: [usize; 3], out: &mut [f32]) {
+        assert_eq!(out.len(), base.len() * m * n, "out must be [batches, m, n]");
+        if out.is_empty() {
+            return;
+        }
+        self.pool.chunks(out, n, |row, out| {
+            let (batch, row) = (row / m, row % m);
+            let a = &a[base[batch].0 + row * k..][..k];
+            out.fill(0.0);
+            for (i, a) in a.iter().enumerate() {
+                let b = &b[base[batch].1 + i * n..][..n];
+                out.iter_mut().zip(b).for_each(|(o, b)| *o += a * b);
+            }
+        });
+    }
+
     /// Rows `ids` of a table to `out [ids, width]`.
     ///
     /// # Errors
@@ -363,6 +384,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn matmul_multiplies_each_batch() {
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]);
+        let mut out = [0.0; 8];
+        Kernels::new(2).matmul(&a, &b, &[(0, 0), (0, 0)], [2, 2, 2], &mut out);
+        assert_eq!(out, [19.0, 22.0, 43.0, 50.0, 19.0, 22.0, 43.0, 50.0]);
     }
 
     #[test]

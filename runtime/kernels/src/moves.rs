@@ -47,11 +47,11 @@ impl<const N: usize> Walk<N> {
             } else {
                 walk.shape.push(*len);
             }
-            for i in 0..N {
+            for (merged, operand) in walk.strides.iter_mut().zip(strides) {
                 if merges {
-                    walk.strides[i].pop();
+                    merged.pop();
                 }
-                walk.strides[i].push(strides[i][axis]);
+                merged.push(operand[axis]);
             }
         }
         if walk.shape.is_empty() {
@@ -116,6 +116,26 @@ pub fn strided_copy<T: Copy + Send + Sync>(pool: &Pool, x: &[T], x_strides: &[us
         0 => out.fill(x[base]),
         _ => out.iter_mut().enumerate().for_each(|(i, o)| *o = x[base + i * step]),
     });
+}
+
+/// Copies the elements of `x` whose `condition` is not 0 to `out`; both are read by their strides.
+///
+/// # Panics
+/// If the strides lead out of an operand.
+pub fn overwrite_where<T: Copy>(condition: &[u8], c_strides: &[usize], x: &[T], x_strides: &[usize], shape: &[usize], out: &mut [T]) {
+    let walk = Walk::new(shape, [c_strides, x_strides]);
+    if out.is_empty() {
+        return;
+    }
+    let [sc, sx] = walk.step();
+    for (row, out) in out.chunks_exact_mut(walk.row()).enumerate() {
+        let [c, x_base] = walk.base(row);
+        for (i, o) in out.iter_mut().enumerate() {
+            if condition[c + i * sc] != 0 {
+                *o = x[x_base + i * sx];
+            }
+        }
+    }
 }
 
 /// `data [outer, axis, inner]` to the rows `index` of the axis: `[outer, index, inner]`.

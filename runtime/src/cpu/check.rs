@@ -1,0 +1,376 @@
+//! The type rules of kernels: what a program must satisfy so that running it cannot go out of bounds. Programs come from
+//! disk and may be anything.
+
+use vlmc_artifact::{
+    DType, Dim,
+    program::{Binary, Function, Kernel, Layout, Mask, Place, Program, Reduce, Step, Unary, Value},
+};
+
+/// Most axes of a value.
+const MAX_RANK: usize = 8;
+
+type Check = Result<(), String>;
+
+fn ensure(holds: bool, message: impl FnOnce() -> String) -> Check {
+    if holds { Ok(()) } else { Err(message()) }
+}
+
+/// Checks all functions.
+pub(super) fn program(p: &Program) -> Check {
+    p.functions.iter().try_for_each(|f| function(p, f).map_err(|why| format!("function '{}': {why}", f.name)))
+}
+
+fn function(p: &Program, f: &Function) -> Check {
+    for (i, v) in f.values.iter().enumerate() {
+        value(p, f, v).map_err(|why| format!("value {i}: {why}"))?;
+    }
+    for (i, port) in f.inputs.iter().enumerate() {
+        let v = get(f, port.value)?;
+        ensure(v.place == Place::Input(i as u32), || format!("input '{}' lies elsewhere", port.name))?;
+    }
+    for port in &f.outputs {
+        let v = get(f, port.value)?;
+        ensure(!matches!(v.place, Place::State(_)), || format!("output '{}' is a state", port.name))?;
+        ensure(is_plain(v.dtype), || format!("output '{}' is {}", port.name, v.dtype))?;
+    }
+    for s in &f.states {
+        ensure(s.shape.len() == 4 && s.axis == 2, || format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name))?;
+    }
+    let mut appended = vec![false; f.states.len()];
+    for (i, step) in f.steps.iter().enumerate() {
+        let scope = if step.scope.is_empty() { String::new() } else { format!(" ({})", step.scope) };
+        check_step(f, step, &mut appended).map_err(|why| format!("step {i}{scope}: {why}"))?;
+    }
+    ensure(appended.iter().all(|a| *a), || "a state is never appended to".into())
+}
+
+fn get(f: &Function, i: u32) -> Result<&Value, String> {
+    f.values.get(i as usize).ok_or_else(|| format!("there is no value {i}"))
+}
+
+fn is_plain(d: DType) -> bool {
+    matches!(d, DType::F32 | DType::I64 | DType::Bool)
+}
+
+pub(super) fn elements(shape: &[Dim]) -> Dim {
+    shape.iter().fold(Dim::from(1), |n, d| &n * d)
+}
+
+fn value(p: &Program, f: &Function, v: &Value) -> Check {
+    ensure(v.shape.len() <= MAX_RANK, || format!("has {} axes, at most {MAX_RANK} are possible", v.shape.len()))?;
+    let exists = |i: u32, n: usize, what: &str| ensure((i as usize) < n, || format!("there is no {what} {i}"));
+    match &v.place {
+        Place::Input(i) => {
+            exists(*i, f.inputs.len(), "input")?;
+            let port = get(f, f.inputs[*i as usize].value)?;
+            ensure(port.dtype == v.dtype && elements(&port.shape) == elements(&v.shape), || "is not the input it shows".into())?;
+            ensure(is_plain(v.dtype), || format!("an input cannot be {}", v.dtype))
+        }
+        Place::Slot(i) => {
+            exists(*i, f.slots.len(), "slot")?;
+            ensure(is_plain(v.dtype), || format!("a result cannot be {}", v.dtype))
+        }
+        Place::Weight(i) => {
+            exists(*i, p.weights.len(), "weight")?;
+            let w = &p.weights[*i as usize];
+            let same = w.dtype == v.dtype && w.shape.iter().map(|d| Dim::from(*d)).eq(v.shape.iter().cloned());
+            ensure(same, || format!("is not the weight '{}'", w.name))
+        }
+        Place::Literal(data) => {
+            ensure(is_plain(v.dtype), || format!("a literal cannot be {}", v.dtype))?;
+            let n = elements(&v.shape).as_const();
+            ensure(n == Some(data.len() as i64), || format!("a literal of {} elements cannot have this shape", data.len()))
+        }
+        Place::State(i) => {
+            exists(*i, f.states.len(), "state")?;
+            let s = &f.states[*i as usize];
+            let same = v.shape.len() == s.shape.len() && v.shape.iter().zip(&s.shape).enumerate().all(|(axis, (a, b))| axis == s.axis || a == b);
+            ensure(same && v.dtype == DType::F32, || format!("is not the state '{}'", s.name))
+        }
+    }
+}
+
+/// Operands that the kernel may overwrite with its result.
+pub(super) fn works_in_place(kernel: &Kernel) -> bool {
+    matches!(kernel, Kernel::Unary { .. } | Kernel::Binary { .. } | Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. })
+}
+
+fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
+    let args = step.args.iter().map(|a| get(f, *a)).collect::<Result<Vec<_>, _>>()?;
+    let out = get(f, step.out)?;
+    for (i, a) in args.iter().enumerate() {
+        if let Place::State(s) = a.place {
+            let reads = matches!(step.kernel, Kernel::Attention { .. }) && (i == 1 || i == 2) && appended[s as usize];
+            ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
+        }
+        if let (Place::Weight(_), false) = (&a.place, is_plain(a.dtype)) {
+            let widens = matches!((&step.kernel, i), (Kernel::Linear, 1) | (Kernel::Embedding, 0));
+            ensure(widens, || format!("operand {i} is {}, which this kernel does not widen", a.dtype))?;
+        }
+    }
+    if let Kernel::Append = step.kernel {
+        let [new] = args[..] else { return Err(format!("takes 1 operand, got {}", args.len())) };
+        let Place::State(s) = out.place else { return Err("the result must be a state".into()) };
+        let decl = &f.states[s as usize];
+        ensure(!std::mem::replace(&mut appended[s as usize], true), || format!("state '{}' is appended to twice", decl.name))?;
+        ensure(new.dtype == DType::F32 && new.shape.len() == 4, || "the operand must be f32[batch, heads, s, width]".into())?;
+        let mut grown = decl.shape.clone();
+        grown[2] = &grown[2] + &new.shape[2];
+        let same = [0, 1, 3].iter().all(|i| new.shape[*i] == decl.shape[*i]) && out.shape == grown;
+        return ensure(same, || format!("does not fit the state '{}'", decl.name));
+    }
+    let Place::Slot(slot) = out.place else { return Err("the result must lie in a slot".into()) };
+    let aliases = args.iter().filter(|a| a.place == Place::Slot(slot)).collect::<Vec<_>>();
+    let fits = aliases.is_empty() || (works_in_place(&step.kernel) && aliases.len() == 1 && aliases[0].shape == out.shape && aliases[0].dtype == out.dtype);
+    ensure(fits, || "the result overwrites an operand".into())?;
+    if matches!(step.kernel, Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. }) {
+        let first_only = args.iter().skip(1).all(|a| a.place != Place::Slot(slot));
+        ensure(first_only, || "the result overwrites an operand".into())?;
+    }
+    let (dtype, shape) = result(&step.kernel, &args, out)?;
+    let message = || format!("gives {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
+    ensure(out.dtype == dtype && out.shape == shape, message)
+}
+
+fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
+    let rank = a.len().max(b.len());
+    let one = Dim::from(1);
+    let at = |s: &[Dim], i: usize| (i + s.len()).checked_sub(rank).map_or(one.clone(), |i| s[i].clone());
+    (0..rank)
+        .map(|i| match (at(a, i), at(b, i)) {
+            (x, y) if x == y || y == one => Ok(x),
+            (x, y) if x == one => Ok(y),
+            (x, y) => Err(format!("dims {x} and {y} do not broadcast")),
+        })
+        .collect()
+}
+
+/// Type of the result. `out` gives what is not in the kernel: target shape of a broadcast, length of a slice.
+fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<Dim>), String> {
+    let count = |n: usize| ensure(args.len() == n, || format!("takes {n} operands, got {}", args.len()));
+    let dtype = |i: usize, d: DType| ensure(args[i].dtype == d, || format!("operand {i} must be {d}, is {}", args[i].dtype));
+    let rank = |i: usize, n: usize| ensure(args[i].shape.len() >= n, || format!("operand {i} needs at least {n} axes"));
+    let shape = |i: usize, s: &[Dim]| ensure(args[i].shape == s, || format!("operand {i} has the wrong shape"));
+    let axis = |i: usize, a: usize| ensure(a < args[i].shape.len(), || format!("operand {i} has no axis {a}"));
+    let no_panels = |i: usize| ensure(!matches!(args[i].place, Place::State(_)), || format!("operand {i} cannot be a state"));
+    let float = |i: usize| ensure(args[i].dtype.is_float(), || format!("operand {i} must be of floats, is {}", args[i].dtype));
+    let plain = |i: usize| ensure(is_plain(args[i].dtype), || format!("operand {i} cannot be {}", args[i].dtype));
+    (0..args.len()).try_for_each(|i| if matches!(kernel, Kernel::Attention { .. }) { Ok(()) } else { no_panels(i) })?;
+    let finite = |v: f64| ensure(v.is_finite(), || format!("{v} is not a finite number"));
+
+    Ok(match kernel {
+        Kernel::Linear => {
+            ensure(matches!(args.len(), 2 | 3), || format!("takes 2 or 3 operands, got {}", args.len()))?;
+            dtype(0, DType::F32)?;
+            rank(0, 1)?;
+            float(1)?;
+            ensure(args[1].shape.len() == 2 && matches!(args[1].place, Place::Weight(_)), || "operand 1 must be a weight with 2 axes".into())?;
+            ensure(args[0].shape.last() == args[1].shape.last(), || "the last dims of operands 0 and 1 differ".into())?;
+            let n = args[1].shape[0].clone();
+            if args.len() == 3 {
+                dtype(2, DType::F32)?;
+                shape(2, std::slice::from_ref(&n))?;
+            }
+            let mut s = args[0].shape.clone();
+            s.pop();
+            s.push(n);
+            (DType::F32, s)
+        }
+        Kernel::Embedding => {
+            count(2)?;
+            float(0)?;
+            ensure(args[0].shape.len() == 2 && matches!(args[0].place, Place::Weight(_)), || "operand 0 must be a weight with 2 axes".into())?;
+            dtype(1, DType::I64)?;
+            let mut s = args[1].shape.clone();
+            s.push(args[0].shape[1].clone());
+            (DType::F32, s)
+        }
+        Kernel::LayerNorm { eps } | Kernel::RmsNorm { eps } => {
+            let vectors = if matches!(kernel, Kernel::LayerNorm { .. }) { 2 } else { 1 };
+            count(1 + vectors)?;
+            finite(*eps)?;
+            dtype(0, DType::F32)?;
+            rank(0, 1)?;
+            let n = &args[0].shape[args[0].shape.len() - 1..];
+            for i in 1..=vectors {
+                dtype(i, DType::F32)?;
+                shape(i, n)?;
+            }
+            (DType::F32, args[0].shape.clone())
+        }
+        Kernel::Rotary => {
+            count(3)?;
+            (0..3).try_for_each(|i| dtype(i, DType::F32))?;
+            rank(0, 3)?;
+            let (lead, last) = args[0].shape.split_at(args[0].shape.len() - 3);
+            let half = last[2].exact_div(&2.into()).ok_or("the width of a head is odd")?;
+            let angles = [lead, &[last[1].clone(), half]].concat();
+            shape(1, &angles)?;
+            shape(2, &angles)?;
+            (DType::F32, args[0].shape.clone())
+        }
+        Kernel::Attention { scale, mask } => {
+            count(if *mask == Mask::Full { 3 } else { 4 })?;
+            finite(*scale)?;
+            (0..3).try_for_each(|i| dtype(i, DType::F32))?;
+            rank(0, 3)?;
+            rank(1, 3)?;
+            let (lead, q) = args[0].shape.split_at(args[0].shape.len() - 3);
+            let (_, k) = args[1].shape.split_at(args[1].shape.len() - 3);
+            shape(1, &[lead, &[k[0].clone(), k[1].clone(), q[2].clone()]].concat())?;
+            shape(2, &args[1].shape)?;
+            let heads = (q[0].as_const(), k[0].as_const());
+            ensure(matches!(heads, (Some(h), Some(kv)) if kv > 0 && h % kv == 0), || "heads must be a multiple of kv heads".into())?;
+            match mask {
+                Mask::Full => {}
+                Mask::Causal => {
+                    dtype(3, DType::I64)?;
+                    ensure(lead.len() == 1, || "operand 0 must have 4 axes".into())?;
+                    shape(3, &[lead[0].clone(), k[1].clone()])?;
+                }
+                Mask::Segments => {
+                    dtype(3, DType::I64)?;
+                    ensure(q[1] == k[1], || "segments need as many queries as keys".into())?;
+                    shape(3, &k[1..2])?;
+                }
+            }
+            (DType::F32, args[0].shape.clone())
+        }
+        Kernel::Append => return Err("is not checked here".into()),
+        Kernel::Unary { f } => {
+            count(1)?;
+            let d = if *f == Unary::Not { DType::Bool } else { DType::F32 };
+            dtype(0, d)?;
+            (d, args[0].shape.clone())
+        }
+        Kernel::Binary { f } => {
+            count(2)?;
+            let d = args[0].dtype;
+            dtype(1, d)?;
+            let allowed: &[DType] = match f {
+                Binary::And | Binary::Or => &[DType::Bool],
+                Binary::Mod => &[DType::I64],
+                Binary::Pow => &[DType::F32],
+                _ => &[DType::F32, DType::I64],
+            };
+            ensure(allowed.contains(&d), || format!("does not take {d}"))?;
+            let compares = matches!(f, Binary::Eq | Binary::Lt | Binary::Le);
+            (if compares { DType::Bool } else { d }, broadcast(&args[0].shape, &args[1].shape)?)
+        }
+        Kernel::Select => {
+            count(3)?;
+            dtype(0, DType::Bool)?;
+            plain(1)?;
+            dtype(2, args[1].dtype)?;
+            (args[1].dtype, broadcast(&args[0].shape, &broadcast(&args[1].shape, &args[2].shape)?)?)
+        }
+        Kernel::Cast => {
+            count(1)?;
+            plain(0)?;
+            (out.dtype, args[0].shape.clone())
+        }
+        Kernel::Iota => {
+            count(0)?;
+            ensure(out.shape.len() == 1, || "the result must have 1 axis".into())?;
+            (DType::I64, out.shape.clone())
+        }
+        Kernel::DimValue { .. } => {
+            count(0)?;
+            (DType::I64, vec![])
+        }
+        Kernel::Reduce { f, axes } => {
+            count(1)?;
+            let d = args[0].dtype;
+            ensure(d == DType::F32 || (d == DType::I64 && *f != Reduce::Mean), || format!("does not take {d}"))?;
+            axes.iter().try_for_each(|a| axis(0, *a))?;
+            (d, args[0].shape.iter().enumerate().filter(|(i, _)| !axes.contains(i)).map(|(_, s)| s.clone()).collect())
+        }
+        Kernel::CumSum { axis: a } => {
+            count(1)?;
+            axis(0, *a)?;
+            ensure(matches!(args[0].dtype, DType::F32 | DType::I64), || format!("does not take {}", args[0].dtype))?;
+            (args[0].dtype, args[0].shape.clone())
+        }
+        Kernel::MatMul => {
+            count(2)?;
+            for i in 0..2 {
+                dtype(i, DType::F32)?;
+                rank(i, 2)?;
+            }
+            let ((la, a), (lb, b)) = (args[0].shape.split_at(args[0].shape.len() - 2), args[1].shape.split_at(args[1].shape.len() - 2));
+            ensure(a[1] == b[0], || "inner dims differ".into())?;
+            let mut s = broadcast(la, lb)?;
+            s.extend([a[0].clone(), b[1].clone()]);
+            (DType::F32, s)
+        }
+        Kernel::Transpose { perm } => {
+            count(1)?;
+            plain(0)?;
+            let mut sorted = perm.clone();
+            sorted.sort_unstable();
+            ensure(sorted.into_iter().eq(0..args[0].shape.len()), || format!("{perm:?} is not a permutation of the axes"))?;
+            (args[0].dtype, perm.iter().map(|p| args[0].shape[*p].clone()).collect())
+        }
+        Kernel::Broadcast => {
+            count(1)?;
+            plain(0)?;
+            ensure(broadcast(&args[0].shape, &out.shape)? == out.shape, || "the operand has larger dims".into())?;
+            (args[0].dtype, out.shape.clone())
+        }
+        Kernel::Concat { axis: a } => {
+            ensure(!args.is_empty(), || "takes at least 1 operand".into())?;
+            let mut s = args[0].shape.clone();
+            for i in 0..args.len() {
+                plain(i)?;
+                dtype(i, args[0].dtype)?;
+                axis(i, *a)?;
+                let same = args[i].shape.len() == s.len() && args[i].shape.iter().zip(&s).enumerate().all(|(i, (x, y))| i == *a || x == y);
+                ensure(same, || format!("operand {i} has the wrong shape"))?;
+                if i > 0 {
+                    s[*a] = &s[*a] + &args[i].shape[*a];
+                }
+            }
+            (args[0].dtype, s)
+        }
+        Kernel::Slice { axis: a, .. } => {
+            count(1)?;
+            plain(0)?;
+            axis(0, *a)?;
+            let mut s = args[0].shape.clone();
+            s[*a] = out.shape.get(*a).ok_or("the result has too few axes")?.clone();
+            (args[0].dtype, s)
+        }
+        Kernel::Gather { axis: a } => {
+            count(2)?;
+            plain(0)?;
+            axis(0, *a)?;
+            dtype(1, DType::I64)?;
+            let mut s = args[0].shape.clone();
+            s.splice(*a..=*a, args[1].shape.iter().cloned());
+            (args[0].dtype, s)
+        }
+    })
+}
+
+/// Whether linear weights are in panels and all others where their kernel reads them; needs the program's weights.
+pub(super) fn layouts(p: &Program) -> Check {
+    for f in &p.functions {
+        for (i, step) in f.steps.iter().enumerate() {
+            for (operand, a) in step.args.iter().enumerate() {
+                let Place::Weight(w) = get(f, *a)?.place else { continue };
+                let panels = p.weights[w as usize].layout == Layout::Panel16;
+                let fits = match (&step.kernel, operand) {
+                    (Kernel::Linear, 1) => panels,
+                    (Kernel::Embedding, 0) => true,
+                    _ => !panels,
+                };
+                ensure(fits, || format!("function '{}': step {i}: operand {operand} has the wrong layout", f.name))?;
+            }
+        }
+        for o in &f.outputs {
+            let panels = matches!(get(f, o.value)?.place, Place::Weight(w) if p.weights[w as usize].layout == Layout::Panel16);
+            ensure(!panels, || format!("function '{}': output '{}' has the wrong layout", f.name, o.name))?;
+        }
+    }
+    Ok(())
+}
