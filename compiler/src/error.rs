@@ -54,6 +54,9 @@ pub enum Error {
     /// A pass refused the program.
     #[error(transparent)]
     Pass(#[from] vlmc_passes::PassError),
+    /// An artifact cannot be loaded or run.
+    #[error(transparent)]
+    Runtime(#[from] vlmc_runtime::Error),
     /// A frontend made a program that does not verify: a bug of vlmc.
     #[error("the frontend made an invalid program; please report this:{0}")]
     Invalid(String),

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod compile;
 mod digest;
 mod error;
+pub mod exec;
 mod safetensors_header;
 pub mod target;
 pub mod weights_writer;

@@ -82,7 +82,10 @@ impl Artifact {
             return Err(Error::file(path, "is not a file"));
         }
         if stat.len() != entry.bytes {
-            return Err(Error::file(path, format!("has {} bytes, the manifest says {}; compile the checkpoint again", stat.len(), entry.bytes)));
+            return Err(Error::file(
+                path,
+                format!("has {} bytes, the manifest says {}; compile the checkpoint again", stat.len(), entry.bytes),
+            ));
         }
         let digest = if name.ends_with(".safetensors") {
             let file = File::open(&path).map_err(Error::io(&path))?;

@@ -109,7 +109,7 @@ impl OpDef for Embedding {
 }
 
 /// `embeds f32[batch, seq, width]`, `ids i64[batch, seq]`, `features f32[n, width]`: rows of `embeds` whose id is one of
-/// `tokens` are replaced by the rows of `features`, in order. Needs at least as many features as there are such ids.
+/// `tokens` are replaced by the rows of `features`, in order, as long as there are any.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergeFeatures {
     /// Placeholder ids.
@@ -139,12 +139,14 @@ impl OpDef for MergeFeatures {
         let is = |token: &i64| g.binary(Binary::Eq, ids, g.literal(Literal::scalar(DType::I64, *token as f64)));
         let here = self.tokens.iter().map(is).reduce(|a, b| g.binary(Binary::Or, a, b))?;
         let flat = g.reshape(here, [positions.clone()]);
-        // The n-th placeholder takes row n; all others take a row of zeros at the end, which the last select drops.
+        // The n-th placeholder takes row n, if there is one; all others take a row of zeros at the end, which the last select drops.
+        let count = g.dim(features.dim(0));
         let row = g.cumsum(g.cast(flat, DType::I64), 0) - 1.0;
-        let row = g.select(flat, row, g.dim(features.dim(0)));
+        let flat = g.binary(Binary::And, flat, g.binary(Binary::Lt, row, count));
+        let row = g.select(flat, row, count);
         let nothing = g.broadcast(g.literal(Literal::scalar(DType::F32, 0.0)), vec![1.into(), width.clone()]);
         let rows = g.gather(g.concat(&[features, nothing], 0), row, 0);
-        let rows = g.reshape(rows, [batch, seq, width]);
-        Some(vec![g.select(g.unsqueeze(here, 2), rows, embeds)])
+        let rows = g.reshape(rows, [batch.clone(), seq.clone(), width]);
+        Some(vec![g.select(g.reshape(flat, [batch, seq, 1.into()]), rows, embeds)])
     }
 }

@@ -34,7 +34,9 @@ fn function(p: &Program, f: &Function) -> Check {
         ensure(is_plain(v.dtype), || format!("output '{}' is {}", port.name, v.dtype))?;
     }
     for s in &f.states {
-        ensure(s.shape.len() == 4 && s.axis == 2, || format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name))?;
+        ensure(s.shape.len() == 4 && s.axis == 2, || {
+            format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name)
+        })?;
     }
     let mut appended = vec![false; f.states.len()];
     for (i, step) in f.steps.iter().enumerate() {
@@ -84,7 +86,8 @@ fn value(p: &Program, f: &Function, v: &Value) -> Check {
         Place::State(i) => {
             exists(*i, f.states.len(), "state")?;
             let s = &f.states[*i as usize];
-            let same = v.shape.len() == s.shape.len() && v.shape.iter().zip(&s.shape).enumerate().all(|(axis, (a, b))| axis == s.axis || a == b);
+            let same =
+                v.shape.len() == s.shape.len() && v.shape.iter().zip(&s.shape).enumerate().all(|(axis, (a, b))| axis == s.axis || a == b);
             ensure(same && v.dtype == DType::F32, || format!("is not the state '{}'", s.name))
         }
     }
@@ -121,7 +124,8 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
     }
     let Place::Slot(slot) = out.place else { return Err("the result must lie in a slot".into()) };
     let aliases = args.iter().filter(|a| a.place == Place::Slot(slot)).collect::<Vec<_>>();
-    let fits = aliases.is_empty() || (works_in_place(&step.kernel) && aliases.len() == 1 && aliases[0].shape == out.shape && aliases[0].dtype == out.dtype);
+    let fits = aliases.is_empty()
+        || (works_in_place(&step.kernel) && aliases.len() == 1 && aliases[0].shape == out.shape && aliases[0].dtype == out.dtype);
     ensure(fits, || "the result overwrites an operand".into())?;
     if matches!(step.kernel, Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. }) {
         let first_only = args.iter().skip(1).all(|a| a.place != Place::Slot(slot));
@@ -164,7 +168,9 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             dtype(0, DType::F32)?;
             rank(0, 1)?;
             float(1)?;
-            ensure(args[1].shape.len() == 2 && matches!(args[1].place, Place::Weight(_)), || "operand 1 must be a weight with 2 axes".into())?;
+            ensure(args[1].shape.len() == 2 && matches!(args[1].place, Place::Weight(_)), || {
+                "operand 1 must be a weight with 2 axes".into()
+            })?;
             ensure(args[0].shape.last() == args[1].shape.last(), || "the last dims of operands 0 and 1 differ".into())?;
             let n = args[1].shape[0].clone();
             if args.len() == 3 {
@@ -179,7 +185,9 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
         Kernel::Embedding => {
             count(2)?;
             float(0)?;
-            ensure(args[0].shape.len() == 2 && matches!(args[0].place, Place::Weight(_)), || "operand 0 must be a weight with 2 axes".into())?;
+            ensure(args[0].shape.len() == 2 && matches!(args[0].place, Place::Weight(_)), || {
+                "operand 0 must be a weight with 2 axes".into()
+            })?;
             dtype(1, DType::I64)?;
             let mut s = args[1].shape.clone();
             s.push(args[0].shape[1].clone());

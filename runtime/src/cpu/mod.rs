@@ -59,7 +59,8 @@ impl CpuEngine {
         check::layouts(&program).map_err(invalid)?;
         let weights = Weights::open(&artifact.require("weights.safetensors")?, &program.weights)?;
         let manifest = artifact.manifest().clone();
-        let functions = program.functions.into_iter().map(|f| Loaded::new(f, &manifest)).collect::<Result<Vec<_>, String>>().map_err(invalid)?;
+        let functions =
+            program.functions.into_iter().map(|f| Loaded::new(f, &manifest)).collect::<Result<Vec<_>, String>>().map_err(invalid)?;
         if let Some(e) = manifest.entries.iter().enumerate().find(|(i, _)| !functions.iter().any(|f| f.entry == *i)) {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }

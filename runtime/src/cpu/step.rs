@@ -169,7 +169,8 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
             let (a, b) = (arg_shape(0), arg_shape(1));
             let lead = &shape[..shape.len() - 2];
             let [m, n, kk] = [shape[shape.len() - 2], shape[shape.len() - 1], a[a.len() - 1]];
-            let strides = |s: &[usize], size: usize| moves::broadcast_strides(&s[..s.len() - 2], lead).iter().map(|x| x * size).collect::<Vec<_>>();
+            let strides =
+                |s: &[usize], size: usize| moves::broadcast_strides(&s[..s.len() - 2], lead).iter().map(|x| x * size).collect::<Vec<_>>();
             let (sa, sb) = (strides(a, m * kk), strides(b, kk * n));
             let base = |mut i: usize| {
                 (0..lead.len()).rev().fold((0, 0), |(x, y), axis| {
@@ -259,7 +260,8 @@ fn binary(k: &Kernels, function: Binary, step: &Step, f: &Frame<'_>, buffer: &mu
     }
     let int = f.dtype(out) == DType::I64;
     if int && matches!(function, Binary::Div | Binary::Mod) {
-        let zero = if f.same_slot(r, out) { bytemuck::cast_slice::<u64, i64>(buffer)[..len].contains(&0) } else { f.view(r)?.i64()?.contains(&0) };
+        let zero =
+            if f.same_slot(r, out) { bytemuck::cast_slice::<u64, i64>(buffer)[..len].contains(&0) } else { f.view(r)?.i64()?.contains(&0) };
         if zero {
             return Err("division by zero".into());
         }

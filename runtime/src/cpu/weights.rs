@@ -34,7 +34,8 @@ impl Weights {
         // SAFETY: the bytes are read as plain numbers, of which any are valid; a change of the file by others is excluded by
         // the contract above.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
         let data = header + 8;
         let tensors = weights
             .iter()

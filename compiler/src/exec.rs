@@ -1,0 +1,94 @@
+//! `vlmc exec`: a whole model on tensors named as in the Hugging Face forward signature.
+
+use crate::{Error, Result};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use std::{collections::BTreeMap, fs, path::Path};
+use vlmc_runtime::{Data, Engine, ModelInputs, Pipeline, Scored, Tensor};
+
+/// Runs the model of `engine` on the tensors of the safetensors file `inputs` and writes to `outputs`: `logits`
+/// f32[batch, seq, vocab] of all positions, `image_features` (of the pictures; of the videos if there are only videos),
+/// `video_features`, and with `new_tokens` `generated_ids` i64[batch, new_tokens]: greedy, whatever token comes.
+///
+/// Returns warnings: tensors that were ignored.
+///
+/// # Errors
+/// A file cannot be read or written, or the tensors do not fit the model.
+pub fn exec(engine: Box<dyn Engine>, inputs: &Path, outputs: &Path, new_tokens: usize) -> Result<Vec<String>> {
+    let bytes = fs::read(inputs).map_err(Error::io(inputs))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(inputs, format!("is not a safetensors file: {e}")))?;
+    let mut warnings = vec![];
+    let mut given = ModelInputs::default();
+    for (name, view) in file.tensors() {
+        let slot = match name.as_str() {
+            "input_ids" => &mut given.input_ids,
+            "attention_mask" => &mut given.attention_mask,
+            "position_ids" => &mut given.position_ids,
+            "pixel_values" => &mut given.pixel_values,
+            "image_grid_thw" => &mut given.image_grid_thw,
+            "pixel_values_videos" => &mut given.pixel_values_videos,
+            "video_grid_thw" => &mut given.video_grid_thw,
+            _ => {
+                warnings.push(format!("tensor '{name}' is ignored: the model takes no such input"));
+                continue;
+            }
+        };
+        let floats = name.starts_with("pixel_values");
+        *slot = Some(tensor(&view, floats).map_err(|why| Error::file(inputs, format!("tensor '{name}': {why}")))?);
+    }
+
+    let mut pipeline = Pipeline::new(engine);
+    let features = pipeline.features(&given)?;
+    let logits = pipeline.prefill(&given, &features, Scored::All)?;
+    let mut out: BTreeMap<&str, Tensor> = BTreeMap::new();
+    if new_tokens > 0 {
+        out.insert("generated_ids", pipeline.continue_greedily(&logits, new_tokens)?);
+    }
+    out.insert("logits", logits);
+    if let Some(f) = features.image.as_ref().or(features.video.as_ref()) {
+        out.insert("image_features", f.clone());
+    }
+    if let Some(f) = features.video {
+        out.insert("video_features", f);
+    }
+    write(outputs, &out)?;
+    Ok(warnings)
+}
+
+fn tensor(view: &TensorView<'_>, floats: bool) -> Result<Tensor, String> {
+    fn map<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
+        bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
+    }
+    let bytes = view.data();
+    let data: Data = match (view.dtype(), floats) {
+        (Dtype::F32, true) => map(bytes, f32::from_le_bytes).into(),
+        (Dtype::F16, true) => map(bytes, |b| f16::from_le_bytes(b).to_f32()).into(),
+        (Dtype::BF16, true) => map(bytes, |b| bf16::from_le_bytes(b).to_f32()).into(),
+        (Dtype::F64, true) => map(bytes, |b| f64::from_le_bytes(b) as f32).into(),
+        (Dtype::I64, false) => map(bytes, i64::from_le_bytes).into(),
+        (Dtype::I32, false) => map(bytes, |b| i64::from(i32::from_le_bytes(b))).into(),
+        (Dtype::U8 | Dtype::BOOL, false) => map(bytes, |[b]| i64::from(b)).into(),
+        (other, true) => return Err(format!("has type {other:?}; f32, f16, bf16 or f64 is needed")),
+        (other, false) => return Err(format!("has type {other:?}; i64, i32, u8 or bool is needed")),
+    };
+    Tensor::new(view.shape(), data).map_err(|e| e.to_string())
+}
+
+fn write(path: &Path, tensors: &BTreeMap<&str, Tensor>) -> Result<()> {
+    let bytes = |t: &Tensor| match t.data() {
+        Data::F32(v) => (Dtype::F32, v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
+        Data::I64(v) => (Dtype::I64, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Data::Bool(v) => (Dtype::BOOL, v.iter().map(|x| u8::from(*x)).collect()),
+    };
+    let raw: BTreeMap<&str, (Dtype, Vec<u8>)> = tensors.iter().map(|(n, t)| (*n, bytes(t))).collect();
+    let views = tensors
+        .iter()
+        .map(|(n, t)| TensorView::new(raw[n].0, t.shape().to_vec(), &raw[n].1).map(|v| (*n, v)))
+        .collect::<Result<Vec<_>, _>>();
+    let failed = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
+    let bytes = safetensors::serialize(views.map_err(failed)?, None).map_err(failed)?;
+    // Under another name first, so that a reader never sees half a file.
+    let part = path.with_extension("part");
+    fs::write(&part, bytes).map_err(Error::io(&part))?;
+    fs::rename(&part, path).map_err(Error::io(path))
+}

@@ -1,0 +1,175 @@
+//! From pictures and token ids to positions: how many tokens a picture takes, and where each token stands.
+
+use crate::{Error, Result};
+use vlmc_artifact::{Positions, PromptRules};
+
+/// Frames, rows and columns of patches of a picture or video.
+pub type Grid = [i64; 3];
+
+/// Tokens that a picture or video takes.
+///
+/// # Errors
+/// The grid is empty or does not consist of whole blocks.
+pub fn tokens(grid: Grid, rules: &PromptRules) -> Result<usize> {
+    let Positions::Mrope { spatial_merge_size } = rules.positions;
+    let [t, h, w] = grid;
+    let merge = spatial_merge_size as i64;
+    if t < 1 || h < 1 || w < 1 || merge < 1 || h % merge != 0 || w % merge != 0 {
+        return Err(Error::Input(format!("grid_thw {grid:?} must be at least 1 frame, with rows and columns in multiples of {merge}")));
+    }
+    let tokens = t.checked_mul(h / merge).and_then(|n| n.checked_mul(w / merge)).and_then(|n| usize::try_from(n).ok());
+    tokens.ok_or_else(|| Error::Input(format!("grid_thw {grid:?} is too large")))
+}
+
+/// Positions of a batch of prompts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PositionIds {
+    /// `[3, batch, seq]`: temporal, height, width.
+    pub ids: Vec<i64>,
+    /// Position of the next token of each row, `[batch]`.
+    pub next: Vec<i64>,
+}
+
+/// Runs of placeholders in prompt order.
+struct Media<'a> {
+    token: i64,
+    grids: std::slice::Iter<'a, Grid>,
+    what: &'static str,
+}
+
+/// Multimodal positions (Qwen2-VL, section 2.1; transformers 4.45 `get_rope_index`): text counts on; a picture or video at
+/// start `s` has `s` + frame, row and column of each token; what follows starts at the largest position so far plus 1. Padded
+/// columns (mask 0) get 1 and count for nothing. Each run of placeholders takes the next grids in order, over all rows.
+///
+/// `ids` and `mask` are `[batch, seq]`.
+///
+/// # Errors
+/// The prompt has more or fewer placeholders than the grids have tokens.
+pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, images: &[Grid], videos: &[Grid]) -> Result<PositionIds> {
+    let Positions::Mrope { spatial_merge_size } = rules.positions;
+    let merge = spatial_merge_size as i64;
+    let batch = ids.len().checked_div(seq).unwrap_or(0);
+    let mut out = PositionIds { ids: vec![1; 3 * ids.len()], next: vec![0; batch] };
+    let mut media = vec![Media { token: rules.image_token_id, grids: images.iter(), what: "image" }];
+    if let Some(token) = rules.video_token_id {
+        media.push(Media { token, grids: videos.iter(), what: "video" });
+    }
+    for row in 0..batch {
+        let live: Vec<usize> = (row * seq..(row + 1) * seq).filter(|i| mask[*i] != 0).collect();
+        let mut next = 0;
+        let mut at = 0;
+        while at < live.len() {
+            let Some(m) = media.iter_mut().find(|m| m.token == ids[live[at]]) else {
+                (0..3).for_each(|k| out.ids[k * ids.len() + live[at]] = next);
+                next += 1;
+                at += 1;
+                continue;
+            };
+            let what = m.what;
+            let grid = *m.grids.next().ok_or_else(|| Error::Input(format!("the prompt has more {what}s than were given")))?;
+            let n = tokens(grid, rules)?;
+            if at + n > live.len() || live[at..at + n].iter().any(|i| ids[*i] != m.token) {
+                return Err(Error::Input(format!(
+                    "an {what} of grid_thw {grid:?} takes {n} tokens, the prompt has fewer placeholders for it"
+                )));
+            }
+            let (h, w) = (grid[1] / merge, grid[2] / merge);
+            for (i, column) in live[at..at + n].iter().enumerate() {
+                let i = i as i64;
+                for (k, offset) in [i / (h * w), i / w % h, i % w].into_iter().enumerate() {
+                    out.ids[k * ids.len() + column] = next + offset;
+                }
+            }
+            next += grid[0].max(h).max(w);
+            at += n;
+        }
+        out.next[row] = next;
+    }
+    for m in media {
+        let left = m.grids.len();
+        if left > 0 {
+            return Err(Error::Input(format!("{left} more {}s were given than the prompt has placeholders for", m.what)));
+        }
+    }
+    Ok(out)
+}
+
+/// Replaces each single placeholder by as many as its picture or video takes.
+///
+/// # Errors
+/// The prompt has more or fewer placeholders than pictures or videos were given.
+pub fn expand(ids: &[i64], rules: &PromptRules, images: &[Grid], videos: &[Grid]) -> Result<Vec<i64>> {
+    let mut out = vec![];
+    for (token, grids, what) in [(Some(rules.image_token_id), images, "image"), (rules.video_token_id, videos, "video")] {
+        let places = ids.iter().filter(|i| Some(**i) == token).count();
+        if places != grids.len() {
+            let given = grids.len();
+            return Err(Error::Input(format!("the prompt has {places} {what} placeholders, but {given} {what}s were given")));
+        }
+    }
+    let (mut images, mut videos) = (images.iter(), videos.iter());
+    for id in ids {
+        let grid = if *id == rules.image_token_id {
+            images.next()
+        } else if Some(*id) == rules.video_token_id {
+            videos.next()
+        } else {
+            None
+        };
+        out.extend(std::iter::repeat_n(*id, grid.map_or(Ok(1), |g| tokens(*g, rules))?));
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules() -> PromptRules {
+        PromptRules {
+            image_token_id: 90,
+            video_token_id: Some(91),
+            hidden_size: 1,
+            vocab_size: 100,
+            max_positions: 100,
+            positions: Positions::Mrope { spatial_merge_size: 2 },
+        }
+    }
+
+    #[test]
+    fn a_video_longer_than_wide_pushes_the_text_by_its_length() {
+        // One text token, 3 frames of 1 x 2 tokens, one text token.
+        let ids = [7, 91, 91, 91, 91, 91, 91, 8];
+        let p = positions(&ids, &[1; 8], 8, &rules(), &[], &[[3, 2, 4]]).unwrap();
+        assert_eq!(p.ids[..8], [0, 1, 1, 2, 2, 3, 3, 4]);
+        assert_eq!(p.ids[8..16], [0, 1, 1, 1, 1, 1, 1, 4]);
+        assert_eq!(p.ids[16..], [0, 1, 2, 1, 2, 1, 2, 4]);
+        assert_eq!(p.next, [5]);
+    }
+
+    #[test]
+    fn adjacent_pictures_and_padding() {
+        let ids = [0, 0, 90, 90, 90, 5, 1, 2, 3, 4, 90, 90];
+        let mask = [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1];
+        let p = positions(&ids, &mask, 6, &rules(), &[[1, 2, 2], [1, 4, 2], [1, 2, 4]], &[]).unwrap();
+        assert_eq!(p.ids[..6], [1, 1, 0, 1, 1, 3], "temporal: pictures start at 0 and 1");
+        assert_eq!(p.ids[12..18], [1, 1, 0, 1, 2, 3], "height");
+        assert_eq!(p.ids[24 + 6..], [0, 1, 2, 3, 4, 5], "width of the second row");
+        assert_eq!(p.next, [4, 6]);
+    }
+
+    #[test]
+    fn counts_must_match() {
+        let ids = [90, 1];
+        let grid = [1, 2, 2];
+        for (images, videos) in
+            [(vec![], vec![]), (vec![grid; 2], vec![]), (vec![grid], vec![grid]), (vec![[1, 4, 2]], vec![]), (vec![[1, 3, 2]], vec![])]
+        {
+            let error = positions(&ids, &[1, 1], 2, &rules(), &images, &videos).unwrap_err().to_string();
+            assert!(error.contains("image") || error.contains("video") || error.contains("grid_thw"), "{error}");
+        }
+        assert_eq!(expand(&[1, 90, 91], &rules(), &[[1, 2, 4]], &[[2, 2, 2]]).unwrap(), [1, 90, 90, 91, 91]);
+        let error = expand(&[1, 90, 90], &rules(), &[grid], &[]).unwrap_err().to_string();
+        assert_eq!(error, "the prompt has 2 image placeholders, but 1 images were given");
+    }
+}
