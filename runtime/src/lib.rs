@@ -2,17 +2,30 @@
 
 mod artifact_dir;
 mod binding;
+pub mod chat;
 mod cpu;
 mod engine;
 mod error;
+mod generate;
+pub mod image;
+mod model;
+#[cfg(feature = "ort")]
+mod ort;
 mod pipeline;
+pub mod processor;
 pub mod prompt;
+mod resize;
+pub mod sample;
 mod tensor;
+pub mod tokenizer;
 
 pub use artifact_dir::Artifact;
 pub use cpu::CpuEngine;
 pub use engine::Engine;
 pub use error::{Error, Result};
+pub use generate::{Finish, GenerateOptions, Reply};
+pub use model::{Conversation, Model, Part, open_engine};
 pub use pipeline::{Features, ModelInputs, Pipeline, Scored};
+pub use resize::resize;
 pub use tensor::{Data, Tensor};
 pub use vlmc_artifact as artifact;

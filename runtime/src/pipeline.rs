@@ -78,6 +78,16 @@ impl Pipeline {
         self.engine.truncate(0)
     }
 
+    /// Keeps the first `len` positions of all sequences. What comes next must come with its own positions.
+    ///
+    /// # Errors
+    /// There are fewer.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.engine.truncate(len)?;
+        self.mask.iter_mut().for_each(|m| m.truncate(len));
+        Ok(())
+    }
+
     /// Features of the pictures and videos of a batch.
     ///
     /// # Errors

@@ -1,0 +1,236 @@
+//! What a service links: [`Model`] loads an artifact, a [`Conversation`] asks it.
+
+use crate::{
+    Engine, Error, Result, Tensor,
+    artifact_dir::Artifact,
+    chat::{ChatTemplate, Content, Message},
+    generate::{GenerateOptions, Reply, Start, generate},
+    image::Rgb,
+    pipeline::{Features, ModelInputs, Pipeline, Scored},
+    processor::{self, Patches},
+    prompt,
+    tokenizer::Tokenizer,
+};
+use std::{num::NonZero, path::Path, time::Instant};
+use vlmc_artifact::{Manifest, Processor};
+
+/// The engine of an artifact: vlmc's own for `cpu`, ONNX Runtime for `onnx-*`.
+///
+/// # Errors
+/// The artifact is of another target, or cannot be loaded.
+pub fn open_engine(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Box<dyn Engine>> {
+    match artifact.manifest().target.as_str() {
+        "cpu" => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, threads)?)),
+        #[cfg(feature = "ort")]
+        "onnx-cpu" => Ok(Box::new(crate::ort::OrtEngine::open(artifact, threads)?)),
+        #[cfg(not(feature = "ort"))]
+        "onnx-cpu" => Err(Error::Unsupported("this build has no ONNX Runtime engine: build it with the feature `ort`".into())),
+        other => Err(Error::Unsupported(format!("no engine runs artifacts of target '{other}'"))),
+    }
+}
+
+/// A loaded artifact.
+pub struct Model {
+    pipeline: Pipeline,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+}
+
+/// A part of what a user says.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// Text.
+    Text(String),
+    /// A picture.
+    Image(Rgb),
+    /// Frames of a video.
+    Video(Vec<Rgb>),
+}
+
+impl Model {
+    /// Loads an artifact; `threads` as for the engine, by default one per core.
+    ///
+    /// # Errors
+    /// It is not an artifact, is damaged, or no engine runs it.
+    pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
+        let artifact = Artifact::open(dir)?;
+        Ok(Self {
+            tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
+            template: ChatTemplate::open(|name| artifact.path(name))?,
+            pipeline: Pipeline::new(open_engine(&artifact, threads)?),
+        })
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        self.pipeline.engine().manifest()
+    }
+
+    /// The model's defaults for answers.
+    pub fn defaults(&self) -> GenerateOptions {
+        GenerateOptions::new(&self.manifest().generation)
+    }
+
+    /// A new conversation; `system` replaces the template's own instructions.
+    ///
+    /// # Errors
+    /// The artifact has no tokenizer or no chat template.
+    pub fn conversation(&mut self, system: Option<&str>) -> Result<Conversation<'_>> {
+        let missing = |what: &str| Error::Unsupported(format!("the checkpoint had no {what}, so the artifact can run tensors (`vlmc exec`) but not text"));
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(|| missing("tokenizer.json"))?;
+        let template = self.template.as_ref().ok_or_else(|| missing("chat template"))?;
+        self.pipeline.clear()?;
+        let text = |s: &str| Message { role: "system".into(), content: vec![Content::Text { text: s.into() }] };
+        Ok(Conversation {
+            messages: system.map(text).into_iter().collect(),
+            media: vec![],
+            cached: vec![],
+            pipeline: &mut self.pipeline,
+            tokenizer,
+            template,
+        })
+    }
+}
+
+/// A picture or video of a conversation.
+struct Media {
+    patches: Patches,
+    is_video: bool,
+    /// Made when it is first needed.
+    features: Option<Tensor>,
+}
+
+/// Turns of a user and a model. What the turns have in common stays in the cache: a question costs its own tokens only.
+pub struct Conversation<'m> {
+    pipeline: &'m mut Pipeline,
+    tokenizer: &'m Tokenizer,
+    template: &'m ChatTemplate,
+    messages: Vec<Message>,
+    /// In prompt order.
+    media: Vec<Media>,
+    /// Tokens whose keys and values are in the cache.
+    cached: Vec<i64>,
+}
+
+impl Conversation<'_> {
+    /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as
+    /// before.
+    ///
+    /// # Errors
+    /// A picture cannot be processed, the context is full, or an option has no meaning.
+    pub fn send(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
+        let (messages, media) = (self.messages.len(), self.media.len());
+        let reply = self.answer(parts, options, on_text);
+        match &reply {
+            Ok(reply) => {
+                let content = vec![Content::Text { text: reply.text.clone() }];
+                self.messages.push(Message { role: "assistant".into(), content });
+            }
+            Err(_) => {
+                self.messages.truncate(messages);
+                self.media.truncate(media);
+                // What the cache holds is uncertain.
+                self.cached.clear();
+                self.pipeline.clear()?;
+            }
+        }
+        reply
+    }
+
+    fn answer(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
+        let since = Instant::now();
+        let mut content = vec![];
+        for part in parts {
+            content.push(match part {
+                Part::Text(text) => Content::Text { text: text.clone() },
+                Part::Image(picture) => {
+                    self.add(processor::image(self.processor()?, picture)?, false);
+                    Content::Image
+                }
+                Part::Video(frames) => {
+                    self.add(processor::video(self.processor()?, frames)?, true);
+                    Content::Video
+                }
+            });
+        }
+        self.messages.push(Message { role: "user".into(), content });
+        let text = self.template.render(&self.messages, true)?;
+        let rules = self.pipeline.engine().manifest().prompt.clone();
+        let grids = |video: bool| self.media.iter().filter(|m| m.is_video == video).map(|m| m.patches.grid).collect::<Vec<_>>();
+        let (images, videos) = (grids(false), grids(true));
+        let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &images, &videos)?;
+        let positions = prompt::positions(&ids, &vec![1; ids.len()], ids.len(), &rules, &images, &videos)?.ids;
+
+        let keep = self.keep(&ids, &rules);
+        self.pipeline.truncate(keep)?;
+        self.cached.truncate(keep);
+        let fresh = &ids[keep..];
+        let columns: Vec<i64> = positions.chunks_exact(ids.len()).flat_map(|row| &row[keep..]).copied().collect();
+        let features = self.features(&ids, keep, &rules)?;
+        let inputs = ModelInputs {
+            input_ids: Some(Tensor::new([1, fresh.len()], fresh.to_vec())?),
+            position_ids: Some(Tensor::new([3, 1, fresh.len()], columns)?),
+            ..ModelInputs::default()
+        };
+        let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
+        let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
+        let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
+        let reply = generate(self.pipeline, self.tokenizer, &eos, options, start, on_text)?;
+        self.cached = ids;
+        self.cached.extend(&reply.ids);
+        self.cached.truncate(self.pipeline.past());
+        Ok(reply)
+    }
+
+    fn processor(&self) -> Result<&vlmc_artifact::Qwen2VlProcessor> {
+        match &self.pipeline.engine().manifest().processor {
+            Some(Processor::Qwen2Vl(p)) => Ok(p),
+            None => Err(Error::Unsupported("the checkpoint had no preprocessor_config.json, so the artifact takes no pictures".into())),
+        }
+    }
+
+    fn add(&mut self, patches: Patches, is_video: bool) {
+        self.media.push(Media { patches, is_video, features: None });
+    }
+
+    /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
+    /// the last token must be run to get logits.
+    fn keep(&self, ids: &[i64], rules: &vlmc_artifact::PromptRules) -> usize {
+        let common = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        let placeholder = |i: usize| ids[i] == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
+        if common > 0 && placeholder(common) && placeholder(common - 1) {
+            return (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
+        }
+        common
+    }
+
+    /// Features of the pictures and videos whose placeholders are among `ids[keep..]`.
+    fn features(&mut self, ids: &[i64], keep: usize, rules: &vlmc_artifact::PromptRules) -> Result<Features> {
+        let mut out = Features::default();
+        for (video, token, slot) in [(false, Some(rules.image_token_id), &mut out.image), (true, rules.video_token_id, &mut out.video)] {
+            let mut skip = ids[..keep].iter().filter(|i| Some(**i) == token).count();
+            let mut rows = vec![];
+            for m in self.media.iter_mut().filter(|m| m.is_video == video) {
+                let tokens = prompt::tokens(m.patches.grid, rules)?;
+                if skip >= tokens {
+                    skip -= tokens;
+                    continue;
+                }
+                if m.features.is_none() {
+                    let (pixels, grid) = processor::batch(std::slice::from_ref(&m.patches))?.unzip();
+                    let inputs = ModelInputs { pixel_values: pixels, image_grid_thw: grid, ..ModelInputs::default() };
+                    m.features = self.pipeline.features(&inputs)?.image;
+                    // The pixels have served.
+                    m.patches.values = vec![];
+                }
+                if let Some(f) = &m.features {
+                    rows.extend_from_slice(f.f32()?);
+                }
+            }
+            if !rows.is_empty() {
+                *slot = Some(Tensor::new([rows.len() / rules.hidden_size, rules.hidden_size], rows)?);
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,88 @@
+//! Text to token ids and back.
+
+use crate::{Error, Result, artifact_dir::read_limited};
+use std::path::Path;
+
+/// Longest tokenizer file that is read.
+const MAX_FILE: u64 = 256 << 20;
+
+/// A `tokenizer.json`.
+pub struct Tokenizer(tokenizers::Tokenizer);
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// The file cannot be read or is not a tokenizer.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = read_limited(path, MAX_FILE)?;
+        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(path, format!("is not a tokenizer: {e}")))?;
+        Ok(Self(inner))
+    }
+
+    /// Ids of a text, in which special tokens are recognised.
+    ///
+    /// # Errors
+    /// The tokenizer cannot encode the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
+        let encoding = self.0.encode(text, true).map_err(|e| Error::Input(format!("the prompt cannot be tokenized: {e}")))?;
+        Ok(encoding.get_ids().iter().map(|i| i64::from(*i)).collect())
+    }
+
+    /// Text of ids, without special tokens.
+    ///
+    /// # Errors
+    /// The tokenizer cannot decode them.
+    pub fn decode(&self, ids: &[i64]) -> Result<String> {
+        let ids: Vec<u32> = ids.iter().filter_map(|i| u32::try_from(*i).ok()).collect();
+        self.0.decode(&ids, true).map_err(|e| Error::Input(format!("tokens cannot be decoded: {e}")))
+    }
+
+    /// Text of one token as it stands in the vocabulary.
+    pub fn token(&self, id: i64) -> Option<String> {
+        self.0.id_to_token(u32::try_from(id).ok()?)
+    }
+
+    /// A decoder of ids that come one by one.
+    pub fn stream(&self) -> Stream<'_> {
+        Stream { tokenizer: self, ids: vec![], prefix: 0, read: 0 }
+    }
+}
+
+/// Decodes ids as they come. A character may take several tokens, and some tokenizers join words by what stands before, so
+/// a piece of text is given out only when it is complete, and decoded together with the piece before it.
+pub struct Stream<'t> {
+    tokenizer: &'t Tokenizer,
+    ids: Vec<i64>,
+    prefix: usize,
+    read: usize,
+}
+
+impl Stream<'_> {
+    /// Text that `id` completes; may be empty.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: i64) -> Result<String> {
+        self.ids.push(id);
+        self.piece(|text| text.ends_with(char::REPLACEMENT_CHARACTER))
+    }
+
+    /// What is left at the end: characters that were never completed.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(&mut self) -> Result<String> {
+        self.piece(|_| false)
+    }
+
+    fn piece(&mut self, incomplete: impl Fn(&str) -> bool) -> Result<String> {
+        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read])?;
+        let text = self.tokenizer.decode(&self.ids[self.prefix..])?;
+        if text.len() <= before.len() || incomplete(&text) {
+            return Ok(String::new());
+        }
+        (self.prefix, self.read) = (self.read, self.ids.len());
+        Ok(text.get(before.len()..).unwrap_or_default().into())
+    }
+}
