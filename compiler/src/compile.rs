@@ -9,10 +9,12 @@ use crate::{
     target,
     weights_writer::{TensorSpec, WeightsWriter},
 };
+use prost::Message;
 use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, PromptRules, State};
 use vlmc_ir::{Graph, Verified, Weights, verify};
@@ -145,8 +147,31 @@ impl Model {
         }
 
         let dir = ArtifactDir::create(options.out)?;
-        let (entries, stored) = self.write_graphs(target, &program, dir.path())?;
-        let weight_bytes = self.write_weights(&program, &stored, &dir.path().join(WEIGHTS), options.progress)?;
+        let weights = dir.path().join(WEIGHTS);
+        let (entries, stored, writer) = if target.name == "cpu" {
+            let (native, stored) = back::native::lower(&program)?;
+            let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
+            write_file(&dir.path().join(PROGRAM), &json)?;
+            let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
+            let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
+            let writer = writer(&program, &stored, &weights)?;
+            (entries, stored, writer)
+        } else {
+            let stored = back::onnx::stored(&program);
+            let writer = writer(&program, &stored, &weights)?;
+            let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
+            for (name, model) in back::onnx::emit(&program, WEIGHTS, &place)? {
+                write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
+            }
+            let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
+            (entries, stored, writer)
+        };
+        let total = stored.iter().filter_map(|s| s.spec(program.weights.get(&s.weight)?).bytes()).sum();
+        let done = AtomicU64::new(0);
+        back::write(&program, &self.checkpoint, &stored, &writer, &|bytes| {
+            (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+        })?;
+        let weight_bytes = writer.finish()?.bytes;
         self.copy_side_files(dir.path(), processor.is_some(), &mut warnings)?;
 
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
@@ -172,30 +197,6 @@ impl Model {
             weight_bytes,
             warnings,
         })
-    }
-
-    fn write_graphs(&self, _target: &Target, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Vec<Stored>)> {
-        let (native, stored) = back::native::lower(program)?;
-        let path = dir.join(PROGRAM);
-        let json = serde_json::to_vec(&native).map_err(|e| Error::file(&path, e.to_string()))?;
-        fs::write(&path, json).map_err(Error::io(&path))?;
-        let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
-        let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
-        Ok((entries, stored))
-    }
-
-    fn write_weights(&self, program: &Verified, stored: &[Stored], path: &Path, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<u64> {
-        let specs = stored
-            .iter()
-            .map(|s| program.weights.get(&s.weight).map(|def| s.spec(def)).ok_or_else(|| Error::tensor(&s.weight, "is not declared")))
-            .collect::<Result<Vec<TensorSpec>>>()?;
-        let total = specs.iter().filter_map(TensorSpec::bytes).sum();
-        let done = std::sync::atomic::AtomicU64::new(0);
-        let writer = WeightsWriter::create(path, &specs)?;
-        back::write(program, &self.checkpoint, stored, &writer, &|bytes| {
-            progress(done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes, total);
-        })?;
-        Ok(writer.finish()?.bytes)
     }
 
     fn copy_side_files(&self, dir: &Path, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
@@ -254,6 +255,16 @@ impl Model {
             repetition_penalty: number("repetition_penalty", default.repetition_penalty)?,
         })
     }
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes).map_err(Error::io(path))
+}
+
+fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
+    let spec =
+        |s: &Stored| program.weights.get(&s.weight).map(|def| s.spec(def)).ok_or_else(|| Error::tensor(&s.weight, "is not declared"));
+    WeightsWriter::create(path, &stored.iter().map(spec).collect::<Result<Vec<TensorSpec>>>()?)
 }
 
 fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {

@@ -121,6 +121,14 @@ impl WeightsWriter {
         Ok(self.data_start + self.slot(tensor)?.offset)
     }
 
+    /// Length of the tensor in bytes.
+    ///
+    /// # Errors
+    /// It was not declared.
+    pub fn len_of(&self, tensor: &str) -> Result<u64> {
+        Ok(self.slot(tensor)?.len)
+    }
+
     /// Length of the whole file.
     pub fn file_len(&self) -> u64 {
         self.data_start + self.tensors.last().map_or(0, |t| t.offset + t.len)

@@ -70,7 +70,9 @@ impl ChatTemplate {
     pub fn open(path: impl Fn(&str) -> Option<std::path::PathBuf>) -> Result<Option<Self>> {
         let json = |name: &str| {
             path(name)
-                .map(|p| serde_json::from_slice::<serde_json::Value>(&read_limited(&p, MAX_FILE)?).map_err(|e| Error::file(p, e.to_string())))
+                .map(|p| {
+                    serde_json::from_slice::<serde_json::Value>(&read_limited(&p, MAX_FILE)?).map_err(|e| Error::file(p, e.to_string()))
+                })
                 .transpose()
         };
         let config = json("tokenizer_config.json")?;
@@ -115,7 +117,7 @@ impl ChatTemplate {
         let mut all: Vec<(String, Value)> = self.tokens.iter().map(|(n, v)| (n.clone(), Value::from(v.as_str()))).collect();
         all.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         all.extend(variables.iter().map(|(n, v)| ((*n).to_string(), v.clone())));
-        let context: Value = all.into_iter().collect();
+        let context = Value::from(all.into_iter().collect::<std::collections::BTreeMap<_, _>>());
         let prompt = env.get_template("chat").and_then(|t| t.render(context)).map_err(failed)?;
         if prompt.len() > MAX_PROMPT {
             return Err(Error::Input(format!("the prompt is longer than {MAX_PROMPT} bytes")));

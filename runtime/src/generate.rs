@@ -24,11 +24,7 @@ impl GenerateOptions {
     /// The defaults of a model.
     pub fn new(defaults: &Generation) -> Self {
         let &Generation { do_sample, temperature, top_k, top_p, repetition_penalty, .. } = defaults;
-        Self {
-            max_new_tokens: 512,
-            sampling: Sampling { do_sample, temperature, top_k, top_p, repetition_penalty, seed: 0 },
-            stop: vec![],
-        }
+        Self { max_new_tokens: 512, sampling: Sampling { do_sample, temperature, top_k, top_p, repetition_penalty, seed: 0 }, stop: vec![] }
     }
 }
 

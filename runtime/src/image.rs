@@ -192,7 +192,9 @@ mod tests {
 
     #[test]
     fn what_is_no_picture_is_refused() {
-        for (bytes, part) in [(&b""[..], "is not a picture"), (b"text", "is not a picture"), (b"\x89PNG\r\n\x1a\n\0\0", "cannot be decoded")] {
+        for (bytes, part) in
+            [(&b""[..], "is not a picture"), (b"text", "is not a picture"), (b"\x89PNG\r\n\x1a\n\0\0", "cannot be decoded")]
+        {
             let error = decode(bytes).unwrap_err();
             assert!(error.contains(part), "{error}");
         }

@@ -76,7 +76,9 @@ impl Model {
     /// # Errors
     /// The artifact has no tokenizer or no chat template.
     pub fn conversation(&mut self, system: Option<&str>) -> Result<Conversation<'_>> {
-        let missing = |what: &str| Error::Unsupported(format!("the checkpoint had no {what}, so the artifact can run tensors (`vlmc exec`) but not text"));
+        let missing = |what: &str| {
+            Error::Unsupported(format!("the checkpoint had no {what}, so the artifact can run tensors (`vlmc exec`) but not text"))
+        };
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| missing("tokenizer.json"))?;
         let template = self.template.as_ref().ok_or_else(|| missing("chat template"))?;
         self.pipeline.clear()?;

@@ -1,11 +1,6 @@
 //! Pictures to patches: `Qwen2VLImageProcessor` of transformers, on Pillow.
 
-use crate::{
-    Error, Result, Tensor,
-    image::Rgb,
-    prompt::Grid,
-    resize::resize,
-};
+use crate::{Error, Result, Tensor, image::Rgb, prompt::Grid, resize::resize};
 use vlmc_artifact::Qwen2VlProcessor;
 
 /// Patches of one picture or video.
@@ -63,15 +58,14 @@ fn patches(p: &Qwen2VlProcessor, frames: &[Rgb], min_pixels: usize, max_pixels: 
     let (patch, merge, depth) = (p.patch_size, p.merge_size, p.temporal_patch_size);
     let (height, width) = smart_resize(first.height(), first.width(), patch * merge, min_pixels, max_pixels)?;
     // All 256 values of each channel, computed as numpy does: the product in f64, the rest in f32.
-    let table: [[f32; 256]; 3] = std::array::from_fn(|c| {
-        std::array::from_fn(|v| ((v as f64 * p.rescale_factor) as f32 - p.image_mean[c]) / p.image_std[c])
-    });
+    let table: [[f32; 256]; 3] =
+        std::array::from_fn(|c| std::array::from_fn(|v| ((v as f64 * p.rescale_factor) as f32 - p.image_mean[c]) / p.image_std[c]));
     let resized: Vec<Rgb> = frames.iter().map(|f| resize(f, width, height, p.resample)).collect();
     let (t, h, w) = (frames.len().div_ceil(depth), height / patch, width / patch);
     let mut values = Vec::with_capacity(t * h * w * 3 * depth * patch * patch);
     for group in 0..t {
-        for (block_row, block_col, row, col) in
-            (0..h / merge).flat_map(|a| (0..w / merge).flat_map(move |b| (0..merge).flat_map(move |c| (0..merge).map(move |d| (a, b, c, d)))))
+        for (block_row, block_col, row, col) in (0..h / merge)
+            .flat_map(|a| (0..w / merge).flat_map(move |b| (0..merge).flat_map(move |c| (0..merge).map(move |d| (a, b, c, d)))))
         {
             let (y0, x0) = ((block_row * merge + row) * patch, (block_col * merge + col) * patch);
             for (c, table) in table.iter().enumerate() {

@@ -52,8 +52,7 @@ fn taps(from: usize, to: usize, filter: Resample) -> Vec<Tap> {
             // Conversions truncate, as in C.
             let start = ((centre - reach + 0.5) as i64).max(0);
             let end = ((centre + reach + 0.5) as i64).min(from as i64);
-            let weights: Vec<f64> =
-                (start..end).map(|x| weight(filter, (x as f64 - centre + 0.5) * (1.0 / filter_scale))).collect();
+            let weights: Vec<f64> = (start..end).map(|x| weight(filter, (x as f64 - centre + 0.5) * (1.0 / filter_scale))).collect();
             let sum: f64 = weights.iter().sum();
             let fixed = |w: &f64| {
                 let w = if sum == 0.0 { *w } else { *w / sum };

@@ -68,7 +68,8 @@ impl Sampler {
         if penalty == 1.0 {
             return;
         }
-        let seen: std::collections::BTreeSet<_> = history.iter().filter_map(|i| usize::try_from(*i).ok()).filter(|i| *i < logits.len()).collect();
+        let seen: std::collections::BTreeSet<_> =
+            history.iter().filter_map(|i| usize::try_from(*i).ok()).filter(|i| *i < logits.len()).collect();
         for i in seen {
             logits[i] = if logits[i] < 0.0 { logits[i] * penalty } else { logits[i] / penalty };
         }
@@ -147,7 +148,11 @@ mod tests {
 
     #[test]
     fn settings_without_meaning_are_refused() {
-        for bad in [Sampling { temperature: 0.0, ..settings() }, Sampling { top_p: 1.5, ..settings() }, Sampling { repetition_penalty: -1.0, ..settings() }] {
+        for bad in [
+            Sampling { temperature: 0.0, ..settings() },
+            Sampling { top_p: 1.5, ..settings() },
+            Sampling { repetition_penalty: -1.0, ..settings() },
+        ] {
             assert!(Sampler::new(bad).is_err());
         }
     }

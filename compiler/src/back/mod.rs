@@ -1,6 +1,7 @@
 //! Backends: they write a verified, legalised program down, and obey the target's table.
 
 pub mod native;
+pub mod onnx;
 mod weights;
 
 pub(crate) use weights::write;
@@ -25,6 +26,8 @@ pub struct Stored {
 pub enum Layout {
     /// Row-major, as in the program.
     Rows,
+    /// Of a matrix `[n, k]`: row-major `[k, n]`.
+    Transposed,
     /// Of a matrix: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
 }
@@ -33,6 +36,7 @@ impl Stored {
     /// Name, element type and shape in the file.
     pub(crate) fn spec(&self, def: &WeightDef) -> TensorSpec {
         let shape = match (self.layout, def.shape.as_slice()) {
+            (Layout::Transposed, [n, k]) => vec![*k, *n],
             (Layout::Panels, [n, k]) => vec![n.div_ceil(PANEL), *k, PANEL],
             _ => def.shape.clone(),
         };

@@ -43,10 +43,7 @@ impl<'a> WeightTable<'a> {
         let def = self.program.weights.get(name).ok_or_else(|| Error::Backend(format!("weight '{name}' is not declared")))?;
         // A weight in two layouts is stored under two names.
         let stored = if layout == Layout::Panels || !self.matrices.contains(name) { name.into() } else { format!("{name}.rows") };
-        let runtime_layout = match layout {
-            Layout::Rows => out::Layout::Rows,
-            Layout::Panels => out::Layout::Panel16,
-        };
+        let runtime_layout = if layout == Layout::Panels { out::Layout::Panel16 } else { out::Layout::Rows };
         self.used.push(out::Weight { name: stored.clone(), dtype: def.dtype, shape: def.shape.clone(), layout: runtime_layout });
         self.stored.push(Stored { name: stored, weight: name.into(), layout });
         let i = self.used.len() as u32 - 1;

@@ -36,6 +36,10 @@ pub(crate) fn write(
         let row = row_elements(def) * def.dtype.size();
         match s.layout {
             Layout::Rows => file.write_at(&s.name, (rows.start * row) as u64, &bytes)?,
+            Layout::Transposed => {
+                let n = def.shape.first().copied().unwrap_or(1);
+                write_transposed(&bytes, row_elements(def), n, rows.start, def.dtype.size(), |at, run| file.write_at(&s.name, at, run))?;
+            }
             Layout::Panels => file.write_at(&s.name, (rows.start * row) as u64, &panels(&bytes, rows.len(), def.dtype.size()))?,
         }
         progress(bytes.len() as u64);
@@ -46,6 +50,17 @@ pub(crate) fn write(
 /// Elements of a row of the weight.
 fn row_elements(def: &WeightDef) -> usize {
     def.shape.iter().skip(1).product()
+}
+
+/// Row-major rows from `first` on, of a matrix of `n` rows, to the columns of its transpose: one run of bytes per row of that.
+fn write_transposed(rows: &[u8], k: usize, n: usize, first: usize, size: usize, write: impl Fn(u64, &[u8]) -> Result<()>) -> Result<()> {
+    let mut run = vec![];
+    for c in 0..k {
+        run.clear();
+        rows.chunks_exact(k * size).for_each(|row| run.extend_from_slice(&row[c * size..(c + 1) * size]));
+        write(((c * n + first) * size) as u64, &run)?;
+    }
+    Ok(())
 }
 
 /// Row-major `[n, k]` to panels of rows; missing rows of the last panel are zero.

@@ -64,6 +64,12 @@ enum Atom {
     Max(Dim, Dim),
 }
 
+impl Atom {
+    fn symbol(&self) -> Option<&str> {
+        if let Self::Sym(s) = self { Some(s) } else { None }
+    }
+}
+
 /// A dimension: an integer expression over symbols, in normal form. Prints as `past + seq`, `4*image_tokens`, `1536`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Dim {
@@ -118,6 +124,11 @@ impl Dim {
             },
             _ => None,
         }
+    }
+
+    /// `(coefficient, symbols multiplied)` of each term; `None` if a division, minimum or maximum occurs.
+    pub fn as_polynomial(&self) -> Option<Vec<(i64, Vec<&str>)>> {
+        self.terms.iter().map(|(p, c)| Some((*c, p.iter().map(Atom::symbol).collect::<Option<_>>()?))).collect()
     }
 
     /// `floor(self / d)`, simplified when every coefficient divides.

@@ -1,0 +1,476 @@
+//! IR to ONNX, op by op.
+
+use super::{IR_VERSION, OPSET, layout, proto, stored_name};
+use crate::{Error, Result};
+use proto::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
+    TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataLocation,
+    tensor_shape_proto::dimension::Value as DimField,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use vlmc_artifact::program::{Binary, Reduce, Unary};
+use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
+
+/// One model per graph, by the graph's name. `place` gives the offset and length of a stored weight in `weight_file`.
+///
+/// # Errors
+/// [`Error::Backend`] if the program was not legalised for ONNX.
+pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Option<(u64, u64)>) -> Result<Vec<(String, ModelProto)>> {
+    program
+        .graphs
+        .iter()
+        .map(|g| {
+            let mut e = Emitter {
+                graph: g,
+                weight_file,
+                place,
+                out: GraphProto::default(),
+                names: HashMap::new(),
+                dims: BTreeMap::new(),
+                stored: BTreeSet::new(),
+            };
+            e.run().map_err(|why| Error::Backend(format!("{}: {why}", g.name)))?;
+            let model = ModelProto {
+                ir_version: Some(IR_VERSION),
+                producer_name: Some("vlmc".into()),
+                producer_version: Some(env!("CARGO_PKG_VERSION").into()),
+                opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET) }],
+                graph: Some(e.out),
+                ..ModelProto::default()
+            };
+            Ok((g.name.clone(), model))
+        })
+        .collect()
+}
+
+type Emitted<T = ()> = Result<T, String>;
+
+struct Emitter<'a> {
+    graph: &'a Graph,
+    weight_file: &'a str,
+    place: &'a dyn Fn(&str) -> Option<(u64, u64)>,
+    out: GraphProto,
+    names: HashMap<ValueId, String>,
+    /// Dims computed so far, as `i64[1]`.
+    dims: BTreeMap<Dim, String>,
+    stored: BTreeSet<String>,
+}
+
+fn data_type(d: DType) -> i32 {
+    use proto::tensor_proto::DataType as T;
+    let t = match d {
+        DType::Bool => T::Bool,
+        DType::U8 => T::Uint8,
+        DType::I8 => T::Int8,
+        DType::I32 => T::Int32,
+        DType::I64 => T::Int64,
+        DType::F16 => T::Float16,
+        DType::BF16 => T::Bfloat16,
+        DType::F32 => T::Float,
+    };
+    t as i32
+}
+
+fn value_info(name: &str, ty: &Type) -> ValueInfoProto {
+    let dim = |d: &Dim| proto::tensor_shape_proto::Dimension {
+        value: Some(d.as_const().map_or_else(|| DimField::DimParam(d.to_string()), DimField::DimValue)),
+        ..Default::default()
+    };
+    let tensor = proto::type_proto::Tensor {
+        elem_type: Some(data_type(ty.dtype)),
+        shape: Some(TensorShapeProto { dim: ty.shape.iter().map(dim).collect() }),
+    };
+    let ty = TypeProto { value: Some(proto::type_proto::Value::TensorType(tensor)), ..Default::default() };
+    ValueInfoProto { name: Some(name.into()), r#type: Some(ty), ..Default::default() }
+}
+
+fn int(name: &str, v: i64) -> AttributeProto {
+    AttributeProto { name: Some(name.into()), i: Some(v), r#type: Some(AttributeType::Int as i32), ..Default::default() }
+}
+
+fn ints(name: &str, v: impl IntoIterator<Item = usize>) -> AttributeProto {
+    let ints = v.into_iter().map(|v| v as i64).collect();
+    AttributeProto { name: Some(name.into()), ints, r#type: Some(AttributeType::Ints as i32), ..Default::default() }
+}
+
+fn float(name: &str, v: f64) -> AttributeProto {
+    AttributeProto { name: Some(name.into()), f: Some(v as f32), r#type: Some(AttributeType::Float as i32), ..Default::default() }
+}
+
+fn string(name: &str, v: &str) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.into()),
+        s: Some(v.as_bytes().to_vec()),
+        r#type: Some(AttributeType::String as i32),
+        ..Default::default()
+    }
+}
+
+impl Emitter<'_> {
+    fn run(&mut self) -> Emitted {
+        let g = self.graph;
+        self.out.name = Some(g.name.clone());
+        for p in &g.inputs {
+            self.names.insert(p.value, p.name.clone());
+            self.out.input.push(value_info(&p.name, g.ty(p.value)));
+        }
+        for s in &g.states {
+            self.names.insert(s.past, s.past_name.clone());
+            self.out.input.push(value_info(&s.past_name, g.ty(s.past)));
+        }
+        // A result that leaves the graph bears the output's name; a second name for it, or for an input, is an Identity.
+        let states = g.states.iter().filter_map(|s| Some((s.present_name.clone(), g.present(s)?)));
+        let outputs: Vec<(String, ValueId)> = g.outputs.iter().map(|o| (o.name.clone(), o.value)).chain(states).collect();
+        for (name, v) in &outputs {
+            if matches!(g.def(*v), Def::Node(..)) {
+                self.names.entry(*v).or_insert_with(|| name.clone());
+            }
+        }
+        for (_, node) in g.nodes() {
+            self.node(node).map_err(|why| format!("{}: {}: {why}", node.scope, node.op.name()))?;
+        }
+        for (name, v) in outputs {
+            let from = self.value(v)?;
+            if from != name {
+                self.named("Identity", &[&from], &name, vec![]);
+            }
+            self.out.output.push(value_info(&name, g.ty(v)));
+        }
+        Ok(())
+    }
+
+    /// Name of a value that is an operand.
+    fn value(&mut self, v: ValueId) -> Emitted<String> {
+        self.operand(v, &Op::parse("select", &Default::default())?, 0)
+    }
+
+    fn operand(&mut self, v: ValueId, op: &Op, i: usize) -> Emitted<String> {
+        if let Def::Weight(weight) = self.graph.def(v) {
+            return self.weight(weight, self.graph.ty(v), op, i);
+        }
+        if let Some(name) = self.names.get(&v) {
+            return Ok(name.clone());
+        }
+        match self.graph.def(v) {
+            Def::Literal(l) => {
+                let name = format!("literal_{}", v.index());
+                self.literal(&name, l);
+                self.names.insert(v, name.clone());
+                Ok(name)
+            }
+            _ => Err(format!("%{} is used before it is defined", v.index())),
+        }
+    }
+
+    fn weight(&mut self, weight: &str, ty: &Type, op: &Op, operand: usize) -> Emitted<String> {
+        let layout = layout(op, operand);
+        let name = stored_name(weight, layout);
+        if !self.stored.insert(name.clone()) {
+            return Ok(name);
+        }
+        let (offset, length) = (self.place)(&name).ok_or_else(|| format!("weight '{name}' is not stored"))?;
+        let mut dims: Vec<i64> = ty.shape.iter().map(|d| d.as_const().ok_or("a weight has a symbolic dim")).collect::<Result<_, _>>()?;
+        if layout == super::Layout::Transposed {
+            dims.reverse();
+        }
+        let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
+        self.out.initializer.push(TensorProto {
+            name: Some(name.clone()),
+            dims,
+            data_type: Some(data_type(ty.dtype)),
+            data_location: Some(DataLocation::External as i32),
+            external_data: vec![
+                entry("location", self.weight_file.into()),
+                entry("offset", offset.to_string()),
+                entry("length", length.to_string()),
+            ],
+            ..Default::default()
+        });
+        Ok(name)
+    }
+
+    fn literal(&mut self, name: &str, l: &Literal) {
+        let raw: Vec<u8> = match l.dtype {
+            DType::I64 => l.data.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
+            DType::Bool => l.data.iter().map(|v| u8::from(*v != 0.0)).collect(),
+            _ => l.data.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+        };
+        self.out.initializer.push(TensorProto {
+            name: Some(name.into()),
+            dims: l.shape.iter().map(|d| *d as i64).collect(),
+            data_type: Some(data_type(l.dtype)),
+            raw_data: Some(raw.into()),
+            ..Default::default()
+        });
+    }
+
+    /// An `i64` constant, made once per value and shape.
+    fn constant(&mut self, shape: &[usize], data: &[i64]) -> String {
+        let text: Vec<String> = data.iter().map(i64::to_string).collect();
+        let kind = if shape.is_empty() { "scalar" } else { "ints" };
+        let name = format!("{kind}_{}", text.join("_").replace('-', "m"));
+        if self.stored.insert(name.clone()) {
+            self.literal(&name, &Literal { dtype: DType::I64, shape: shape.into(), data: data.iter().map(|v| *v as f64).collect() });
+        }
+        name
+    }
+
+    fn named(&mut self, op: &str, inputs: &[&str], output: &str, attribute: Vec<AttributeProto>) {
+        self.out.node.push(NodeProto {
+            name: Some(format!("{output}/{op}")),
+            op_type: Some(op.into()),
+            input: inputs.iter().map(|s| (*s).to_string()).collect(),
+            output: vec![output.into()],
+            attribute,
+            ..Default::default()
+        });
+    }
+
+    /// A node of its own result.
+    fn helper(&mut self, op: &str, inputs: &[&str], hint: &str, attribute: Vec<AttributeProto>) -> String {
+        let name = format!("{hint}/{}", self.out.node.len());
+        self.named(op, inputs, &name, attribute);
+        name
+    }
+
+    /// The value of a dim as `i64[1]`.
+    fn dim(&mut self, d: &Dim) -> Emitted<String> {
+        if let Some(v) = d.as_const() {
+            return Ok(self.constant(&[1], &[v]));
+        }
+        if let Some(name) = self.dims.get(d) {
+            return Ok(name.clone());
+        }
+        let name = match self.axis_of(d) {
+            Some((port, axis)) => {
+                let attributes = vec![int("start", axis as i64), int("end", axis as i64 + 1)];
+                self.helper("Shape", &[&port], &format!("dim {d}"), attributes)
+            }
+            None => self.computed_dim(d)?,
+        };
+        self.dims.insert(d.clone(), name.clone());
+        Ok(name)
+    }
+
+    /// An input that has this very dim.
+    fn axis_of(&self, d: &Dim) -> Option<(String, usize)> {
+        let g = self.graph;
+        let ports = g.inputs.iter().map(|p| (&p.name, p.value)).chain(g.states.iter().map(|s| (&s.past_name, s.past)));
+        ports.filter_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?))).next()
+    }
+
+    fn computed_dim(&mut self, d: &Dim) -> Emitted<String> {
+        let hint = format!("dim {d}");
+        if let Some((1, symbol)) = d.as_scaled_symbol() {
+            // An input that has a multiple of it.
+            let g = self.graph;
+            let dims = g.inputs.iter().flat_map(|p| &g.ty(p.value).shape);
+            let found = dims.filter_map(|x| x.as_scaled_symbol().filter(|(_, s)| *s == symbol).map(|(c, _)| (c, x.clone()))).next();
+            let (factor, multiple) = found.ok_or_else(|| format!("no input tells the value of '{symbol}'"))?;
+            let (multiple, factor) = (self.dim(&multiple)?, self.constant(&[1], &[factor]));
+            return Ok(self.helper("Div", &[&multiple, &factor], &hint, vec![]));
+        }
+        let terms: Vec<(i64, Vec<String>)> = d
+            .as_polynomial()
+            .ok_or_else(|| format!("dim {d} is not a polynomial"))?
+            .into_iter()
+            .map(|(c, symbols)| (c, symbols.into_iter().map(String::from).collect()))
+            .collect();
+        let mut sum: Option<String> = None;
+        for (coefficient, symbols) in terms {
+            let mut product: Option<String> = None;
+            for s in symbols {
+                let s = self.dim(&Dim::symbol(&s))?;
+                product = Some(product.map_or(s.clone(), |p| self.helper("Mul", &[&p, &s], &hint, vec![])));
+            }
+            let c = self.constant(&[1], &[coefficient]);
+            let term = match product {
+                None => c,
+                Some(p) if coefficient == 1 => p,
+                Some(p) => self.helper("Mul", &[&p, &c], &hint, vec![]),
+            };
+            sum = Some(sum.map_or(term.clone(), |s| self.helper("Add", &[&s, &term], &hint, vec![])));
+        }
+        sum.ok_or_else(|| "a dim without terms".into())
+    }
+
+    fn scalar_dim(&mut self, d: &Dim, hint: &str) -> Emitted<String> {
+        if let Some(v) = d.as_const() {
+            return Ok(self.constant(&[], &[v]));
+        }
+        let (d, axes) = (self.dim(d)?, self.constant(&[1], &[0]));
+        Ok(self.helper("Squeeze", &[&d, &axes], hint, vec![]))
+    }
+
+    /// A shape as `i64[rank]`.
+    fn shape(&mut self, shape: &[Dim], hint: &str) -> Emitted<String> {
+        if let Some(known) = shape.iter().map(Dim::as_const).collect::<Option<Vec<_>>>() {
+            return Ok(self.constant(&[known.len()], &known));
+        }
+        let dims = shape.iter().map(|d| self.dim(d)).collect::<Emitted<Vec<_>>>()?;
+        let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
+        Ok(self.helper("Concat", &dims, hint, vec![int("axis", 0)]))
+    }
+
+    fn node(&mut self, node: &Node) -> Emitted {
+        let g = self.graph;
+        let result = *node.outs.first().ok_or("an op without results")?;
+        let out = match self.names.get(&result) {
+            Some(name) => name.clone(),
+            None => {
+                let scope = if node.scope.is_empty() { &g.name } else { &node.scope };
+                let name = format!("{scope}/{}_{}", node.op.name(), result.index());
+                self.names.insert(result, name.clone());
+                name
+            }
+        };
+        let names = node.args.iter().enumerate().map(|(i, a)| self.operand(*a, &node.op, i)).collect::<Emitted<Vec<_>>>()?;
+        let x: Vec<&str> = names.iter().map(String::as_str).collect();
+        let ty = |i: usize| g.ty(node.args[i]);
+        match &node.op {
+            Op::Elementwise1(o) => {
+                let (op, attributes) = match o.f {
+                    Unary::Neg => ("Neg", vec![]),
+                    Unary::Abs => ("Abs", vec![]),
+                    Unary::Exp => ("Exp", vec![]),
+                    Unary::Log => ("Log", vec![]),
+                    Unary::Sqrt => ("Sqrt", vec![]),
+                    Unary::Sin => ("Sin", vec![]),
+                    Unary::Cos => ("Cos", vec![]),
+                    Unary::Tanh => ("Tanh", vec![]),
+                    Unary::Erf => ("Erf", vec![]),
+                    Unary::Sigmoid => ("Sigmoid", vec![]),
+                    Unary::Floor => ("Floor", vec![]),
+                    Unary::Not => ("Not", vec![]),
+                    Unary::Gelu => ("Gelu", vec![string("approximate", "none")]),
+                    Unary::GeluTanh => ("Gelu", vec![string("approximate", "tanh")]),
+                    Unary::Silu | Unary::QuickGelu => return Err("was not legalised".into()),
+                };
+                self.named(op, &x, &out, attributes);
+            }
+            Op::Elementwise2(o) => {
+                let op = match o.f {
+                    Binary::Add => "Add",
+                    Binary::Sub => "Sub",
+                    Binary::Mul => "Mul",
+                    // ONNX truncates: what is left over goes first.
+                    Binary::Div if ty(0).dtype == DType::I64 => {
+                        let rest = self.helper("Mod", &x, &out, vec![]);
+                        let whole = self.helper("Sub", &[x[0], &rest], &out, vec![]);
+                        self.named("Div", &[&whole, x[1]], &out, vec![]);
+                        return Ok(());
+                    }
+                    Binary::Div => "Div",
+                    // The sign of the divisor, as here.
+                    Binary::Mod => "Mod",
+                    Binary::Pow => "Pow",
+                    Binary::Min => "Min",
+                    Binary::Max => "Max",
+                    Binary::Eq => "Equal",
+                    Binary::Lt => "Less",
+                    Binary::Le => "LessOrEqual",
+                    Binary::And => "And",
+                    Binary::Or => "Or",
+                };
+                self.named(op, &x, &out, vec![]);
+            }
+            Op::Select(_) => self.named("Where", &x, &out, vec![]),
+            Op::Cast(o) => self.named("Cast", &x, &out, vec![int("to", data_type(o.dtype).into())]),
+            Op::Iota(o) => {
+                let limit = self.scalar_dim(&o.len, &out)?;
+                let (start, step) = (self.constant(&[], &[0]), self.constant(&[], &[1]));
+                self.named("Range", &[&start, &limit, &step], &out, vec![]);
+            }
+            Op::DimValue(o) => {
+                let v = self.scalar_dim(&o.dim, &out)?;
+                self.named("Identity", &[&v], &out, vec![]);
+            }
+            Op::Reshape(o) => {
+                let shape = self.reshape_to(&ty(0).shape, &o.shape, &out)?;
+                self.named("Reshape", &[x[0], &shape], &out, vec![]);
+            }
+            Op::Transpose(o) => self.named("Transpose", &x, &out, vec![ints("perm", o.perm.iter().copied())]),
+            Op::Broadcast(o) => {
+                let shape = self.shape(&o.shape, &out)?;
+                self.named("Expand", &[x[0], &shape], &out, vec![]);
+            }
+            Op::Concat(o) => self.named("Concat", &x, &out, vec![int("axis", o.axis as i64)]),
+            Op::Append(o) => self.named("Concat", &x, &out, vec![int("axis", o.axis as i64)]),
+            Op::Slice(o) => {
+                let (start, end) = (self.dim(&o.start)?, self.dim(&(&o.start + &o.len))?);
+                let axes = self.constant(&[1], &[o.axis as i64]);
+                self.named("Slice", &[x[0], &start, &end, &axes], &out, vec![]);
+            }
+            Op::Gather(o) => self.named("Gather", &x, &out, vec![int("axis", o.axis as i64)]),
+            Op::ReduceOp(o) => {
+                let op = match o.f {
+                    Reduce::Sum => "ReduceSum",
+                    Reduce::Mean => "ReduceMean",
+                    Reduce::Max => "ReduceMax",
+                };
+                let axes: Vec<i64> = o.axes.iter().map(|a| *a as i64).collect();
+                let axes = self.constant(&[axes.len()], &axes);
+                self.named(op, &[x[0], &axes], &out, vec![int("keepdims", 0)]);
+            }
+            Op::CumSum(o) => {
+                let axis = self.constant(&[], &[o.axis as i64]);
+                self.named("CumSum", &[x[0], &axis], &out, vec![]);
+            }
+            Op::MatMul(_) => self.named("MatMul", &x, &out, vec![]),
+            Op::Linear(_) => match x[..] {
+                [_, _, bias] => {
+                    let product = self.helper("MatMul", &x[..2], &out, vec![]);
+                    self.named("Add", &[&product, bias], &out, vec![]);
+                }
+                _ => self.named("MatMul", &x, &out, vec![]),
+            },
+            Op::Embedding(_) => self.named("Gather", &x, &out, vec![int("axis", 0)]),
+            Op::LayerNorm(o) => self.named("LayerNormalization", &x, &out, vec![int("axis", -1), float("epsilon", o.eps)]),
+            Op::RmsNorm(o) => self.named("RMSNormalization", &x, &out, vec![int("axis", -1), float("epsilon", o.eps)]),
+            Op::Rotary(_) => self.batched("RotaryEmbedding", &x, ty(0).rank(), &[0, 1, 2], &out, vec![]),
+            Op::Attention(o) => {
+                if matches!(o.mask, Mask::Causal | Mask::Segments) {
+                    return Err("was not legalised".into());
+                }
+                self.batched("Attention", &x, ty(0).rank(), &[0, 1, 2], &out, vec![float("scale", o.scale)]);
+            }
+            op => return Err(format!("'{}' was not legalised", op.name())),
+        }
+        Ok(())
+    }
+
+    /// An op that wants a batch axis: where there is none, operands in `with_batch` and the result get one of length 1.
+    fn batched(&mut self, op: &str, x: &[&str], rank: usize, with_batch: &[usize], out: &str, attributes: Vec<AttributeProto>) {
+        if rank == 4 {
+            return self.named(op, x, out, attributes);
+        }
+        let axes = self.constant(&[1], &[0]);
+        let mut inputs: Vec<String> = x.iter().map(|s| (*s).to_string()).collect();
+        for i in with_batch {
+            inputs[*i] = self.helper("Unsqueeze", &[x[*i], &axes], out, vec![]);
+        }
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        let y = self.helper(op, &inputs, out, attributes);
+        self.named("Squeeze", &[&y, &axes], out, vec![]);
+    }
+
+    /// The shape operand of a Reshape: dims that stay where they are as 0, a single other symbolic one as -1, else computed.
+    fn reshape_to(&mut self, from: &[Dim], to: &[Dim], hint: &str) -> Emitted<String> {
+        let mut symbolic = vec![];
+        let mut known: Vec<i64> = vec![];
+        for (i, d) in to.iter().enumerate() {
+            known.push(match d.as_const() {
+                Some(v) => v,
+                None if from.get(i) == Some(d) => 0,
+                None => {
+                    symbolic.push(d);
+                    -1
+                }
+            });
+        }
+        if symbolic.len() > 1 {
+            return self.shape(to, hint);
+        }
+        Ok(self.constant(&[known.len()], &known))
+    }
+}

@@ -1,0 +1,51 @@
+//! The `onnx-*` targets: one ONNX model per graph, weights as external data inside the artifact's safetensors file.
+
+mod emit;
+#[rustfmt::skip]
+pub mod proto;
+mod text;
+
+pub use emit::emit;
+pub use text::to_text;
+
+use super::{Layout, Stored};
+use crate::{Error, Result};
+use prost::Message;
+use std::{collections::BTreeSet, path::Path};
+use vlmc_ir::{Def, Op, Verified};
+
+/// Operator set that the models import.
+pub const OPSET: i64 = 23;
+/// Version of the file format: the first with opset 23.
+pub const IR_VERSION: i64 = 11;
+
+/// The weights that the models read. Matrices of linear layers are stored transposed, as `MatMul` wants them; a table that is
+/// also a matrix (tied embedding) is stored both ways.
+pub fn stored(program: &Verified) -> Vec<Stored> {
+    let mut found = BTreeSet::new();
+    for (g, n) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
+        for (i, a) in n.args.iter().enumerate() {
+            if let Def::Weight(name) = g.def(*a) {
+                found.insert((name.clone(), layout(&n.op, i)));
+            }
+        }
+    }
+    found.into_iter().map(|(weight, layout)| Stored { name: stored_name(&weight, layout), weight, layout }).collect()
+}
+
+fn layout(op: &Op, operand: usize) -> Layout {
+    if matches!((op, operand), (Op::Linear(_), 1)) { Layout::Transposed } else { Layout::Rows }
+}
+
+fn stored_name(weight: &str, layout: Layout) -> String {
+    if layout == Layout::Transposed { format!("{weight}.T") } else { weight.into() }
+}
+
+/// Reads a model.
+///
+/// # Errors
+/// The file cannot be read or is not ONNX.
+pub fn read(path: &Path) -> Result<proto::ModelProto> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    proto::ModelProto::decode(bytes.as_slice()).map_err(|e| Error::file(path, format!("is not an ONNX model: {e}")))
+}

@@ -1,0 +1,53 @@
+//! `onnx-cpu`: standard ONNX, opset 23, for ONNX Runtime's CPU provider and any other reader.
+
+use vlmc_artifact::program::Unary;
+use vlmc_ir::{DType, Op, ops::Mask};
+use vlmc_passes::{Support, Target};
+
+pub(super) const TARGET: Target = Target {
+    name: "onnx-cpu",
+    summary: "ONNX graphs (opset 23, standard ops) for ONNX Runtime on a CPU",
+    supports: |op, args| {
+        if let Some(t) = args.iter().find(|t| !matches!(t.dtype, DType::F32 | DType::I64 | DType::Bool)) {
+            return Support::Reject(format!("the CPU provider computes in f32, not {}", t.dtype));
+        }
+        match op {
+            // x * sigmoid(...) is two nodes that every reader fuses or runs as fast.
+            Op::Elementwise1(o) if matches!(o.f, Unary::Silu | Unary::QuickGelu) => Support::Decompose,
+            // Attention takes a mask tensor, which the pass `given-masks` makes.
+            Op::Attention(o) if matches!(o.mask, Mask::Causal | Mask::Segments) => Support::Decompose,
+            // With fewer leading axes there is no batch to attend in, with more no such op.
+            Op::Attention(_) | Op::Rotary(_) if !matches!(args[0].rank(), 3 | 4) => Support::Decompose,
+            Op::Cast(o) if !matches!(o.dtype, DType::F32 | DType::I64 | DType::Bool) => {
+                Support::Reject(format!("the CPU provider computes in f32, not {}", o.dtype))
+            }
+            Op::Elementwise1(_)
+            | Op::Elementwise2(_)
+            | Op::Select(_)
+            | Op::Cast(_)
+            | Op::Iota(_)
+            | Op::DimValue(_)
+            | Op::Reshape(_)
+            | Op::Transpose(_)
+            | Op::Broadcast(_)
+            | Op::Concat(_)
+            | Op::Slice(_)
+            | Op::Gather(_)
+            | Op::ReduceOp(_)
+            | Op::CumSum(_)
+            | Op::MatMul(_)
+            | Op::Append(_)
+            | Op::Linear(_)
+            | Op::Embedding(_)
+            | Op::LayerNorm(_)
+            | Op::RmsNorm(_)
+            | Op::Rotary(_)
+            | Op::Attention(_) => Support::Native,
+            Op::SplitHeads(_) | Op::MergeHeads(_) | Op::MergeFeatures(_) | Op::GridPositions(_) | Op::Rotary2d(_) | Op::Mrope(_) => {
+                Support::Decompose
+            }
+        }
+    },
+    storage: |_| DType::F32,
+    given_masks: true,
+};

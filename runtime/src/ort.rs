@@ -1,0 +1,191 @@
+//! The engine of `onnx-*` artifacts: ONNX Runtime, whose library is loaded when it is needed (`ORT_DYLIB_PATH` names it).
+
+use crate::{Artifact, Data, Engine, Error, Result, Tensor, binding};
+use ort::{
+    environment::Environment,
+    session::{Session, SessionInputValue, builder::GraphOptimizationLevel},
+    value::{DynTensor, DynValue, TensorElementType, ValueType},
+};
+use std::{
+    borrow::Cow,
+    num::NonZero,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
+use vlmc_artifact::Manifest;
+
+/// Environment variable that names the library.
+const LIBRARY: &str = "ORT_DYLIB_PATH";
+
+/// Runs an `onnx-*` artifact on ONNX Runtime's CPU provider.
+pub struct OrtEngine {
+    manifest: Manifest,
+    entries: Vec<Loaded>,
+}
+
+struct Loaded {
+    session: Session,
+    /// Present values of the last run, in the order of the entry's states.
+    states: Vec<DynValue>,
+}
+
+fn failed(what: &str) -> impl Fn(ort::Error) -> Error {
+    let what = what.to_string();
+    move |e| Error::Input(format!("{what}: ONNX Runtime: {e}"))
+}
+
+impl OrtEngine {
+    /// Loads the graphs; `threads` is the number of CPU threads, by default one per core that this process may use.
+    ///
+    /// # Errors
+    /// The library is not there or too old, or it refuses a graph.
+    pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+        let environment = environment()?;
+        let manifest = artifact.manifest().clone();
+        let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+        let entries = manifest
+            .entries
+            .iter()
+            .map(|e| {
+                let path = artifact.require(&e.file)?;
+                let refused = |why: String| Error::file(&path, format!("ONNX Runtime refuses it: {why}"));
+                let session = Session::builder(environment)
+                    .and_then(|b| Ok(b.with_optimization_level(GraphOptimizationLevel::All)?))
+                    .and_then(|b| Ok(b.with_intra_threads(threads)?))
+                    .and_then(|mut b| b.commit_from_file(&path))
+                    .map_err(|e| refused(e.to_string()))?;
+                let takes: Vec<&str> = session.inputs().iter().map(|i| i.name()).collect();
+                let gives: Vec<&str> = session.outputs().iter().map(|o| o.name()).collect();
+                let inputs = e.inputs.iter().map(|p| &p.name).chain(e.states.iter().map(|s| &s.past));
+                let outputs = e.outputs.iter().map(|p| &p.name).chain(e.states.iter().map(|s| &s.present));
+                let missing =
+                    inputs.filter(|n| !takes.contains(&n.as_str())).chain(outputs.filter(|n| !gives.contains(&n.as_str()))).next();
+                match missing {
+                    Some(name) => Err(refused(format!("it has no input or output '{name}'"))),
+                    None => Ok(Loaded { session, states: vec![] }),
+                }
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { manifest, entries })
+    }
+}
+
+/// ONNX Runtime's environment, of which a process can have one only.
+fn environment() -> Result<&'static Environment> {
+    static ENVIRONMENT: Mutex<Option<&'static Environment>> = Mutex::new(None);
+    let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(environment) = *environment {
+        return Ok(environment);
+    }
+    let how = "install the Python package onnxruntime, or download a release, and let it name libonnxruntime.so (in the package: onnxruntime/capi)";
+    let library = std::env::var_os(LIBRARY).ok_or_else(|| {
+        Error::Unsupported(format!("this artifact runs on ONNX Runtime, but the environment variable {LIBRARY} is not set; {how}"))
+    })?;
+    if !Path::new(&library).is_file() {
+        return Err(Error::Unsupported(format!("{LIBRARY} names {}, which is not a file; {how}", library.display())));
+    }
+    let unusable = |e: &dyn std::fmt::Display| Error::Unsupported(format!("{}: cannot be used as ONNX Runtime: {e}", library.display()));
+    let made = ort::init_from(&library).map_err(|e| unusable(&e))?.with_name("vlmc").build().map_err(|e| unusable(&e))?;
+    // It lives as long as the process.
+    Ok(environment.insert(Box::leak(Box::new(made))))
+}
+
+fn shape_of(v: &DynValue) -> Vec<usize> {
+    v.shape().iter().map(|d| *d as usize).collect()
+}
+
+fn to_ort(t: &Tensor) -> ort::Result<DynTensor> {
+    let shape: Vec<i64> = t.shape().iter().map(|d| *d as i64).collect();
+    Ok(match t.data() {
+        Data::F32(v) => ort::value::Tensor::from_array((shape, v.clone()))?.upcast(),
+        Data::I64(v) => ort::value::Tensor::from_array((shape, v.clone()))?.upcast(),
+        Data::Bool(v) => ort::value::Tensor::from_array((shape, v.clone()))?.upcast(),
+    })
+}
+
+fn from_ort(v: &DynValue) -> Result<Tensor> {
+    let kind = match v.dtype() {
+        ValueType::Tensor { ty, .. } => *ty,
+        _ => return Err(Error::Input("an output is not a tensor".into())),
+    };
+    let bad = failed("reading an output");
+    let shape = shape_of(v);
+    match kind {
+        TensorElementType::Float32 => Tensor::new(shape, v.try_extract_tensor::<f32>().map_err(bad)?.1.to_vec()),
+        TensorElementType::Int64 => Tensor::new(shape, v.try_extract_tensor::<i64>().map_err(bad)?.1.to_vec()),
+        TensorElementType::Bool => Tensor::new(shape, v.try_extract_tensor::<bool>().map_err(bad)?.1.to_vec()),
+        other => Err(Error::Unsupported(format!("an output has type {other:?}"))),
+    }
+}
+
+impl Engine for OrtEngine {
+    fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
+        let index = self.manifest.entries.iter().position(|e| e.name == entry);
+        let index = index.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
+        let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
+        let shapes: Vec<Option<Vec<usize>>> = e.states.iter().enumerate().map(|(i, _)| loaded.states.get(i).map(shape_of)).collect();
+        let now: Vec<_> = shapes.iter().map(Option::as_deref).collect();
+        let bound = binding::bind(&self.manifest.symbols, e, inputs, &now)?;
+        let bad = failed(entry);
+
+        let mut feed: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = vec![];
+        for (port, tensor) in e.inputs.iter().zip(&bound.inputs) {
+            feed.push((port.name.as_str().into(), to_ort(tensor).map_err(&bad)?.into()));
+        }
+        for (i, state) in e.states.iter().enumerate() {
+            let past = match loaded.states.get(i) {
+                Some(value) => value.into(),
+                None => {
+                    let shape = state.shape.iter().map(|d| d.eval(&bound.symbols)).collect::<Result<Vec<i64>, _>>();
+                    let shape = shape.map_err(|e| Error::Input(format!("{entry}: state '{}': {e}", state.past)))?;
+                    ort::value::Tensor::<f32>::from_array((shape, vec![])).map_err(&bad)?.upcast().into()
+                }
+            };
+            feed.push((state.past.as_str().into(), past));
+        }
+        let mut results = loaded.session.run(feed).map_err(&bad)?;
+        let missing = |name: &str| Error::Input(format!("{entry}: ONNX Runtime gave no '{name}'"));
+        let outputs =
+            e.outputs.iter().map(|p| from_ort(results.get(&p.name).ok_or_else(|| missing(&p.name))?)).collect::<Result<Vec<_>>>()?;
+        let states = e.states.iter().map(|s| results.remove(&s.present).ok_or_else(|| missing(&s.present))).collect::<Result<Vec<_>>>()?;
+        drop(results);
+        loaded.states = states;
+        Ok(outputs)
+    }
+
+    fn past(&self) -> usize {
+        let states = self.manifest.entries.iter().zip(&self.entries).flat_map(|(e, l)| e.states.iter().zip(&l.states));
+        states.map(|(s, v)| shape_of(v)[s.axis]).next().unwrap_or(0)
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        let past = self.past();
+        if len > past {
+            return Err(Error::Input(format!("cannot keep {len} positions of {past}")));
+        }
+        for (entry, loaded) in self.manifest.entries.iter().zip(&mut self.entries) {
+            if len == 0 {
+                loaded.states.clear();
+            }
+            for (state, value) in entry.states.iter().zip(&mut loaded.states) {
+                let shape = shape_of(value);
+                if shape[state.axis] == len {
+                    continue;
+                }
+                let (outer, inner): (usize, usize) = (shape[..state.axis].iter().product(), shape[state.axis + 1..].iter().product());
+                let bad = failed("shortening a state");
+                let (_, data) = value.try_extract_tensor::<f32>().map_err(&bad)?;
+                let row = shape[state.axis] * inner;
+                let kept: Vec<f32> = (0..outer).flat_map(|o| &data[o * row..o * row + len * inner]).copied().collect();
+                let mut shape: Vec<i64> = shape.iter().map(|d| *d as i64).collect();
+                shape[state.axis] = len as i64;
+                *value = ort::value::Tensor::from_array((shape, kept)).map_err(&bad)?.into_dyn();
+            }
+        }
+        Ok(())
+    }
+}
