@@ -20,10 +20,15 @@ use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processo
 use vlmc_ir::{Graph, Verified, Weights, verify};
 use vlmc_passes::{Pass, Target};
 
+/// Name and version of this compiler, as manifests have it.
+pub const COMPILER: &str = concat!("vlmc ", env!("CARGO_PKG_VERSION"));
 /// File name of the weights in an artifact.
 pub const WEIGHTS: &str = "weights.safetensors";
 /// Files that an artifact takes from the checkpoint as they are.
 pub const COPIED: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"];
+
+/// Files that go into the manifest.
+const SIDE_FILES: [&str; 3] = ["generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"];
 
 /// A checkpoint with the frontend that understands it.
 pub struct Model {
@@ -133,6 +138,23 @@ impl Model {
         self.architecture.processor(&files)
     }
 
+    /// A name for this checkpoint: changes when its config, its tensors' names and places, or a file's size or date change.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let source = self.checkpoint.source();
+        let mut text = format!("{}\n{}\n", self.checkpoint.dir().display(), source.config_sha256);
+        for name in source.weights.keys().map(String::as_str).chain(COPIED).chain(SIDE_FILES) {
+            let path = self.checkpoint.dir().join(name);
+            if let Ok(stat) = fs::metadata(&path) {
+                let date = stat.modified().map_err(Error::io(&path))?;
+                text += &format!("{name} {} {date:?} {:?}\n", stat.len(), source.weights.get(name));
+            }
+        }
+        Ok(crate::digest::sha256(text.as_bytes())[..16].into())
+    }
+
     /// Compiles the model to an artifact.
     ///
     /// # Errors
@@ -177,7 +199,7 @@ impl Model {
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
         dir.commit(Manifest {
             format: FORMAT,
-            compiler: concat!("vlmc ", env!("CARGO_PKG_VERSION")).into(),
+            compiler: COMPILER.into(),
             target: target.name.into(),
             architecture: self.architecture.model_type.into(),
             parameters,

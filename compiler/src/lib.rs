@@ -8,7 +8,9 @@ pub mod compile;
 mod digest;
 mod error;
 pub mod exec;
+pub mod hub;
 mod safetensors_header;
+pub mod synth;
 pub mod target;
 pub mod weights_writer;
 

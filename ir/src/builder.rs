@@ -79,6 +79,8 @@ struct Inner {
     scope: Rc<str>,
     paths: Vec<Rc<str>>,
     weight_values: HashMap<String, ValueId>,
+    /// By element type, shape and bits of the elements.
+    literals: HashMap<(DType, Vec<usize>, Vec<u64>), ValueId>,
     error: Option<BuildError>,
 }
 
@@ -212,9 +214,15 @@ impl<'g> Builder<'g> {
         self.inner.borrow_mut().graph.outputs.push(Port { name: name.into(), value: v.id });
     }
 
-    /// A value known at compile time.
+    /// A value known at compile time. Equal literals are one value.
     pub fn literal(&'g self, l: Literal) -> Val<'g> {
-        Val { g: self, id: self.value(l.ty(), Def::Literal(l)) }
+        let key = (l.dtype, l.shape.clone(), l.data.iter().map(|v| v.to_bits()).collect());
+        if let Some(id) = self.inner.borrow().literals.get(&key) {
+            return Val { g: self, id: *id };
+        }
+        let id = self.value(l.ty(), Def::Literal(l));
+        self.inner.borrow_mut().literals.insert(key, id);
+        Val { g: self, id }
     }
 
     /// An `f32` vector.

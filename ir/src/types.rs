@@ -99,8 +99,18 @@ impl fmt::Display for Literal {
         }
         f.write_str("(")?;
         for (i, v) in self.data.iter().enumerate() {
-            write!(f, "{}{v}", if i > 0 { ", " } else { "" })?;
+            write!(f, "{}{}", if i > 0 { ", " } else { "" }, Element(*v))?;
         }
         f.write_str(")")
+    }
+}
+
+/// An element of a literal: the shortest digits that give the number back, with an exponent if it is tiny or huge.
+pub(crate) struct Element(pub(crate) f64);
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = format!("{:?}", self.0);
+        f.write_str(text.strip_suffix(".0").unwrap_or(&text))
     }
 }

@@ -18,7 +18,7 @@ use vlmc_artifact::Manifest;
 const LIBRARY: &str = "ORT_DYLIB_PATH";
 
 /// Runs an `onnx-*` artifact on ONNX Runtime's CPU provider.
-pub struct OrtEngine {
+pub(crate) struct OrtEngine {
     manifest: Manifest,
     entries: Vec<Loaded>,
 }
@@ -39,7 +39,7 @@ impl OrtEngine {
     ///
     /// # Errors
     /// The library is not there or too old, or it refuses a graph.
-    pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub(crate) fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
         let environment = environment()?;
         let manifest = artifact.manifest().clone();
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);

@@ -1,0 +1,293 @@
+//! `vlmc`: arguments, progress bars and what is printed. The work is done by the library.
+
+mod inspect;
+mod run;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    io::{IsTerminal, Write},
+    num::NonZero,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
+
+/// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
+/// own CPU runtime. No Python is needed, neither to compile nor to run.
+///
+/// Try:  vlmc run fixtures/shapes-vl --image fixtures/shapes-vl/example.png --prompt "How many circles are there?"
+#[derive(Parser)]
+#[command(name = "vlmc", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compile a checkpoint to an artifact
+    ///
+    /// MODEL is a checkpoint directory (config.json and safetensors), a Hugging Face id such as Qwen/Qwen2-VL-2B-Instruct, or
+    /// an alias such as qwen2-vl. Ids and aliases are looked for in the local Hugging Face cache, then downloaded.
+    Compile(CompileArgs),
+    /// Ask a model about pictures
+    ///
+    /// MODEL is an artifact, or anything that `compile` takes: a checkpoint is compiled into a cache first.
+    Run(run::RunArgs),
+    /// Run an artifact on tensors
+    ///
+    /// Tensors are named as in the Hugging Face forward signature: input_ids, attention_mask, pixel_values, image_grid_thw,
+    /// pixel_values_videos, video_grid_thw, position_ids. Writes logits, image_features and, with --max-new-tokens,
+    /// generated_ids (greedy, end-of-text ignored).
+    Exec(ExecArgs),
+    /// Show what a checkpoint or an artifact holds
+    Inspect(inspect::InspectArgs),
+    /// Print the graphs of a checkpoint or an artifact
+    Dump(inspect::DumpArgs),
+    /// List the architectures that can be compiled
+    Archs(ListArgs),
+    /// List the targets to compile for
+    Targets(ListArgs),
+    /// Write a checkpoint of a published size with random weights
+    ///
+    /// For benchmarks and capacity planning without a download. The checkpoint has the layout of the real one.
+    Synth(SynthArgs),
+}
+
+#[derive(Args)]
+struct CompileArgs {
+    /// Checkpoint directory, Hugging Face id or alias
+    model: String,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Directory of the artifact [default: MODEL's name and the target, in the current directory]
+    #[arg(short, long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Threads to compile with [default: one per core]; the artifact does not depend on it
+    #[arg(long)]
+    threads: Option<NonZero<usize>>,
+    /// Print a report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct TargetArgs {
+    /// What to compile for; see `vlmc targets`
+    #[arg(long, default_value = "cpu")]
+    target: String,
+    /// Quantization of the weights
+    #[arg(long, value_enum, default_value_t = Quant::None)]
+    quant: Quant,
+}
+
+impl TargetArgs {
+    fn check(&self) -> Result<()> {
+        if self.quant != Quant::None {
+            bail!("--quant {} is not supported yet; supported: none (weights keep the checkpoint's precision)", self.quant.name());
+        }
+        target::named(&self.target)?;
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Quant {
+    /// As in the checkpoint
+    None,
+    /// 8-bit integers
+    Int8,
+    /// 4-bit integers
+    Int4,
+}
+
+impl Quant {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+}
+
+#[derive(Args)]
+struct ExecArgs {
+    /// Artifact directory
+    artifact: PathBuf,
+    /// Safetensors file with the inputs
+    #[arg(long, value_name = "FILE")]
+    inputs: PathBuf,
+    /// Safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    outputs: PathBuf,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_new_tokens: usize,
+    /// Threads to run with [default: one per core]
+    #[arg(long)]
+    threads: Option<NonZero<usize>>,
+}
+
+#[derive(Args)]
+struct ListArgs {
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct SynthArgs {
+    /// Preset, e.g. qwen2-vl-2b
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(synth::presets()))]
+    preset: String,
+    /// Directory to write
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Another seed gives other weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Runs the command line.
+pub(crate) fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Compile(args) => compile_command(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Exec(args) => exec(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Dump(args) => inspect::dump(&args),
+        Command::Archs(args) => archs(args.json),
+        Command::Targets(args) => targets(args.json),
+        Command::Synth(args) => synth_command(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough is no failure.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => ExitCode::SUCCESS,
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> Result<()> {
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+fn warn(text: &str) {
+    let _ = writeln!(std::io::stderr(), "warning: {text}");
+}
+
+/// A bar of bytes on the terminal; nothing elsewhere.
+fn bytes_bar(what: &str) -> ProgressBar {
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let style = ProgressStyle::with_template("{msg:24} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what.to_string());
+    bar
+}
+
+/// Directory of a checkpoint: found, or downloaded.
+fn checkpoint_dir(model: &str) -> Result<PathBuf> {
+    let bar = bytes_bar("downloading");
+    let dir = hub::resolve(model, &|name, done, total| {
+        bar.set_message(name.to_string());
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(dir?)
+}
+
+fn compile_to(model: &compile::Model, target: &str, out: &Path) -> Result<compile::Report> {
+    let bar = bytes_bar("writing weights");
+    let report = model.compile(&compile::Options {
+        target,
+        out,
+        progress: &|done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        },
+    });
+    bar.finish_and_clear();
+    let report = report?;
+    report.warnings.iter().for_each(|w| warn(w));
+    Ok(report)
+}
+
+fn compile_command(args: &CompileArgs) -> Result<()> {
+    args.target.check()?;
+    let dir = checkpoint_dir(&args.model)?;
+    let model = compile::Model::open(&dir)?;
+    let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
+    }
+    let report = compile_to(&model, &args.target.target, &out)?;
+    if args.json {
+        return print_json(&report);
+    }
+    print(&format!(
+        "{}: {} for {}, {} parameters, {} of weights\n",
+        report.out.display(),
+        report.architecture,
+        report.target,
+        inspect::count(report.parameters),
+        inspect::bytes(report.weight_bytes)
+    ))
+}
+
+fn exec(args: &ExecArgs) -> Result<()> {
+    let artifact = Artifact::open(&args.artifact)?;
+    let engine = open_engine(&artifact, args.threads)?;
+    let warnings = vlmc::exec::exec(engine, &args.inputs, &args.outputs, args.max_new_tokens)?;
+    warnings.iter().for_each(|w| warn(w));
+    Ok(())
+}
+
+fn archs(json: bool) -> Result<()> {
+    if json {
+        let all: Vec<_> = ARCHITECTURES.iter().map(|a| serde_json::json!({"model_type": a.model_type, "title": a.title, "reference": a.reference})).collect();
+        return print_json(&all);
+    }
+    print(&ARCHITECTURES.iter().map(|a| format!("{:12} {:12} {}\n", a.model_type, a.title, a.reference)).collect::<String>())
+}
+
+fn targets(json: bool) -> Result<()> {
+    if json {
+        let all: Vec<_> = target::TARGETS.iter().map(|t| serde_json::json!({"name": t.name, "summary": t.summary})).collect();
+        return print_json(&all);
+    }
+    print(&target::TARGETS.iter().map(|t| format!("{:10} {}\n", t.name, t.summary)).collect::<String>())
+}
+
+fn synth_command(args: &SynthArgs) -> Result<()> {
+    let bar = bytes_bar("writing weights");
+    let result = synth::synth(&args.preset, &args.out, args.seed, &|done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    result?;
+    print(&format!("{}: {} with random weights\n", args.out.display(), args.preset))
+}
+
+/// Whether a directory holds an artifact rather than a checkpoint.
+fn is_artifact(dir: &Path) -> bool {
+    dir.join(MANIFEST).is_file()
+}
+
+fn read_onnx(path: &Path) -> Result<String> {
+    Ok(onnx::to_text(&onnx::read(path)?))
+}

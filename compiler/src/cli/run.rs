@@ -1,0 +1,182 @@
+//! `vlmc run`.
+
+use super::{TargetArgs, checkpoint_dir, compile_to, is_artifact, print, print_json, warn};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::{
+    io::{BufRead, IsTerminal, Write},
+    num::NonZero,
+    path::{Path, PathBuf},
+};
+use vlmc::compile;
+use vlmc_runtime::{Artifact, Conversation, GenerateOptions, Model, Part, Reply, image};
+
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// Artifact, checkpoint directory, Hugging Face id or alias
+    model: String,
+    /// Picture (PNG, JPEG, WebP, GIF) to ask about; may be repeated
+    #[arg(long, value_name = "FILE")]
+    image: Vec<PathBuf>,
+    /// Video to ask about: a directory of frames, or an animated GIF; may be repeated
+    #[arg(long, value_name = "PATH")]
+    video: Vec<PathBuf>,
+    /// What to ask
+    #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
+    prompt: Option<String>,
+    /// Several turns: one line of standard input is one question
+    #[arg(long)]
+    chat: bool,
+    /// Instructions in place of the template's own
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    max_new_tokens: usize,
+    /// Randomness; 0 takes the most probable token [default: the model's]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Choose among the K most probable tokens; 0 for all [default: the model's]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the tokens that make up this share of probability [default: the model's]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Above 1, tokens that were there before become less probable [default: the model's]
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+    /// The same seed gives the same answer
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Text that ends an answer; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Threads to run with [default: one per core]
+    #[arg(long)]
+    threads: Option<NonZero<usize>>,
+    /// Print the answer and its timings as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &RunArgs) -> Result<()> {
+    args.target.check()?;
+    let dir = artifact(&args.model, &args.target.target)?;
+    // Pictures first: a bad one should not cost the time to load a model.
+    let mut parts = vec![];
+    for path in &args.image {
+        parts.push(Part::Image(image::read(path)?));
+    }
+    for path in &args.video {
+        parts.push(Part::Video(image::read_video(path)?));
+    }
+    let mut model = Model::open(&dir, args.threads)?;
+    let options = options(args, model.defaults());
+    let mut conversation = model.conversation(args.system.as_deref())?;
+    if let Some(prompt) = &args.prompt {
+        parts.push(Part::Text(prompt.clone()));
+        answer(&mut conversation, &parts, &options, args.json)?;
+        parts.clear();
+    }
+    if !args.chat {
+        return Ok(());
+    }
+    let stdin = std::io::stdin();
+    let ask = |first: bool| {
+        if stdin.is_terminal() {
+            let hint = if first { "(an empty line or Ctrl-D ends the chat)\n> " } else { "> " };
+            let _ = write!(std::io::stderr(), "{hint}").and_then(|()| std::io::stderr().flush());
+        }
+    };
+    ask(true);
+    for line in stdin.lock().lines() {
+        let line = line.context("standard input")?;
+        if line.trim().is_empty() {
+            break;
+        }
+        parts.push(Part::Text(line));
+        match answer(&mut conversation, &parts, &options, args.json) {
+            Ok(()) => parts.clear(),
+            // At a terminal the chat goes on, with the pictures for the next question.
+            Err(e) if stdin.is_terminal() => {
+                parts.pop();
+                warn(&format!("{e:#}"));
+            }
+            Err(e) => return Err(e),
+        }
+        ask(false);
+    }
+    Ok(())
+}
+
+fn options(args: &RunArgs, defaults: GenerateOptions) -> GenerateOptions {
+    let mut o = GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), ..defaults };
+    let s = &mut o.sampling;
+    // Asking for randomness turns sampling on; temperature 0 turns it off.
+    s.do_sample = args.temperature.map_or(s.do_sample || args.top_k.is_some() || args.top_p.is_some(), |t| t > 0.0);
+    if let Some(t) = args.temperature.filter(|t| *t > 0.0) {
+        s.temperature = t;
+    }
+    s.top_k = args.top_k.unwrap_or(s.top_k);
+    s.top_p = args.top_p.unwrap_or(s.top_p);
+    s.repetition_penalty = args.repetition_penalty.unwrap_or(s.repetition_penalty);
+    s.seed = args.seed;
+    o
+}
+
+fn answer(conversation: &mut Conversation<'_>, parts: &[Part], options: &GenerateOptions, json: bool) -> Result<()> {
+    let mut failed = None;
+    let reply = conversation.send(parts, options, &mut |text| {
+        if !json && failed.is_none() {
+            failed = std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush()).err();
+        }
+    })?;
+    if let Some(e) = failed {
+        return Err(e.into());
+    }
+    if json { print_json(&report(&reply)) } else { print("\n") }
+}
+
+fn report(r: &Reply) -> serde_json::Value {
+    let decoded = r.ids.len().saturating_sub(1) as f64;
+    serde_json::json!({
+        "text": r.text,
+        "finish": r.finish,
+        "prompt_tokens": r.prompt_tokens,
+        "generated_tokens": r.ids.len(),
+        "first_token_seconds": r.first_token.as_secs_f64(),
+        "decode_tokens_per_second": if decoded > 0.0 { Some(decoded / r.decoding.as_secs_f64()) } else { None },
+    })
+}
+
+/// The artifact of a model: itself, or made from a checkpoint and kept in a cache.
+fn artifact(model: &str, target: &str) -> Result<PathBuf> {
+    let given = Path::new(model);
+    if is_artifact(given) {
+        return Ok(given.into());
+    }
+    let dir = checkpoint_dir(model)?;
+    if is_artifact(&dir) {
+        return Ok(dir);
+    }
+    let model = compile::Model::open(&dir)?;
+    let out = cache_dir()?.join("artifacts").join(format!("{}-{target}", model.fingerprint()?));
+    // An artifact that another version made, or that is damaged, is made again.
+    let usable = Artifact::open(&out).is_ok_and(|a| a.manifest().compiler == compile::COMPILER);
+    if !usable {
+        compile_to(&model, target, &out)?;
+    }
+    Ok(out)
+}
+
+/// `VLMC_CACHE`, or vlmc's directory in the user's cache.
+fn cache_dir() -> Result<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let dir = var("VLMC_CACHE").or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vlmc"))).or_else(|| var("HOME").map(|d| d.join(".cache/vlmc")));
+    match dir {
+        Some(dir) => Ok(dir),
+        None => bail!("there is no place for compiled artifacts: set VLMC_CACHE to a directory"),
+    }
+}
