@@ -1,0 +1,226 @@
+//! The binary as a user meets it: help, good runs, and what bad input gives.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+use tempfile::TempDir;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(name)
+}
+
+fn vlmc(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmc"));
+    // Nothing of the user's own: no cache, no network.
+    command.args(args).env("HF_HUB_OFFLINE", "1").env("HF_HUB_CACHE", "/nonexistent").env("VLMC_CACHE", "/nonexistent").env("COLUMNS", "100");
+    command.output().expect("the binary runs")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+fn stdout(out: &Output) -> String {
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+/// The error of a command that must fail with exit code 1 and one message.
+fn failure(dir: &Path, args: &[&str]) -> String {
+    let out = vlmc(args);
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(message.matches("error:").count(), 1, "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    message.replace(text(dir), "<dir>")
+}
+
+/// A copy of the tiny checkpoint, to be damaged.
+fn copy(dir: &TempDir) -> PathBuf {
+    let to = dir.path().join("checkpoint");
+    fs::create_dir(&to).unwrap();
+    for name in ["config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixture("qwen2-vl").join(name), to.join(name)).unwrap();
+    }
+    to
+}
+
+fn edit_config(checkpoint: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let path = checkpoint.join("config.json");
+    let mut config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut config);
+    fs::write(path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+/// Rewrites the safetensors header of the checkpoint; the data stays.
+fn edit_header(checkpoint: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let path = checkpoint.join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let n = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
+    edit(&mut header);
+    let header = serde_json::to_vec(&header).unwrap();
+    fs::write(path, [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + n..]].concat()).unwrap();
+}
+
+/// What `compile` says of a damaged checkpoint; it must leave nothing behind.
+fn refusal(damage: impl FnOnce(&Path)) -> String {
+    let dir = TempDir::new().unwrap();
+    let checkpoint = copy(&dir);
+    damage(&checkpoint);
+    let out = dir.path().join("artifact");
+    let message = failure(dir.path(), &["compile", text(&checkpoint), "-o", text(&out)]);
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["checkpoint"], "something was left behind");
+    message
+}
+
+#[test]
+fn help_says_what_there_is() {
+    for (name, args) in [("help", &["--help"][..]), ("help_compile", &["compile", "--help"]), ("help_run", &["run", "--help"]), ("help_exec", &["exec", "--help"])] {
+        insta::assert_snapshot!(name, stdout(&vlmc(args)));
+    }
+    insta::assert_snapshot!("archs", stdout(&vlmc(&["archs"])));
+    insta::assert_snapshot!("targets", stdout(&vlmc(&["targets"])));
+}
+
+#[test]
+fn damaged_checkpoints_are_refused() {
+    let cases: [(&str, &dyn Fn(&Path)); 12] = [
+        ("missing tensor", &|d| edit_header(d, |h| _ = h["model.layers.1.mlp.up_proj.weight"].take())),
+        ("renamed tensor", &|d| {
+            edit_header(d, |h| {
+                let t = h.as_object_mut().unwrap().remove("model.layers.1.mlp.up_proj.weight").unwrap();
+                h["model.layers.1.mlp.up_project.weight"] = t;
+            });
+        }),
+        ("wrong shape", &|d| edit_header(d, |h| h["model.norm.weight"]["shape"] = serde_json::json!([32, 2]))),
+        ("wrong length", &|d| edit_header(d, |h| h["model.norm.weight"]["shape"] = serde_json::json!([63]))),
+        ("truncated", &|d| {
+            let path = d.join("model.safetensors");
+            let bytes = fs::read(&path).unwrap();
+            fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("unknown architecture", &|d| edit_config(d, |c| c["model_type"] = "gpt5".into())),
+        ("heads do not divide hidden", &|d| edit_config(d, |c| c["num_attention_heads"] = 5.into())),
+        ("sections do not fit", &|d| edit_config(d, |c| c["rope_scaling"]["mrope_section"] = serde_json::json!([1, 2, 3]))),
+        ("huge number", &|d| edit_config(d, |c| c["num_hidden_layers"] = 1_000_000_000.into())),
+        ("sliding window", &|d| edit_config(d, |c| c["use_sliding_window"] = true.into())),
+        ("config is no JSON", &|d| fs::write(d.join("config.json"), "{\"model_type\": ").unwrap()),
+        ("no weights", &|d| fs::remove_file(d.join("model.safetensors")).unwrap()),
+    ];
+    let all: String = cases.iter().map(|(name, damage)| format!("{name}:\n  {}", refusal(|d| damage(d)))).collect();
+    insta::assert_snapshot!(all);
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let artifact = dir.path().join("artifact");
+    let model = fixture("qwen2-vl");
+    stdout(&vlmc(&["compile", text(&model), "-o", text(&artifact)]));
+    let picture = fixture("pictures/small.png");
+    let bytes = fs::read(&picture).unwrap();
+    let corrupt = dir.path().join("corrupt.png");
+    fs::write(&corrupt, &bytes[..bytes.len() / 2]).unwrap();
+    let no_picture = dir.path().join("text.png");
+    fs::write(&no_picture, "not a picture").unwrap();
+    let inputs = dir.path().join("in.safetensors");
+    fs::write(&inputs, "junk").unwrap();
+    let out = dir.path().join("out.safetensors");
+    let other = dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("keep.txt"), "mine").unwrap();
+
+    let run = |extra: &[&str]| failure(dir.path(), &[&["run", text(&artifact), "--prompt", "What is this?"][..], extra].concat());
+    let mut all = String::new();
+    let mut add = |name: &str, message: String| all += &format!("{name}:\n  {message}");
+    add("corrupt picture", run(&["--image", text(&corrupt)]));
+    add("no picture", run(&["--image", text(&no_picture)]));
+    add("missing picture", run(&["--image", text(&dir.path().join("none.png"))]));
+    add(
+        "more placeholders than pictures",
+        failure(dir.path(), &["run", text(&artifact), "--image", text(&picture), "--prompt", "<|vision_start|><|image_pad|><|vision_end|>What?"]),
+    );
+    add("bad option", run(&["--top-p", "2"]));
+    add("exec of junk", failure(dir.path(), &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&out)]));
+    add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-cuda", "-o", text(&out)]));
+    add("quantization", failure(dir.path(), &["compile", text(&model), "--quant", "int4", "-o", text(&out)]));
+    add("unknown model", failure(dir.path(), &["compile", "qwen2-vl", "-o", text(&out)]));
+    add("not a name", failure(dir.path(), &["compile", "no-such-model", "-o", text(&out)]));
+    add("unknown pass", failure(dir.path(), &["dump", text(&model), "--after", "fuse"]));
+    add("directory that is not ours", failure(dir.path(), &["compile", text(&model), "-o", text(&other)]));
+    let weights = artifact.join("weights.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    bytes.truncate(bytes.len() - 1);
+    fs::write(&weights, bytes).unwrap();
+    add("damaged artifact", run(&[]));
+    assert!(!out.exists());
+    assert_eq!(fs::read_to_string(other.join("keep.txt")).unwrap(), "mine");
+    insta::assert_snapshot!(all);
+}
+
+#[test]
+fn artifacts_do_not_depend_on_threads() {
+    let dir = TempDir::new().unwrap();
+    for target in ["cpu", "onnx-cpu"] {
+        let compile = |threads: &str| {
+            let out = dir.path().join(format!("{target}-{threads}"));
+            stdout(&vlmc(&["compile", text(&fixture("qwen2-vl")), "--target", target, "--threads", threads, "-o", text(&out)]));
+            let mut files: Vec<_> = fs::read_dir(&out).unwrap().map(|e| e.unwrap().path()).collect();
+            files.sort();
+            files.iter().map(|f| (f.file_name().unwrap().to_owned(), fs::read(f).unwrap())).collect::<Vec<_>>()
+        };
+        assert!(compile("1") == compile("3"), "{target}: other bytes with other threads");
+    }
+}
+
+#[test]
+fn a_checkpoint_without_tokenizer_compiles_with_a_warning() {
+    let dir = TempDir::new().unwrap();
+    let checkpoint = copy(&dir);
+    for name in ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"] {
+        fs::remove_file(checkpoint.join(name)).unwrap();
+    }
+    let artifact = dir.path().join("artifact");
+    let out = vlmc(&["compile", text(&checkpoint), "-o", text(&artifact)]);
+    stdout(&out);
+    insta::assert_snapshot!("warnings", String::from_utf8_lossy(&out.stderr));
+    insta::assert_snapshot!("run_without_tokenizer", failure(dir.path(), &["run", text(&artifact), "--prompt", "x"]));
+}
+
+#[test]
+fn graphs_as_text() {
+    insta::assert_snapshot!("ir_tiny", stdout(&vlmc(&["dump", text(&fixture("qwen2-vl"))])));
+    let dir = TempDir::new().unwrap();
+    let config = dir.path().join("config.json");
+    fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-2b").unwrap()).unwrap()).unwrap();
+    insta::assert_snapshot!("ir_2b", stdout(&vlmc(&["dump", text(&config)])));
+    insta::assert_snapshot!("ir_tiny_onnx_cpu", stdout(&vlmc(&["dump", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "--after", "dce"])));
+    let artifact = dir.path().join("artifact");
+    stdout(&vlmc(&["compile", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "-o", text(&artifact)]));
+    insta::assert_snapshot!("onnx_tiny", stdout(&vlmc(&["dump", text(&artifact)])));
+    let native = dir.path().join("native");
+    stdout(&vlmc(&["compile", text(&fixture("qwen2-vl")), "-o", text(&native)]));
+    insta::assert_snapshot!("cpu_tiny", stdout(&vlmc(&["dump", text(&native), "--graph", "decoder"])));
+    insta::assert_snapshot!("inspect_checkpoint", stdout(&vlmc(&["inspect", text(&config)])));
+    insta::assert_snapshot!("inspect_artifact", stdout(&vlmc(&["inspect", text(&native), "--verify"])));
+    assert!(stdout(&vlmc(&["dump", text(&config), "--format", "dot", "--graph", "vision"])).contains("digraph"));
+}
+
+/// The text form gives the same program back.
+#[test]
+fn dumped_text_parses_to_the_same_text() {
+    let dir = TempDir::new().unwrap();
+    let config = dir.path().join("config.json");
+    fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-7b").unwrap()).unwrap()).unwrap();
+    let passes: Vec<_> = vlmc_passes::pipeline(vlmc::target::named("onnx-cpu").unwrap()).iter().map(|p| p.name).collect();
+    for args in passes.iter().map(|p| vec!["dump", text(&config), "--target", "onnx-cpu", "--after", p]).chain([vec!["dump", text(&config)]]) {
+        let printed = stdout(&vlmc(&args));
+        let parsed = vlmc_ir::text::parse(&printed).unwrap_or_else(|e| panic!("{args:?}: {e}"));
+        assert_eq!(parsed.to_string(), printed, "{args:?}");
+        vlmc_ir::verify(parsed).unwrap_or_else(|found| panic!("{args:?}: {}", found[0]));
+    }
+}
