@@ -89,8 +89,8 @@ fn help_says_what_there_is() {
 #[test]
 fn damaged_checkpoints_are_refused() {
     let cases: [(&str, &dyn Fn(&Path)); 12] = [
-        ("missing tensor", &|d| edit_header(d, |h| _ = h["model.layers.1.mlp.up_proj.weight"].take())),
-        ("renamed tensor", &|d| {
+        ("no tensor entry", &|d| edit_header(d, |h| _ = h["model.layers.1.mlp.up_proj.weight"].take())),
+        ("missing tensor", &|d| {
             edit_header(d, |h| {
                 let t = h.as_object_mut().unwrap().remove("model.layers.1.mlp.up_proj.weight").unwrap();
                 h["model.layers.1.mlp.up_project.weight"] = t;

@@ -55,7 +55,7 @@ impl<'s> Weights<'s> {
 
 /// Why a graph could not be built.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{graph}{}{scope}: {message} (from {location})", if .scope.is_empty() { "" } else { ": " })]
+#[error("{graph}{}{scope}: {message}", if .scope.is_empty() { "" } else { ": " })]
 pub struct BuildError {
     /// Graph name.
     pub graph: String,
@@ -63,7 +63,7 @@ pub struct BuildError {
     pub scope: String,
     /// What is wrong.
     pub message: String,
-    /// Line of model code.
+    /// Line of model code; only `{:?}` shows it, since users have other code.
     pub location: &'static Location<'static>,
 }
 

@@ -70,7 +70,7 @@ pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, ima
             let n = tokens(grid, rules)?;
             if at + n > live.len() || live[at..at + n].iter().any(|i| ids[*i] != m.token) {
                 return Err(Error::Input(format!(
-                    "an {what} of grid_thw {grid:?} takes {n} tokens, the prompt has fewer placeholders for it"
+                    "grid_thw {grid:?} of {what} inputs takes {n} tokens, the prompt has fewer placeholders for it"
                 )));
             }
             let (h, w) = (grid[1] / merge, grid[2] / merge);
@@ -104,7 +104,7 @@ pub fn expand(ids: &[i64], rules: &PromptRules, images: &[Grid], videos: &[Grid]
         let places = ids.iter().filter(|i| Some(**i) == token).count();
         if places != grids.len() {
             let given = grids.len();
-            return Err(Error::Input(format!("the prompt has {places} {what} placeholders, but {given} {what}s were given")));
+            return Err(Error::Input(format!("the prompt has {places} {what} placeholder(s), but the number of {what}s given is {given}")));
         }
     }
     let (mut images, mut videos) = (images.iter(), videos.iter());
@@ -170,6 +170,6 @@ mod tests {
         }
         assert_eq!(expand(&[1, 90, 91], &rules(), &[[1, 2, 4]], &[[2, 2, 2]]).unwrap(), [1, 90, 90, 91, 91]);
         let error = expand(&[1, 90, 90], &rules(), &[grid], &[]).unwrap_err().to_string();
-        assert_eq!(error, "the prompt has 2 image placeholders, but 1 images were given");
+        assert_eq!(error, "the prompt has 2 image placeholder(s), but the number of images given is 1");
     }
 }

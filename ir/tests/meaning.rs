@@ -1,0 +1,164 @@
+//! What ops mean, against the formulas of the papers written out here in `f64` loops.
+
+use ndarray::{ArrayD, IxDyn};
+use std::collections::BTreeMap;
+use vlmc_ir::{
+    Bindings, Builder, DType, Val,
+    interp::{self, Array, Env, EvalError},
+    ops::Mask,
+};
+use vlmc_artifact::program::Reduce;
+
+fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
+    let n = shape.iter().product();
+    Array::F32(ArrayD::from_shape_vec(IxDyn(shape), (0..n).map(f).map(|v| v as f32).collect()).unwrap())
+}
+
+fn ints(shape: &[usize], data: &[i64]) -> Array {
+    Array::I64(ArrayD::from_shape_vec(IxDyn(shape), data.to_vec()).unwrap())
+}
+
+/// Numbers without a pattern, in -1..1.
+fn noise(seed: usize) -> impl Fn(usize) -> f64 {
+    move |i| ((i * 7919 + seed * 104_729) % 1009) as f64 / 504.5 - 1.0
+}
+
+/// Runs what `build` makes of inputs.
+fn run(inputs: &[Array], build: impl for<'g> Fn(&'g Builder<'g>, &[Val<'g>]) -> Vec<Val<'g>>) -> Result<Vec<Array>, EvalError> {
+    let b = Builder::new("g", None);
+    let values: Vec<Val<'_>> = inputs.iter().enumerate().map(|(i, a)| b.input(&format!("in{i}"), a.dtype(), a.shape().iter().copied())).collect();
+    let outs = build(&b, &values);
+    let count = outs.len();
+    outs.into_iter().enumerate().for_each(|(i, v)| b.output(&format!("out{i}"), v));
+    drop(values);
+    let graph = b.finish().unwrap();
+    let named = inputs.iter().enumerate().map(|(i, a)| (format!("in{i}"), a.clone())).collect();
+    let mut out = interp::run(&graph, &Env { symbols: &Bindings::default(), inputs: &named, weights: &BTreeMap::new() })?;
+    Ok((0..count).map(|i| out.remove(&format!("out{i}")).unwrap()).collect())
+}
+
+fn close(got: &Array, expected: impl Fn(&[usize]) -> f64) {
+    for (at, v) in got.f32().unwrap().indexed_iter() {
+        let at: Vec<usize> = (0..at.ndim()).map(|i| at[i]).collect();
+        let e = expected(&at);
+        assert!((f64::from(*v) - e).abs() < 1e-5, "{at:?}: {v} instead of {e}");
+    }
+}
+
+/// Grouped-query attention with each kind of mask.
+#[test]
+fn attention() {
+    let (batch, heads, kv_heads, s, t, d) = (2, 4, 2, 3, 5, 6);
+    let (q, k, v) = (floats(&[batch, heads, s, d], noise(1)), floats(&[batch, kv_heads, t, d], noise(2)), floats(&[batch, kv_heads, t, d], noise(3)));
+    let mask = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1];
+    let at = |a: &Array, i: &[usize]| f64::from(a.f32().unwrap()[IxDyn(i)]);
+    for kind in [Mask::Full, Mask::Causal] {
+        let inputs = [q.clone(), k.clone(), v.clone(), ints(&[batch, t], &mask)];
+        let out = run(&inputs, |g, x| vec![g.attention(x[0], x[1], x[2], 0.3, kind, (kind == Mask::Causal).then_some(x[3]))]).unwrap();
+        close(&out[0], |i| {
+            let [b, h, row, col] = i.try_into().unwrap();
+            let kv = h / (heads / kv_heads);
+            let sees = |j: usize| kind == Mask::Full || (j <= t - s + row && mask[b * t + j] != 0);
+            let score = |j: usize| (0..d).map(|c| at(&q, &[b, h, row, c]) * at(&k, &[b, kv, j, c])).sum::<f64>() * 0.3;
+            let e: Vec<f64> = (0..t).map(|j| if sees(j) { score(j).exp() } else { 0.0 }).collect();
+            (0..t).map(|j| e[j] * at(&v, &[b, kv, j, col])).sum::<f64>() / e.iter().sum::<f64>()
+        });
+    }
+    // Segments: rows 0 and 1, rows 2 to 4.
+    let (x, ids) = (floats(&[2, 5, 4], noise(4)), [7, 7, 9, 9, 9]);
+    let out = run(&[x.clone(), ints(&[5], &ids)], |g, v| vec![g.attention(v[0], v[0], v[0], 1.0, Mask::Segments, Some(v[1]))]).unwrap();
+    close(&out[0], |i| {
+        let [h, row, col] = i.try_into().unwrap();
+        let score = |j: usize| (0..4).map(|c| at(&x, &[h, row, c]) * at(&x, &[h, j, c])).sum::<f64>();
+        let e: Vec<f64> = (0..5).map(|j| if ids[j] == ids[row] { score(j).exp() } else { 0.0 }).collect();
+        (0..5).map(|j| e[j] * at(&x, &[h, j, col])).sum::<f64>() / e.iter().sum::<f64>()
+    });
+}
+
+/// Two pictures and a video of two frames: patches come in blocks of 2 x 2.
+#[test]
+fn grid_positions() {
+    let grid = [[1, 2, 4], [2, 4, 2]];
+    let out = run(&[ints(&[2, 3], &grid.concat())], |g, x| g.grid_positions(x[0], 24, 2).to_vec()).unwrap();
+    let mut expected: [Vec<i64>; 3] = Default::default();
+    let mut segment = 0;
+    for [t, h, w] in grid {
+        for _ in 0..t {
+            for (block_row, block_col) in (0..h / 2).flat_map(|r| (0..w / 2).map(move |c| (r, c))) {
+                for (row, col) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                    [block_row * 2 + row, block_col * 2 + col, segment].into_iter().zip(&mut expected).for_each(|(v, e)| e.push(v));
+                }
+            }
+            segment += 1;
+        }
+    }
+    for (got, expected) in out.iter().zip(&expected) {
+        assert_eq!(got.i64().unwrap().as_slice().unwrap(), expected);
+    }
+}
+
+#[test]
+fn rotary_embeddings() {
+    let positions = [3, 0, 5, 1, 2, 8];
+    let out = run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3])).to_vec()).unwrap();
+    for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
+        close(out, |i| {
+            let kind = [0, 1, 1, 2, 2, 2][i[2]];
+            f(positions[kind * 2 + i[1]] as f64 * 100f64.powf(-2.0 * i[2] as f64 / 12.0))
+        });
+    }
+    let (row, col) = ([0, 1, 9], [4, 0, 2]);
+    let out = run(&[ints(&[3], &row), ints(&[3], &col)], |g, x| <[Val<'_>; 2]>::from(g.rotary_2d(x[0], x[1], 8, 10_000.0)).to_vec()).unwrap();
+    for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
+        close(out, |i| f([row, col][i[1] / 2][i[0]] as f64 * 10_000f64.powf(-4.0 * (i[1] % 2) as f64 / 8.0)));
+    }
+    // A turn by the angle of each pair (i, i + d/2).
+    let (x, angle) = (floats(&[2, 1, 4], noise(5)), [0.3f64, 1.1]);
+    let (cos, sin) = (floats(&[1, 2], |i| angle[i].cos()), floats(&[1, 2], |i| angle[i].sin()));
+    let out = run(&[x.clone(), cos, sin], |g, v| vec![g.rotary(v[0], (v[1], v[2]))]).unwrap();
+    close(&out[0], |i| {
+        let at = |c: usize| f64::from(x.f32().unwrap()[[i[0], 0, c]]);
+        let pair = i[2] % 2;
+        let (a, b) = (at(pair), at(pair + 2));
+        if i[2] < 2 { a * angle[pair].cos() - b * angle[pair].sin() } else { b * angle[pair].cos() + a * angle[pair].sin() }
+    });
+}
+
+/// Features go to the places of the tokens in reading order, over all rows of a batch.
+#[test]
+fn merge_features() {
+    let ids = ints(&[2, 3], &[5, 90, 91, 90, 5, 5]);
+    let out = run(&[floats(&[2, 3, 2], |i| i as f64), ids.clone(), floats(&[3, 2], |i| 100.0 + i as f64)], |g, x| {
+        vec![g.merge_features(x[0], x[1], x[2], &[90, 91])]
+    })
+    .unwrap();
+    assert_eq!(out[0].f32().unwrap().as_slice().unwrap(), [0., 1., 100., 101., 102., 103., 104., 105., 8., 9., 10., 11.]);
+}
+
+#[test]
+fn sums() {
+    let x = floats(&[2, 3], |i| i as f64);
+    let out = run(&[x], |g, x| {
+        let all = [Reduce::Sum, Reduce::Max, Reduce::Mean].map(|f| g.reduce(f, x[0], &[1]));
+        all.into_iter().chain([g.cumsum(x[0], 1), g.cumsum(x[0], 0)]).collect()
+    })
+    .unwrap();
+    let data: Vec<Vec<f32>> = out.iter().map(|a| a.f32().unwrap().iter().copied().collect()).collect();
+    assert_eq!(data, [vec![3., 12.], vec![2., 5.], vec![1., 4.], vec![0., 1., 3., 3., 7., 12.], vec![0., 1., 2., 3., 5., 7.]]);
+}
+
+/// Values without meaning are errors that name the graph, not panics.
+#[test]
+fn values_without_meaning() {
+    let gather = |i: i64| run(&[floats(&[3, 2], noise(1)), ints(&[1], &[i])], |g, x| vec![g.gather(x[0], x[1], 0)]).map(|_| ()).map_err(|e| e.to_string());
+    assert_eq!(gather(2), Ok(()));
+    for bad in [3, -1, i64::MAX] {
+        assert!(gather(bad).unwrap_err().starts_with("g: "), "{:?}", gather(bad));
+    }
+    let division = run(&[ints(&[2], &[1, 2]), ints(&[2], &[1, 0])], |_, x| vec![x[0] / x[1]]);
+    assert!(division.is_err());
+    let b = Builder::new("g", None);
+    let x = b.input("x", DType::F32, [2, 3]);
+    b.output("y", x + b.input("z", DType::F32, [2, 4]));
+    assert_eq!(b.finish().unwrap_err().to_string(), "g: add(f32[2, 3], f32[2, 4]): dims 3 and 4 do not broadcast");
+}

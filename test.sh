@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up what the tests need (ONNX Runtime and the ONNX checker, from PyPI, into target/) and runs all of them.
+# Needs Rust and a Python 3 with pip; Python serves only to fetch and check, never to compile or run a model.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+packages=(onnxruntime==1.32.0 onnx==1.23.2 numpy)
+if [ "$(cat target/python/.packages 2>/dev/null)" != "${packages[*]}" ]; then
+  rm -rf target/python
+  python3 -m pip install --quiet --disable-pip-version-check --target target/python "${packages[@]}"
+  # A name without a version, for .cargo/config.toml.
+  (cd target/python/onnxruntime/capi && ln -sf libonnxruntime.so.1* libonnxruntime.so)
+  echo "${packages[*]}" > target/python/.packages
+fi
+
+cargo fmt --all --check
+cargo clippy --workspace --all-targets --features vlmc-tests/tract -- -D warnings
+cargo test --workspace --features vlmc-tests/tract
+
+# The reference checker of the ONNX project, on every graph of every fixture.
+rm -rf target/onnx-check
+for checkpoint in fixtures/*/; do
+  [ -f "$checkpoint/model.safetensors" ] || [ -f "$checkpoint/model.safetensors.index.json" ] || continue
+  cargo run --quiet -p vlmc -- compile "$checkpoint" --target onnx-cpu -o "target/onnx-check/$(basename "$checkpoint")"
+done
+PYTHONPATH=target/python python3 tests/tools/check_onnx.py target/onnx-check/*/*.onnx
