@@ -201,7 +201,7 @@ fn is_empty(dir: &Path) -> bool {
 mod tests {
     use super::*;
     use crate::weights_writer::{TensorSpec, WeightsWriter};
-    use vlmc_artifact::{DType, Generation, Positions, PromptRules, Source};
+    use vlmc_artifact::{DType, Generation, Source, Task};
 
     fn manifest() -> Manifest {
         Manifest {
@@ -213,14 +213,7 @@ mod tests {
             source: Source { config_sha256: String::new(), weights: BTreeMap::new() },
             symbols: vec![],
             entries: vec![],
-            prompt: PromptRules {
-                image_token_id: 1,
-                video_token_id: None,
-                hidden_size: 1,
-                vocab_size: 2,
-                max_positions: 3,
-                positions: Positions::Mrope { spatial_merge_size: 2 },
-            },
+            task: Task::Classify { labels: vec![] },
             processor: None,
             generation: Generation::default(),
             files: BTreeMap::new(),

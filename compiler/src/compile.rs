@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
-use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, PromptRules, State};
+use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
 use vlmc_ir::{Graph, Verified, Weights, verify};
 use vlmc_passes::{Pass, Target};
 
@@ -28,7 +28,8 @@ pub const WEIGHTS: &str = "weights.safetensors";
 pub const COPIED: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"];
 
 /// Files that go into the manifest.
-const SIDE_FILES: [&str; 3] = ["generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"];
+const SIDE_FILES: [&str; 4] =
+    ["generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"];
 
 /// A checkpoint with the frontend that understands it.
 pub struct Model {
@@ -40,8 +41,8 @@ pub struct Model {
 pub struct Lowered {
     /// As the frontend wrote it.
     pub program: Verified,
-    /// Special tokens and positions.
-    pub prompt: PromptRules,
+    /// What the model is for.
+    pub task: Task,
     /// Checkpoint tensors that nothing uses, sorted.
     pub unused: Vec<String>,
 }
@@ -110,11 +111,11 @@ impl Model {
     /// # Errors
     /// The config or a tensor does not fit.
     pub fn lower(&self) -> Result<Lowered> {
-        let (program, prompt) = self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint))?;
+        let (program, task) = self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
         let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
-        Ok(Lowered { program, prompt, unused })
+        Ok(Lowered { program, task, unused })
     }
 
     /// The program as `target` runs it; `after` sees it after each pass.
@@ -132,10 +133,18 @@ impl Model {
     /// # Errors
     /// A setting that is not supported.
     pub fn processor(&self) -> Result<Option<Processor>> {
+        self.architecture.processor(self.checkpoint.config(), &self.side_files()?)
+    }
+
+    fn side_files(&self) -> Result<SideFiles> {
         let json = |file| self.checkpoint.json(file);
-        let files =
-            SideFiles { preprocessor: json("preprocessor_config.json")?, video_preprocessor: json("video_preprocessor_config.json")? };
-        self.architecture.processor(&files)
+        Ok(SideFiles {
+            preprocessor: json("preprocessor_config.json")?,
+            video_preprocessor: json("video_preprocessor_config.json")?,
+            processor: json("processor_config.json")?,
+            tokenizer_config: json("tokenizer_config.json")?,
+            tokenizer: json("tokenizer.json")?,
+        })
     }
 
     /// A name for this checkpoint: changes when its config, its tensors' names and places, or a file's size or date change.
@@ -161,7 +170,7 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, prompt, unused } = self.lower_for(target, |_, _| {})?;
+        let Lowered { program, task, unused } = self.lower_for(target, |_, _| {})?;
         let processor = self.processor()?;
         let mut warnings = vec![];
         if !unused.is_empty() {
@@ -206,7 +215,7 @@ impl Model {
             source: self.checkpoint.source(),
             symbols: program.symbols.clone(),
             entries,
-            prompt,
+            task,
             processor,
             generation: self.generation()?,
             files: Default::default(),

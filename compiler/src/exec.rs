@@ -4,86 +4,76 @@ use crate::{Error, Result};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{collections::BTreeMap, fs, path::Path};
-use vlmc_runtime::{Data, Engine, ModelInputs, Pipeline, Scored, Tensor};
+use vlmc_runtime::{Data, Engine, Pipeline, Scored, Tensor, Tensors, forward};
 
-/// Runs the model of `engine` on the tensors of the safetensors file `inputs` and writes to `outputs`: `logits`
-/// f32[batch, seq, vocab] of all positions, `image_features` (of the pictures; of the videos if there are only videos),
-/// `video_features`, and with `new_tokens` `generated_ids` i64[batch, new_tokens]: greedy, whatever token comes.
+/// Runs the model of `engine` on the tensors of the safetensors file `inputs` and writes to `outputs` all that it gives. A model
+/// that answers prompts gives `logits` f32[batch, seq, vocab] of all positions, `image_features` (of the pictures; of the videos
+/// if there are only videos; under the name that the model has for them), `video_features`, and with `new_tokens`
+/// `generated_ids` i64[batch, new_tokens]: greedy, whatever token comes.
 ///
 /// Returns warnings: tensors that were ignored.
 ///
 /// # Errors
 /// A file cannot be read or written, or the tensors do not fit the model.
-pub fn exec(engine: Box<dyn Engine>, inputs: &Path, outputs: &Path, new_tokens: usize) -> Result<Vec<String>> {
+pub fn exec(mut engine: Box<dyn Engine>, inputs: &Path, outputs: &Path, new_tokens: usize) -> Result<Vec<String>> {
     let bytes = fs::read(inputs).map_err(Error::io(inputs))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(inputs, format!("is not a safetensors file: {e}")))?;
-    let mut warnings = vec![];
-    let mut given = ModelInputs::default();
+    let mut given = Tensors::new();
     for (name, view) in file.tensors() {
-        let slot = match name.as_str() {
-            "input_ids" => &mut given.input_ids,
-            "attention_mask" => &mut given.attention_mask,
-            "position_ids" => &mut given.position_ids,
-            "pixel_values" => &mut given.pixel_values,
-            "image_grid_thw" => &mut given.image_grid_thw,
-            "pixel_values_videos" => &mut given.pixel_values_videos,
-            "video_grid_thw" => &mut given.video_grid_thw,
-            _ => {
-                warnings.push(format!("tensor '{name}' is ignored: the model takes no such input"));
-                continue;
-            }
-        };
-        let floats = name.starts_with("pixel_values");
-        *slot = Some(tensor(&view, floats).map_err(|why| Error::file(inputs, format!("tensor '{name}': {why}")))?);
+        let t = tensor(&view).map_err(|why| Error::file(inputs, format!("tensor '{name}': {why}")))?;
+        given.insert(name, t);
     }
-
-    let mut pipeline = Pipeline::new(engine);
-    let features = pipeline.features(&given)?;
-    let logits = pipeline.prefill(&given, &features, Scored::All)?;
-    let mut out: BTreeMap<&str, Tensor> = BTreeMap::new();
-    if new_tokens > 0 {
-        out.insert("generated_ids", pipeline.continue_greedily(&logits, new_tokens)?);
-    }
-    out.insert("logits", logits);
-    if let Some(f) = features.image.as_ref().or(features.video.as_ref()) {
-        out.insert("image_features", f.clone());
-    }
-    if let Some(f) = features.video {
-        out.insert("video_features", f);
-    }
+    let mut out = Tensors::new();
+    let ignored: Vec<String> = if engine.manifest().task.prompt().is_some() {
+        let mut pipeline = Pipeline::new(engine)?;
+        let features = pipeline.features(&given)?;
+        let logits = pipeline.prefill(&given, &features, Scored::All)?;
+        if new_tokens > 0 {
+            out.insert("generated_ids".into(), pipeline.continue_greedily(&logits, new_tokens)?);
+        }
+        out.insert("logits".into(), logits);
+        out.extend(features.image.as_ref().or(features.video.as_ref()).into_iter().flatten().cloned());
+        out.extend(features.video.and_then(|v| v.into_iter().next()).map(|(_, t)| ("video_features".into(), t)));
+        let takes = pipeline.inputs();
+        given.keys().filter(|n| !takes.contains(&n.as_str())).cloned().collect()
+    } else {
+        out.extend(forward(&mut *engine, &given)?);
+        let takes = |n: &str| engine.manifest().entries.iter().flat_map(|e| &e.inputs).any(|p| p.name == n);
+        given.keys().filter(|n| !takes(n)).cloned().collect()
+    };
     write(outputs, &out)?;
-    Ok(warnings)
+    Ok(ignored.into_iter().map(|name| format!("tensor '{name}' is ignored: the model takes no such input")).collect())
 }
 
-fn tensor(view: &TensorView<'_>, floats: bool) -> Result<Tensor, String> {
+/// Floats as `f32`; integers and booleans as `i64`.
+fn tensor(view: &TensorView<'_>) -> Result<Tensor, String> {
     fn map<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
         bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
     }
     let bytes = view.data();
-    let data: Data = match (view.dtype(), floats) {
-        (Dtype::F32, true) => map(bytes, f32::from_le_bytes).into(),
-        (Dtype::F16, true) => map(bytes, |b| f16::from_le_bytes(b).to_f32()).into(),
-        (Dtype::BF16, true) => map(bytes, |b| bf16::from_le_bytes(b).to_f32()).into(),
-        (Dtype::F64, true) => map(bytes, |b| f64::from_le_bytes(b) as f32).into(),
-        (Dtype::I64, false) => map(bytes, i64::from_le_bytes).into(),
-        (Dtype::I32, false) => map(bytes, |b| i64::from(i32::from_le_bytes(b))).into(),
-        (Dtype::U8 | Dtype::BOOL, false) => map(bytes, |[b]| i64::from(b)).into(),
-        (other, true) => return Err(format!("has type {other:?}; f32, f16, bf16 or f64 is needed")),
-        (other, false) => return Err(format!("has type {other:?}; i64, i32, u8 or bool is needed")),
+    let data: Data = match view.dtype() {
+        Dtype::F32 => map(bytes, f32::from_le_bytes).into(),
+        Dtype::F16 => map(bytes, |b| f16::from_le_bytes(b).to_f32()).into(),
+        Dtype::BF16 => map(bytes, |b| bf16::from_le_bytes(b).to_f32()).into(),
+        Dtype::F64 => map(bytes, |b| f64::from_le_bytes(b) as f32).into(),
+        Dtype::I64 => map(bytes, i64::from_le_bytes).into(),
+        Dtype::I32 => map(bytes, |b| i64::from(i32::from_le_bytes(b))).into(),
+        Dtype::U8 | Dtype::BOOL => map(bytes, |[b]| i64::from(b)).into(),
+        other => return Err(format!("has type {other:?}; f32, f16, bf16, f64, i64, i32, u8 or bool is needed")),
     };
     Tensor::new(view.shape(), data).map_err(|e| e.to_string())
 }
 
-fn write(path: &Path, tensors: &BTreeMap<&str, Tensor>) -> Result<()> {
+fn write(path: &Path, tensors: &Tensors) -> Result<()> {
     let bytes = |t: &Tensor| match t.data() {
         Data::F32(v) => (Dtype::F32, v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
         Data::I64(v) => (Dtype::I64, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
         Data::Bool(v) => (Dtype::BOOL, v.iter().map(|x| u8::from(*x)).collect()),
     };
-    let raw: BTreeMap<&str, (Dtype, Vec<u8>)> = tensors.iter().map(|(n, t)| (*n, bytes(t))).collect();
+    let raw: BTreeMap<&str, (Dtype, Vec<u8>)> = tensors.iter().map(|(n, t)| (n.as_str(), bytes(t))).collect();
     let views = tensors
         .iter()
-        .map(|(n, t)| TensorView::new(raw[n].0, t.shape().to_vec(), &raw[n].1).map(|v| (*n, v)))
+        .map(|(n, t)| TensorView::new(raw[n.as_str()].0, t.shape().to_vec(), &raw[n.as_str()].1).map(|v| (n, v)))
         .collect::<Result<Vec<_>, _>>();
     let failed = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
     let bytes = safetensors::serialize(views.map_err(failed)?, None).map_err(failed)?;

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    arch::Architecture,
+    arch::{Architecture, SideFiles},
     artifact_dir::StagedDir,
     weights_writer::{TensorSpec, WeightsWriter},
 };
@@ -176,7 +176,7 @@ impl WeightSource for Recorder {
 pub fn synth(preset: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
     let config = config(preset)?;
     let recorder = Recorder { tied: config["tie_word_embeddings"] == true, tensors: RefCell::default() };
-    Architecture::of(&config)?.lower(&config, Weights::new(&recorder))?;
+    Architecture::of(&config)?.lower(&config, Weights::new(&recorder), &SideFiles::default())?;
     let tensors = recorder.tensors.into_inner();
     let dir = StagedDir::create(out, "an empty directory", |_| false)?;
 

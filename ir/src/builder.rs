@@ -267,6 +267,60 @@ impl<'g> Builder<'g> {
         self.weight_value(&name, Type::new(dtype, shape.iter().copied()))
     }
 
+    /// The checkpoint tensor at `w`, which must have `shape`, in f32 whatever its type: for tables that take part in arithmetic
+    /// (position embeddings, scalars) rather than in matrix products.
+    #[track_caller]
+    pub fn table(&'g self, w: W<'g>, shape: &[usize]) -> Val<'g> {
+        self.weight(w, shape);
+        self.redefine(&format!("{}.f32", w.path()), &w.path(), |def| def.cast(DType::F32))
+    }
+
+    /// The checkpoint matrix `[k, n]` at `w` as the weight `[n, k]` of a linear layer.
+    #[track_caller]
+    pub fn transposed(&'g self, w: W<'g>, [k, n]: [usize; 2]) -> Val<'g> {
+        self.weight(w, &[k, n]);
+        self.redefine(&format!("{}.T", w.path()), &w.path(), |def| WeightDef {
+            dtype: def.dtype,
+            shape: vec![n, k],
+            recipe: Recipe::Transpose(Box::new(def.recipe.clone()), k),
+        })
+    }
+
+    /// The checkpoint tensors at `w / i / part` for `i` in `0..count`, each of `shape`, as one `[count, ...shape]` named
+    /// `w / part`.
+    #[track_caller]
+    pub fn stacked(&'g self, w: W<'g>, part: &str, count: usize, shape: &[usize]) -> Val<'g> {
+        let one: Vec<usize> = std::iter::once(1).chain(shape.iter().copied()).collect();
+        let paths: Vec<W<'g>> = (0..count).map(|i| w / i / part).collect();
+        for w in &paths {
+            self.weight(*w, shape);
+        }
+        let Some(weights) = self.weights else { return self.fail("no checkpoint to take weights from") };
+        let (name, mut parts, mut dtype) = ((w / part).path(), vec![], DType::F32);
+        for w in paths {
+            if let Some(def) = weights.table.borrow_mut().remove(&*w.path()) {
+                dtype = def.dtype;
+                parts.push((def.dtype, Recipe::Reshape(Box::new(def.recipe), one.clone())));
+            }
+        }
+        let cast = |(d, recipe)| if d == dtype { recipe } else { Recipe::Cast(Box::new(recipe), dtype) };
+        let recipe = Recipe::Concat(parts.into_iter().map(cast).collect());
+        let shape: Vec<usize> = std::iter::once(count).chain(shape.iter().copied()).collect();
+        weights.table.borrow_mut().insert(name.to_string(), WeightDef { dtype, shape: shape.clone(), recipe });
+        self.weight_value(&name, Type::new(dtype, shape))
+    }
+
+    /// The weight `name`, made from the definition of the weight `of`.
+    #[track_caller]
+    fn redefine(&'g self, name: &str, of: &str, make: impl FnOnce(&WeightDef) -> WeightDef) -> Val<'g> {
+        let Some(weights) = self.weights else { return self.fail("no checkpoint to take weights from") };
+        let made = weights.table.borrow().get(of).map(make);
+        let Some(def) = made else { return self.fail("no weight to make another one from") };
+        let ty = Type::new(def.dtype, def.shape.iter().copied());
+        weights.table.borrow_mut().insert(name.into(), def);
+        self.weight_value(name, ty)
+    }
+
     /// Keeps the first error; the returned stand-in lets model code go on.
     #[track_caller]
     pub fn fail(&'g self, message: impl Into<String>) -> Val<'g> {
@@ -519,8 +573,35 @@ impl<'g> Builder<'g> {
 
     /// See [`MergeFeatures`].
     #[track_caller]
-    pub fn merge_features(&'g self, embeds: Val<'g>, ids: Val<'g>, features: Val<'g>, tokens: &[i64]) -> Val<'g> {
-        self.one(MergeFeatures { tokens: tokens.into() }, &[embeds, ids, features])
+    pub fn merge_features(&'g self, embeds: Val<'g>, here: Val<'g>, features: Val<'g>) -> Val<'g> {
+        self.one(MergeFeatures {}, &[embeds, here, features])
+    }
+
+    /// See [`Conv2d`]: with the kernel `[out, in, side, side]` at `w / "weight"`, and the bias at `w / "bias"` if it has one.
+    #[track_caller]
+    pub fn conv2d(&'g self, x: Val<'g>, w: W<'g>, [out, side]: [usize; 2], stride: usize, padding: usize, bias: bool) -> Val<'g> {
+        let Some(channels) = x.dim(1).as_const() else { return self.fail("conv2d: the number of channels must be known") };
+        let kernel = self.weight(w / "weight", &[out, channels as usize, side, side]);
+        let bias = bias.then(|| self.weight(w / "bias", &[out]));
+        self.one(Conv2d { stride, padding }, &[x, kernel].into_iter().chain(bias).collect::<Vec<_>>())
+    }
+
+    /// See [`ResizeWeights`].
+    #[track_caller]
+    pub fn resize_weights(&'g self, size: Val<'g>, rows: impl Into<Dim>, from: usize, filter: Filter) -> Val<'g> {
+        self.one(ResizeWeights { from, rows: rows.into(), filter }, &[size])
+    }
+
+    /// See [`TopK`].
+    #[track_caller]
+    pub fn top_k(&'g self, x: Val<'g>, k: usize) -> Val<'g> {
+        self.one(TopK { k }, &[x])
+    }
+
+    /// See [`Moe`]; the weights of the experts are given as `[gate, up, down]`.
+    #[track_caller]
+    pub fn moe(&'g self, x: Val<'g>, experts: Val<'g>, weights: Val<'g>, [gate, up, down]: [Val<'g>; 3], act: Unary) -> Val<'g> {
+        self.one(Moe { act }, &[x, experts, weights, gate, up, down])
     }
 
     /// `new` appended to a state.

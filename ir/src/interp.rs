@@ -216,6 +216,11 @@ fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>) -> Resu
     match r {
         Recipe::Source(name) => source(name),
         Recipe::Reshape(inner, _) => recipe(inner, source),
+        Recipe::Transpose(inner, k) => {
+            let data = recipe(inner, source)?;
+            let n = data.len() / (*k).max(1);
+            Ok((0..n).flat_map(|c| (0..*k).map(move |r| (r, c))).map(|(r, c)| data[r * n + c]).collect())
+        }
         Recipe::Concat(parts) => Ok(parts.iter().map(|p| recipe(p, source)).collect::<Result<Vec<_>, _>>()?.concat()),
         Recipe::Cast(inner, dtype) => Ok(recipe(inner, source)?
             .into_iter()

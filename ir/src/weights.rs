@@ -4,17 +4,19 @@
 use crate::DType;
 use serde::{Deserialize, Serialize};
 
-/// How the elements of a weight follow from checkpoint tensors. All steps keep "row `r` needs a known range of source rows",
-/// so that any range of rows can be made on its own.
+/// How the elements of a weight follow from checkpoint tensors. All steps but [`Recipe::Transpose`] keep "row `r`
+/// needs a known range of source rows", so that any range of rows can be made on its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Recipe {
     /// A checkpoint tensor as it is.
     Source(String),
-    /// Another shape, same elements, same number of rows (first axis).
+    /// Another shape, same elements; the number of rows (first axis) is the same or a divisor of it.
     Reshape(Box<Recipe>, Vec<usize>),
     /// Conversion to another float type, rounding to nearest even.
     Cast(Box<Recipe>, DType),
+    /// Of a matrix of that many rows, its transpose; the whole matrix is read for any row, so it should be small.
+    Transpose(Box<Recipe>, usize),
     /// Recipes with equal row shapes, one after the other along the first axis.
     Concat(Vec<Recipe>),
 }
@@ -24,7 +26,7 @@ impl Recipe {
     pub fn sources(&self) -> Vec<&str> {
         match self {
             Self::Source(name) => vec![name],
-            Self::Reshape(inner, _) | Self::Cast(inner, _) => inner.sources(),
+            Self::Reshape(inner, _) | Self::Cast(inner, _) | Self::Transpose(inner, _) => inner.sources(),
             Self::Concat(parts) => parts.iter().flat_map(Self::sources).collect(),
         }
     }

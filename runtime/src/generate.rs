@@ -81,7 +81,7 @@ pub(crate) fn generate(
 ) -> Result<Reply> {
     let Start { logits, mut history, prompt_tokens, since } = start;
     let mut sampler = Sampler::new(options.sampling.clone()).map_err(Error::Input)?;
-    let room = pipeline.engine().manifest().prompt.max_positions - pipeline.past();
+    let room = pipeline.rules().max_positions - pipeline.past();
     let limit = options.max_new_tokens.min(room + 1);
     let mut text = Stopper::new(&options.stop);
     let mut stream = tokenizer.stream();

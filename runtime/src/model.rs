@@ -6,13 +6,14 @@ use crate::{
     chat::{ChatTemplate, Content, Message},
     generate::{GenerateOptions, Reply, Start, generate},
     image::Rgb,
-    pipeline::{Features, ModelInputs, Pipeline, Scored},
-    processor::{self, Patches},
-    prompt,
+    forward::Tensors,
+    pipeline::{Features, Outputs, Pipeline, Scored},
+    processor::{self, Pixels},
+    prompt::{self, Clip},
     tokenizer::Tokenizer,
 };
 use std::{num::NonZero, path::Path, time::Instant};
-use vlmc_artifact::{Manifest, Processor};
+use vlmc_artifact::{Manifest, Processor, PromptRules};
 
 /// The engine of an artifact: vlmc's own for `cpu`, ONNX Runtime for `onnx-*`.
 ///
@@ -57,7 +58,7 @@ impl Model {
         Ok(Self {
             tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
             template: ChatTemplate::open(|name| artifact.path(name))?,
-            pipeline: Pipeline::new(open_engine(&artifact, threads)?),
+            pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
         })
     }
 
@@ -96,10 +97,10 @@ impl Model {
 
 /// A picture or video of a conversation.
 struct Media {
-    patches: Patches,
+    pixels: Pixels,
     is_video: bool,
-    /// Made when it is first needed.
-    features: Option<Tensor>,
+    /// Made when they are first needed.
+    features: Option<Outputs>,
 }
 
 /// Turns of a user and a model. What the turns have in common stays in the cache: a question costs its own tokens only.
@@ -157,11 +158,12 @@ impl Conversation<'_> {
         }
         self.messages.push(Message { role: "user".into(), content });
         let text = self.template.render(&self.messages, true)?;
-        let rules = self.pipeline.engine().manifest().prompt.clone();
-        let grids = |video: bool| self.media.iter().filter(|m| m.is_video == video).map(|m| m.patches.grid).collect::<Vec<_>>();
-        let (images, videos) = (grids(false), grids(true));
-        let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &images, &videos)?;
-        let positions = prompt::positions(&ids, &vec![1; ids.len()], ids.len(), &rules, &images, &videos)?.ids;
+        let rules = self.pipeline.rules().clone();
+        let of = |video: bool| self.media.iter().filter(move |m| m.is_video == video).map(|m| &m.pixels);
+        let tokens = |video: bool| of(video).map(|p| p.tokens).collect::<Vec<_>>();
+        let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
+        let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
+        let positions = prompt::positions(&ids, &vec![1; ids.len()], ids.len(), &rules, &clips(false), &clips(true))?.ids;
 
         let keep = self.keep(&ids, &rules);
         self.pipeline.truncate(keep)?;
@@ -169,11 +171,11 @@ impl Conversation<'_> {
         let fresh = &ids[keep..];
         let columns: Vec<i64> = positions.chunks_exact(ids.len()).flat_map(|row| &row[keep..]).copied().collect();
         let features = self.features(&ids, keep, &rules)?;
-        let inputs = ModelInputs {
-            input_ids: Some(Tensor::new([1, fresh.len()], fresh.to_vec())?),
-            position_ids: Some(Tensor::new([3, 1, fresh.len()], columns)?),
-            ..ModelInputs::default()
-        };
+        let axes = self.pipeline.position_axes(1, fresh.len());
+        let inputs = Tensors::from([
+            ("input_ids".into(), Tensor::new([1, fresh.len()], fresh.to_vec())?),
+            ("position_ids".into(), Tensor::new(axes, columns)?),
+        ]);
         let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
         let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
@@ -184,22 +186,20 @@ impl Conversation<'_> {
         Ok(reply)
     }
 
-    fn processor(&self) -> Result<&vlmc_artifact::Qwen2VlProcessor> {
-        match &self.pipeline.engine().manifest().processor {
-            Some(Processor::Qwen2Vl(p)) => Ok(p),
-            None => Err(Error::Unsupported("the checkpoint had no preprocessor_config.json, so the artifact takes no pictures".into())),
-        }
+    fn processor(&self) -> Result<&Processor> {
+        let missing = || Error::Unsupported("the checkpoint had no preprocessor_config.json, so the artifact takes no pictures".into());
+        self.pipeline.engine().manifest().processor.as_ref().ok_or_else(missing)
     }
 
-    fn add(&mut self, patches: Patches, is_video: bool) {
-        self.media.push(Media { patches, is_video, features: None });
+    fn add(&mut self, pixels: Pixels, is_video: bool) {
+        self.media.push(Media { pixels, is_video, features: None });
     }
 
     /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
     /// the last token must be run to get logits.
-    fn keep(&self, ids: &[i64], rules: &vlmc_artifact::PromptRules) -> usize {
+    fn keep(&self, ids: &[i64], rules: &PromptRules) -> usize {
         let common = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
-        let placeholder = |i: usize| ids[i] == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
+        let placeholder = |i: usize| Some(ids[i]) == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
         if common > 0 && placeholder(common) && placeholder(common - 1) {
             return (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
@@ -207,32 +207,37 @@ impl Conversation<'_> {
     }
 
     /// Features of the pictures and videos whose placeholders are among `ids[keep..]`.
-    fn features(&mut self, ids: &[i64], keep: usize, rules: &vlmc_artifact::PromptRules) -> Result<Features> {
+    fn features(&mut self, ids: &[i64], keep: usize, rules: &PromptRules) -> Result<Features> {
         let mut out = Features::default();
-        for (video, token, slot) in [(false, Some(rules.image_token_id), &mut out.image), (true, rules.video_token_id, &mut out.video)] {
+        for (video, token, slot) in [(false, rules.image_token_id, &mut out.image), (true, rules.video_token_id, &mut out.video)] {
             let mut skip = ids[..keep].iter().filter(|i| Some(**i) == token).count();
-            let mut rows = vec![];
             for m in self.media.iter_mut().filter(|m| m.is_video == video) {
-                let tokens = prompt::tokens(m.patches.grid, rules)?;
-                if skip >= tokens {
-                    skip -= tokens;
+                if skip >= m.pixels.tokens {
+                    skip -= m.pixels.tokens;
                     continue;
                 }
                 if m.features.is_none() {
-                    let (pixels, grid) = processor::batch(std::slice::from_ref(&m.patches))?.unzip();
-                    let inputs = ModelInputs { pixel_values: pixels, image_grid_thw: grid, ..ModelInputs::default() };
-                    m.features = self.pipeline.features(&inputs)?.image;
-                    // The pixels have served.
-                    m.patches.values = vec![];
+                    // The pixels have served when they are seen.
+                    m.features = self.pipeline.features(&std::mem::take(&mut m.pixels.inputs))?.image;
                 }
-                if let Some(f) = &m.features {
-                    rows.extend_from_slice(f.f32()?);
+                if let Some(features) = &m.features {
+                    append(slot, features)?;
                 }
-            }
-            if !rows.is_empty() {
-                *slot = Some(Tensor::new([rows.len() / rules.hidden_size, rules.hidden_size], rows)?);
             }
         }
         Ok(out)
     }
+}
+
+/// Adds a picture's features, `[..., width]` each, as rows to those of the pictures before it.
+fn append(all: &mut Option<Outputs>, features: &Outputs) -> Result<()> {
+    for (name, t) in features {
+        let all = all.get_or_insert_default();
+        let width = t.shape().last().copied().unwrap_or(0);
+        let before = all.iter().position(|(n, _)| n == name).map(|i| all.remove(i).1);
+        let mut rows = before.map_or(Ok(vec![]), |t| t.f32().map(<[f32]>::to_vec))?;
+        rows.extend_from_slice(t.f32()?);
+        all.push((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?));
+    }
+    Ok(())
 }

@@ -1,37 +1,24 @@
-//! The graphs of a vision-language model run in turn: `vision` makes features of pictures, `embed` puts them among the token
-//! embeddings, `decoder` makes logits.
+//! The graphs of a model that answers prompts, run in turn: `vision` makes features of pictures, `embed` puts them among the
+//! token embeddings, `decoder` makes logits. What one entry gives and a later one takes under the same name is passed on.
 
 use crate::{
-    Engine, Error, Result, Tensor,
-    prompt::{self, Grid},
+    Engine, Error, Result, Tensor, forward,
+    forward::Tensors,
+    prompt::{self, Clip, Grid},
 };
+use vlmc_artifact::{Entry, Positions, PromptRules};
 
-/// A batch of prompts as tensors, named as in the Hugging Face forward signature.
-#[derive(Clone, Debug, Default)]
-pub struct ModelInputs {
-    /// `i64[batch, seq]`, with a placeholder id per row of features.
-    pub input_ids: Option<Tensor>,
-    /// `i64[batch, seq]` of 0 (left padding) and 1; all 1 if absent.
-    pub attention_mask: Option<Tensor>,
-    /// `i64[3, batch, seq]`; by the model's rule if absent.
-    pub position_ids: Option<Tensor>,
-    /// Patches of all pictures, `f32[patches, patch]`.
-    pub pixel_values: Option<Tensor>,
-    /// `i64[images, 3]`.
-    pub image_grid_thw: Option<Tensor>,
-    /// Patches of all videos.
-    pub pixel_values_videos: Option<Tensor>,
-    /// `i64[videos, 3]`.
-    pub video_grid_thw: Option<Tensor>,
-}
+/// Outputs of `vision`, in the order of the manifest. Their first axis is that of the features, in the order of the
+/// placeholders in the prompt.
+pub type Outputs = Vec<(String, Tensor)>;
 
-/// Features of pictures and videos, `f32[tokens, hidden]` each.
+/// Features of pictures and videos.
 #[derive(Clone, Debug, Default)]
 pub struct Features {
     /// Of the pictures.
-    pub image: Option<Tensor>,
+    pub image: Option<Outputs>,
     /// Of the videos.
-    pub video: Option<Tensor>,
+    pub video: Option<Outputs>,
 }
 
 /// Positions of a prompt whose logits are wanted.
@@ -43,9 +30,17 @@ pub enum Scored {
     Last,
 }
 
+/// What videos are called where pictures have a name of their own in the forward signature (Qwen2-VL).
+const VIDEO_NAMES: [(&str, &str); 2] = [("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")];
+
+/// Inputs that belong to prompts and not to a graph.
+const PROMPT_INPUTS: [&str; 6] =
+    ["input_ids", "attention_mask", "position_ids", "second_per_grid_ts", "images_seq_mask", "images_emb_mask"];
+
 /// An engine and the state of the sequences it works on.
 pub struct Pipeline {
     engine: Box<dyn Engine>,
+    rules: PromptRules,
     /// `[batch, past]`: which positions of the cache are live.
     mask: Vec<Vec<i64>>,
     /// Position of each row's next token.
@@ -54,13 +49,24 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// Over an engine without states.
-    pub fn new(engine: Box<dyn Engine>) -> Self {
-        Self { engine, mask: vec![], next: vec![] }
+    ///
+    /// # Errors
+    /// Its model answers no prompts.
+    pub fn new(engine: Box<dyn Engine>) -> Result<Self> {
+        let manifest = engine.manifest();
+        let rules = manifest.task.prompt().cloned();
+        let rules = rules.ok_or_else(|| Error::Unsupported(format!("a model of type {} answers no prompts", manifest.architecture)))?;
+        Ok(Self { engine, rules, mask: vec![], next: vec![] })
     }
 
     /// The engine.
     pub fn engine(&self) -> &dyn Engine {
         &*self.engine
+    }
+
+    /// Special tokens and positions.
+    pub fn rules(&self) -> &PromptRules {
+        &self.rules
     }
 
     /// Positions in the cache.
@@ -88,49 +94,85 @@ impl Pipeline {
         Ok(())
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        forward::entry(self.engine(), name)
+    }
+
+    /// Names of tensors that this model takes.
+    pub fn inputs(&self) -> Vec<&str> {
+        let entries = &self.engine.manifest().entries;
+        let mut names: Vec<&str> = entries.iter().flat_map(|e| &e.inputs).map(|p| p.name.as_str()).collect();
+        names.extend(PROMPT_INPUTS);
+        if self.rules.video_token_id.is_some() {
+            names.extend(VIDEO_NAMES.map(|(_, video)| video));
+        }
+        names
+    }
+
     /// Features of the pictures and videos of a batch.
     ///
     /// # Errors
-    /// Pixels without a grid or the other way round, or a grid that does not fit them.
-    pub fn features(&mut self, inputs: &ModelInputs) -> Result<Features> {
-        Ok(Features {
-            image: self.encode(&inputs.pixel_values, &inputs.image_grid_thw, ["pixel_values", "image_grid_thw"])?,
-            video: self.encode(&inputs.pixel_values_videos, &inputs.video_grid_thw, ["pixel_values_videos", "video_grid_thw"])?,
-        })
+    /// Pixels without what belongs to them, or tensors that do not fit each other or the model.
+    pub fn features(&mut self, inputs: &Tensors) -> Result<Features> {
+        let mut image = self.encode(inputs, false)?;
+        if let (Some(outputs), Some(mask)) = (&mut image, inputs.get("images_emb_mask")) {
+            for (_, features) in outputs {
+                *features = chosen(features, mask)?;
+            }
+        }
+        let video = if self.rules.video_token_id.is_some() { self.encode(inputs, true)? } else { None };
+        Ok(Features { image, video })
     }
 
-    fn encode(&mut self, pixels: &Option<Tensor>, grid: &Option<Tensor>, names: [&str; 2]) -> Result<Option<Tensor>> {
-        let (pixels, grid) = match (pixels, grid) {
-            (None, None) => return Ok(None),
-            (Some(p), Some(g)) => (p, g),
-            (None, _) => return Err(Error::Input(format!("'{}' is given without '{}'", names[1], names[0]))),
-            (_, None) => return Err(Error::Input(format!("'{}' is given without '{}'", names[0], names[1]))),
-        };
-        let rules = &self.engine.manifest().prompt;
-        let vlmc_artifact::Positions::Mrope { spatial_merge_size } = rules.positions;
-        let tokens = grids(Some(grid))?.iter().try_fold(0usize, |n, g| Ok::<_, Error>(n.saturating_add(prompt::tokens(*g, rules)?)))?;
-        let patches = tokens.saturating_mul(spatial_merge_size * spatial_merge_size);
-        if pixels.shape().first() != Some(&patches) {
-            let (have, [pixels_name, grid_name]) = (pixels.shape(), names);
-            return Err(Error::Input(format!("'{grid_name}' is of {patches} patches, but '{pixels_name}' has shape {have:?}")));
+    /// Runs `vision` on pictures or videos; `None` if there are none.
+    fn encode(&mut self, inputs: &Tensors, video: bool) -> Result<Option<Outputs>> {
+        let entry = self.entry("vision")?;
+        let name = |port: &str| VIDEO_NAMES.iter().find(|(image, _)| video && *image == port).map_or(port, |(_, video)| video).to_string();
+        let names: Vec<String> = entry.inputs.iter().map(|p| name(&p.name)).collect();
+        let Some(there) = names.iter().find(|n| inputs.contains_key(*n)) else { return Ok(None) };
+        let mut fitted = vec![];
+        for (port, name) in entry.inputs.iter().zip(&names) {
+            match inputs.get(name) {
+                Some(t) => fitted.push(forward::fit(t, port)?),
+                None if port.name == "feature_positions" => {
+                    let count = self.placeholders(inputs)?;
+                    fitted.push(Tensor::new([count], (0..count as i64).collect::<Vec<_>>())?);
+                }
+                None => return Err(Error::Input(format!("'{there}' is given without '{name}'"))),
+            }
         }
-        let out = self.engine.run("vision", &[("pixel_values", pixels), ("image_grid_thw", grid)])?;
-        Ok(out.into_iter().next())
+        if let Positions::Mrope { spatial_merge_size, .. } = self.rules.positions {
+            check_grid(&fitted, [&names[0], &names[1]], spatial_merge_size, &self.rules)?;
+        }
+        let ports: Vec<String> = entry.inputs.iter().map(|p| p.name.clone()).collect();
+        let outputs: Vec<String> = entry.outputs.iter().map(|p| p.name.clone()).collect();
+        let feed: Vec<(&str, &Tensor)> = ports.iter().map(String::as_str).zip(&fitted).collect();
+        let results = self.engine.run("vision", &feed)?;
+        Ok(Some(outputs.into_iter().zip(results).collect()))
+    }
+
+    /// How many placeholders for pictures the prompts have.
+    fn placeholders(&self, inputs: &Tensors) -> Result<usize> {
+        if let Some(mask) = inputs.get("images_seq_mask") {
+            return Ok(mask.i64()?.iter().filter(|m| **m != 0).count());
+        }
+        let ids = inputs.get("input_ids").ok_or_else(|| Error::Input("'input_ids' is missing".into()))?.i64()?;
+        Ok(ids.iter().filter(|i| Some(**i) == self.rules.image_token_id).count())
     }
 
     /// Runs prompts through the decoder, after what is in the cache: `f32[batch, seq or 1, vocab]`.
     ///
     /// # Errors
     /// Tensors that do not fit each other or the model; a context that the model does not have.
-    pub fn prefill(&mut self, inputs: &ModelInputs, features: &Features, scored: Scored) -> Result<Tensor> {
-        let ids = inputs.input_ids.as_ref().ok_or_else(|| Error::Input("'input_ids' is missing".into()))?;
+    pub fn prefill(&mut self, inputs: &Tensors, features: &Features, scored: Scored) -> Result<Tensor> {
+        let ids = inputs.get("input_ids").ok_or_else(|| Error::Input("'input_ids' is missing".into()))?;
         let &[batch, seq] = ids.shape() else {
             return Err(Error::Input(format!("'input_ids' must be [batch, seq], is {:?}", ids.shape())));
         };
         if batch == 0 || seq == 0 {
             return Err(Error::Input(format!("'input_ids' is empty: {:?}", ids.shape())));
         }
-        let mask = match &inputs.attention_mask {
+        let mask = match inputs.get("attention_mask") {
             None => vec![1; batch * seq],
             Some(m) if m.shape() == ids.shape() => m.i64()?.to_vec(),
             Some(m) => {
@@ -147,12 +189,13 @@ impl Pipeline {
         } else if self.mask.len() != batch {
             return Err(Error::Input(format!("the cache is of {} sequences, the batch of {batch}", self.mask.len())));
         }
-        let (positions, next) = match &inputs.position_ids {
-            Some(p) if p.shape() == [3, batch, seq] => (p.clone(), self.next_after(p, &mask, batch, seq)?),
-            Some(p) => return Err(Error::Input(format!("'position_ids' must be [3, {batch}, {seq}], is {:?}", p.shape()))),
+        let axes = self.position_axes(batch, seq);
+        let (positions, next) = match inputs.get("position_ids") {
+            Some(p) if p.shape() == axes => (p.clone(), self.next_after(p, &mask, batch, seq)?),
+            Some(p) => return Err(Error::Input(format!("'position_ids' must be {axes:?}, is {:?}", p.shape()))),
             None => self.positions(ids, &mask, inputs)?,
         };
-        let embeds = self.embed(ids, features)?;
+        let embeds = self.embed(ids, inputs.get("images_seq_mask"), features)?;
         let logit_positions: Vec<i64> = match scored {
             Scored::All => (0..seq as i64).collect(),
             Scored::Last => vec![seq as i64 - 1],
@@ -171,22 +214,13 @@ impl Pipeline {
             return Err(Error::Input(format!("{} tokens for {batch} sequences", ids.len())));
         }
         let ids = Tensor::new([batch, 1], ids.to_vec())?;
-        let embeds = self.run_embed(&ids, vec![])?;
-        let positions = Tensor::new([3, batch, 1], self.next.repeat(3))?;
+        let embeds = self.run_embed(&ids, vec![0; batch], &vec![])?;
+        let axes = self.position_axes(batch, 1);
+        let positions = Tensor::new(axes.clone(), self.next.repeat(axes.iter().product::<usize>() / batch))?;
         let next = self.next.iter().map(|n| n + 1).collect();
         let logits = self.decode(embeds, positions, vec![vec![1]; batch], vec![0], next)?;
         let vocab = logits.shape()[2];
         Tensor::new([batch, vocab], logits.data().clone())
-    }
-
-    /// `n` tokens for each prompt: always the most probable, whatever it is. Starts anew.
-    ///
-    /// # Errors
-    /// As [`Self::prefill`].
-    pub fn greedy(&mut self, inputs: &ModelInputs, features: &Features, n: usize) -> Result<Tensor> {
-        self.clear()?;
-        let logits = self.prefill(inputs, features, Scored::Last)?;
-        self.continue_greedily(&logits, n)
     }
 
     /// `i64[batch, n]` of the most probable tokens, the first of which follows from `logits f32[batch, seq, vocab]`.
@@ -206,54 +240,76 @@ impl Pipeline {
         Tensor::new([batch, n], out.concat())
     }
 
-    fn embed(&mut self, ids: &Tensor, features: &Features) -> Result<Tensor> {
-        let rules = &self.engine.manifest().prompt;
-        let hidden = rules.hidden_size;
+    /// Embeddings of a prompt: rows of features in prompt order, because pictures and videos may alternate.
+    fn embed(&mut self, ids: &Tensor, images_mask: Option<&Tensor>, features: &Features) -> Result<Outputs> {
         let ids_of = ids.i64()?;
-        // Rows in prompt order: pictures and videos may alternate.
-        let mut rows = Vec::new();
-        let count = |token: Option<i64>, tensor: &Option<Tensor>, what: &str| {
-            let wanted = ids_of.iter().filter(|i| Some(**i) == token).count();
-            let have = tensor.as_ref().map_or(0, |t| t.shape()[0]);
-            if wanted == have {
-                return Ok(());
+        let images = match images_mask {
+            Some(m) if m.shape() == ids.shape() => m.i64()?.to_vec(),
+            Some(m) => {
+                return Err(Error::Input(format!("'images_seq_mask' must be {:?} like 'input_ids', is {:?}", ids.shape(), m.shape())));
             }
-            Err(Error::Input(format!("the prompt has {wanted} {what} placeholders, but the {what}s given make {have} features")))
+            None => ids_of.iter().map(|i| i64::from(Some(*i) == self.rules.image_token_id)).collect(),
         };
-        count(Some(rules.image_token_id), &features.image, "image")?;
-        count(rules.video_token_id, &features.video, "video")?;
-        let data = |t: &'_ Option<Tensor>| t.as_ref().map(|t| t.f32().map(<[f32]>::to_vec)).transpose();
-        let (image, video) = (data(&features.image)?.unwrap_or_default(), data(&features.video)?.unwrap_or_default());
-        let (mut images, mut videos) = (image.chunks_exact(hidden), video.chunks_exact(hidden));
-        for id in ids_of {
-            let row = if *id == rules.image_token_id {
-                images.next()
-            } else if Some(*id) == rules.video_token_id {
-                videos.next()
-            } else {
-                None
-            };
-            rows.extend_from_slice(row.unwrap_or_default());
+        let videos: Vec<i64> = ids_of.iter().map(|i| i64::from(Some(*i) == self.rules.video_token_id)).collect();
+        let rows = |outputs: &Option<Outputs>| outputs.as_ref().and_then(|o| o.first()).map_or(0, |(_, t)| prompt_rows(t));
+        for (mask, outputs, what) in [(&images, &features.image, "image"), (&videos, &features.video, "video")] {
+            let (wanted, have) = (mask.iter().filter(|m| **m != 0).count(), rows(outputs));
+            if wanted != have {
+                return Err(Error::Input(format!("the prompt has {wanted} {what} placeholders, but the {what}s given make {have} features")));
+            }
         }
-        self.run_embed(ids, rows)
+        let merged = match (&features.image, &features.video) {
+            (Some(image), Some(video)) => interleaved(image, video, &images, &videos)?,
+            (Some(one), None) | (None, Some(one)) => one.clone(),
+            (None, None) => vec![],
+        };
+        self.run_embed(ids, images, &merged)
     }
 
-    /// Token embeddings, with `rows` of features in the places of the placeholders. A placeholder beyond the features, which only
-    /// the model itself can have written, is a token like any other.
-    fn run_embed(&mut self, ids: &Tensor, rows: Vec<f32>) -> Result<Tensor> {
-        let &vlmc_artifact::PromptRules { hidden_size, vocab_size, .. } = &self.engine.manifest().prompt;
+    /// Runs `embed`; features that there are none of are empty. A placeholder beyond the features, which only the model itself
+    /// can have written, is a token like any other.
+    fn run_embed(&mut self, ids: &Tensor, images_mask: Vec<i64>, features: &Outputs) -> Result<Outputs> {
+        let vocab_size = self.rules.vocab_size;
         if let Some(bad) = ids.i64()?.iter().find(|i| !(0..vocab_size as i64).contains(i)) {
             return Err(Error::Input(format!("'input_ids' has {bad}, which is not in the vocabulary of {vocab_size}")));
         }
-        let features = Tensor::new([rows.len() / hidden_size.max(1), hidden_size], rows)?;
-        let out = self.engine.run("embed", &[("input_ids", ids), ("image_features", &features)])?;
-        out.into_iter().next().ok_or_else(|| Error::Input("the artifact's 'embed' has no output".into()))
+        let entry = self.entry("embed")?;
+        let mut feed = vec![];
+        for port in &entry.inputs {
+            feed.push(match port.name.as_str() {
+                "input_ids" => ids.clone(),
+                "images_seq_mask" => forward::fit(&Tensor::new(ids.shape(), images_mask.clone())?, port)?,
+                name => match features.iter().find(|(n, _)| n == name) {
+                    Some((_, t)) => forward::fit(t, port)?,
+                    None => forward::empty(port)?,
+                },
+            });
+        }
+        let ports: Vec<String> = entry.inputs.iter().map(|p| p.name.clone()).collect();
+        let outputs: Vec<String> = entry.outputs.iter().map(|p| p.name.clone()).collect();
+        let feed: Vec<(&str, &Tensor)> = ports.iter().map(String::as_str).zip(&feed).collect();
+        Ok(outputs.into_iter().zip(self.engine.run("embed", &feed)?).collect())
     }
 
-    fn positions(&self, ids: &Tensor, mask: &[i64], inputs: &ModelInputs) -> Result<(Tensor, Vec<i64>)> {
+    /// Shape of `position_ids`.
+    pub(crate) fn position_axes(&self, batch: usize, seq: usize) -> Vec<usize> {
+        match self.rules.positions {
+            Positions::Mrope { .. } => vec![3, batch, seq],
+            Positions::Sequential => vec![batch, seq],
+        }
+    }
+
+    fn positions(&self, ids: &Tensor, mask: &[i64], inputs: &Tensors) -> Result<(Tensor, Vec<i64>)> {
         let [batch, seq] = [ids.shape()[0], ids.shape()[1]];
-        let (images, videos) = (grids(inputs.image_grid_thw.as_ref())?, grids(inputs.video_grid_thw.as_ref())?);
-        let mut p = prompt::positions(ids.i64()?, mask, seq, &self.engine.manifest().prompt, &images, &videos)?;
+        let (images, videos) = (grids(inputs.get("image_grid_thw"))?, grids(inputs.get("video_grid_thw"))?);
+        let seconds = match inputs.get("second_per_grid_ts") {
+            Some(s) if s.shape() == [videos.len()] => s.f32()?.to_vec(),
+            Some(s) => return Err(Error::Input(format!("'second_per_grid_ts' must be [{}], one per video, is {:?}", videos.len(), s.shape()))),
+            None => vec![1.0; videos.len()],
+        };
+        let images: Vec<Clip> = images.into_iter().map(Clip::picture).collect();
+        let videos: Vec<Clip> = videos.into_iter().zip(seconds).map(|(grid, seconds_per_grid)| Clip { grid, seconds_per_grid }).collect();
+        let mut p = prompt::positions(ids.i64()?, mask, seq, &self.rules, &images, &videos)?;
         // After earlier turns, everything is shifted by where they ended.
         for (i, id) in p.ids.iter_mut().enumerate() {
             if mask[i % mask.len()] != 0 {
@@ -261,14 +317,15 @@ impl Pipeline {
             }
         }
         p.next.iter_mut().zip(&self.next).for_each(|(n, before)| *n += before);
-        Ok((Tensor::new([3, batch, seq], p.ids)?, p.next))
+        Ok((Tensor::new(self.position_axes(batch, seq), p.ids)?, p.next))
     }
 
     /// With given positions, decoding goes on after the largest.
     fn next_after(&self, positions: &Tensor, mask: &[i64], batch: usize, seq: usize) -> Result<Vec<i64>> {
         let p = positions.i64()?;
+        let kinds = p.len() / (batch * seq);
         let largest = |row: usize| {
-            let live = (0..3).flat_map(|k| (0..seq).map(move |i| (k, i))).filter(|(_, i)| mask[row * seq + i] != 0);
+            let live = (0..kinds).flat_map(|k| (0..seq).map(move |i| (k, i))).filter(|(_, i)| mask[row * seq + i] != 0);
             live.map(|(k, i)| p[(k * batch + row) * seq + i]).max().map_or(0, |m| m + 1)
         };
         Ok((0..batch).map(largest).collect())
@@ -276,24 +333,25 @@ impl Pipeline {
 
     fn decode(
         &mut self,
-        embeds: Tensor,
+        mut given: Outputs,
         positions: Tensor,
         new: Vec<Vec<i64>>,
         logit_positions: Vec<i64>,
         next: Vec<i64>,
     ) -> Result<Tensor> {
-        let longest = self.engine.manifest().prompt.max_positions;
-        let (past, seq) = (self.past(), embeds.shape()[1]);
+        let longest = self.rules.max_positions;
+        let (past, seq, batch) = (self.past(), new.first().map_or(0, Vec::len), new.len());
         if past + seq > longest {
             return Err(Error::Input(format!("{past} + {seq} tokens are more than the model's context of {longest}")));
         }
-        let batch = new.len();
         let mask: Vec<i64> = self.mask.iter().zip(&new).flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
-        let mask = Tensor::new([batch, past + seq], mask)?;
-        let logit_positions = Tensor::new([logit_positions.len()], logit_positions)?;
-        let inputs =
-            [("inputs_embeds", &embeds), ("position_ids", &positions), ("attention_mask", &mask), ("logit_positions", &logit_positions)];
-        let out = self.engine.run("decoder", &inputs)?;
+        given.push(("position_ids".into(), positions));
+        given.push(("attention_mask".into(), Tensor::new([batch, past + seq], mask)?));
+        given.push(("logit_positions".into(), Tensor::new([logit_positions.len()], logit_positions)?));
+        let takes = &self.entry("decoder")?.inputs;
+        let feed: Vec<(&str, &Tensor)> =
+            given.iter().filter(|(n, _)| takes.iter().any(|p| p.name == *n)).map(|(n, t)| (n.as_str(), t)).collect();
+        let out = self.engine.run("decoder", &feed)?;
         self.mask.iter_mut().zip(new).for_each(|(m, n)| m.extend(n));
         self.next = next;
         out.into_iter().next().ok_or_else(|| Error::Input("the artifact's 'decoder' has no output".into()))
@@ -303,6 +361,53 @@ impl Pipeline {
 /// Index of the largest value; the first of equals.
 pub(crate) fn argmax(row: &[f32]) -> i64 {
     row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best }).0 as i64
+}
+
+/// Rows of features, whatever the number of leading axes.
+fn prompt_rows(features: &Tensor) -> usize {
+    features.shape().split_last().map_or(0, |(_, lead)| lead.iter().product())
+}
+
+/// The rows of `features [..., width]` whose `mask` is not 0.
+fn chosen(features: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let (rows, mask) = (prompt_rows(features), mask.i64()?);
+    if mask.len() != rows {
+        return Err(Error::Input(format!("'images_emb_mask' has {} elements for {rows} features", mask.len())));
+    }
+    let width = features.shape().last().copied().unwrap_or(0);
+    let kept = features.f32()?.chunks_exact(width.max(1)).zip(mask).filter(|(_, m)| **m != 0);
+    let kept: Vec<f32> = kept.flat_map(|(row, _)| row).copied().collect();
+    Tensor::new([kept.len() / width.max(1), width], kept)
+}
+
+/// Features of pictures and videos in the order of their placeholders.
+fn interleaved(image: &Outputs, video: &Outputs, images: &[i64], videos: &[i64]) -> Result<Outputs> {
+    image
+        .iter()
+        .zip(video)
+        .map(|((name, a), (_, b))| {
+            let width = a.shape().last().copied().unwrap_or(0);
+            let (mut from_a, mut from_b) = (a.f32()?.chunks_exact(width.max(1)), b.f32()?.chunks_exact(width.max(1)));
+            let mut rows = Vec::with_capacity(a.data().len() + b.data().len());
+            for (is_image, is_video) in images.iter().zip(videos) {
+                let row = if *is_image != 0 { from_a.next() } else if *is_video != 0 { from_b.next() } else { None };
+                rows.extend_from_slice(row.unwrap_or_default());
+            }
+            Ok((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?))
+        })
+        .collect()
+}
+
+/// Pixels and grid of one modality must fit.
+fn check_grid(fitted: &[Tensor], [pixels_name, grid_name]: [&String; 2], merge: usize, rules: &PromptRules) -> Result<()> {
+    let [pixels, grid, ..] = fitted else { return Ok(()) };
+    let tokens = grids(Some(grid))?.iter().try_fold(0usize, |n, g| Ok::<_, Error>(n.saturating_add(prompt::tokens(*g, rules)?)))?;
+    let patches = tokens.saturating_mul(merge * merge);
+    if pixels.shape().first() != Some(&patches) {
+        let have = pixels.shape();
+        return Err(Error::Input(format!("'{grid_name}' is of {patches} patches, but '{pixels_name}' has shape {have:?}")));
+    }
+    Ok(())
 }
 
 fn grids(t: Option<&Tensor>) -> Result<Vec<Grid>> {

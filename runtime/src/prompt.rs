@@ -6,12 +6,30 @@ use vlmc_artifact::{Positions, PromptRules};
 /// Frames, rows and columns of patches of a picture or video.
 pub type Grid = [i64; 3];
 
-/// Tokens that a picture or video takes.
+/// A picture or video in time and space.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Clip {
+    /// Its patches.
+    pub grid: Grid,
+    /// Seconds from one group of frames to the next; matters only where positions follow the time.
+    pub seconds_per_grid: f32,
+}
+
+impl Clip {
+    /// A still picture.
+    pub fn picture(grid: Grid) -> Self {
+        Self { grid, seconds_per_grid: 0.0 }
+    }
+}
+
+/// Tokens that a picture or video takes, where that follows from its grid.
 ///
 /// # Errors
 /// The grid is empty or does not consist of whole blocks.
 pub fn tokens(grid: Grid, rules: &PromptRules) -> Result<usize> {
-    let Positions::Mrope { spatial_merge_size } = rules.positions;
+    let Positions::Mrope { spatial_merge_size, .. } = rules.positions else {
+        return Err(Error::Input("the model knows no grids".into()));
+    };
     let [t, h, w] = grid;
     let merge = spatial_merge_size as i64;
     if t < 1 || h < 1 || w < 1 || merge < 1 || h % merge != 0 || w % merge != 0 {
@@ -24,7 +42,7 @@ pub fn tokens(grid: Grid, rules: &PromptRules) -> Result<usize> {
 /// Positions of a batch of prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PositionIds {
-    /// `[3, batch, seq]`: temporal, height, width.
+    /// `[3, batch, seq]` (temporal, height, width) or `[batch, seq]`.
     pub ids: Vec<i64>,
     /// Position of the next token of each row, `[batch]`.
     pub next: Vec<i64>,
@@ -33,26 +51,30 @@ pub struct PositionIds {
 /// Runs of placeholders in prompt order.
 struct Media<'a> {
     token: i64,
-    grids: std::slice::Iter<'a, Grid>,
+    clips: std::slice::Iter<'a, Clip>,
     what: &'static str,
 }
 
 /// Multimodal positions (Qwen2-VL, section 2.1; transformers 4.45 `get_rope_index`): text counts on; a picture or video at
 /// start `s` has `s` + frame, row and column of each token; what follows starts at the largest position so far plus 1. Padded
-/// columns (mask 0) get 1 and count for nothing. Each run of placeholders takes the next grids in order, over all rows.
+/// columns (mask 0) get 1 and count for nothing. Each run of placeholders takes the next grids in order, over all rows. Where
+/// positions follow the time (Qwen2.5-VL, section 2.1.2), group `i` of frames is at `floor(i * seconds_per_grid *
+/// tokens_per_second)`.
+///
+/// Sequential positions count the live tokens of each row; padded columns get 0.
 ///
 /// `ids` and `mask` are `[batch, seq]`.
 ///
 /// # Errors
 /// The prompt has more or fewer placeholders than the grids have tokens.
-pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, images: &[Grid], videos: &[Grid]) -> Result<PositionIds> {
-    let Positions::Mrope { spatial_merge_size } = rules.positions;
-    let merge = spatial_merge_size as i64;
+pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, images: &[Clip], videos: &[Clip]) -> Result<PositionIds> {
     let batch = ids.len().checked_div(seq).unwrap_or(0);
+    let Positions::Mrope { spatial_merge_size, tokens_per_second } = rules.positions else { return Ok(sequential(mask, seq, batch)) };
+    let merge = spatial_merge_size as i64;
     let mut out = PositionIds { ids: vec![1; 3 * ids.len()], next: vec![0; batch] };
-    let mut media = vec![Media { token: rules.image_token_id, grids: images.iter(), what: "image" }];
-    if let Some(token) = rules.video_token_id {
-        media.push(Media { token, grids: videos.iter(), what: "video" });
+    let mut media = vec![];
+    for (token, clips, what) in [(rules.image_token_id, images, "image"), (rules.video_token_id, videos, "video")] {
+        media.extend(token.map(|token| Media { token, clips: clips.iter(), what }));
     }
     for row in 0..batch {
         let live: Vec<usize> = (row * seq..(row + 1) * seq).filter(|i| mask[*i] != 0).collect();
@@ -66,7 +88,7 @@ pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, ima
                 continue;
             };
             let what = m.what;
-            let grid = *m.grids.next().ok_or_else(|| Error::Input(format!("the prompt has more {what}s than were given")))?;
+            let Clip { grid, seconds_per_grid } = *m.clips.next().ok_or_else(|| Error::Input(format!("the prompt has more {what}s than were given")))?;
             let n = tokens(grid, rules)?;
             if at + n > live.len() || live[at..at + n].iter().any(|i| ids[*i] != m.token) {
                 return Err(Error::Input(format!(
@@ -74,19 +96,24 @@ pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, ima
                 )));
             }
             let (h, w) = (grid[1] / merge, grid[2] / merge);
+            // The product in f32, as the reference has it.
+            let time = |group: i64| match tokens_per_second {
+                Some(rate) if m.what == "video" => (group as f32 * seconds_per_grid * rate as f32) as i64,
+                _ => group,
+            };
             for (i, column) in live[at..at + n].iter().enumerate() {
                 let i = i as i64;
-                for (k, offset) in [i / (h * w), i / w % h, i % w].into_iter().enumerate() {
+                for (k, offset) in [time(i / (h * w)), i / w % h, i % w].into_iter().enumerate() {
                     out.ids[k * ids.len() + column] = next + offset;
                 }
             }
-            next += grid[0].max(h).max(w);
+            next += (time(grid[0] - 1) + 1).max(h).max(w);
             at += n;
         }
         out.next[row] = next;
     }
     for m in media {
-        let left = m.grids.len();
+        let left = m.clips.len();
         if left > 0 {
             return Err(Error::Input(format!("{left} more {}s were given than the prompt has placeholders for", m.what)));
         }
@@ -94,29 +121,40 @@ pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, ima
     Ok(out)
 }
 
-/// Replaces each single placeholder by as many as its picture or video takes.
+fn sequential(mask: &[i64], seq: usize, batch: usize) -> PositionIds {
+    let mut out = PositionIds { ids: vec![0; mask.len()], next: vec![0; batch] };
+    for (row, next) in out.next.iter_mut().enumerate() {
+        for i in (row * seq..(row + 1) * seq).filter(|i| mask[*i] != 0) {
+            out.ids[i] = *next;
+            *next += 1;
+        }
+    }
+    out
+}
+
+/// Replaces each single placeholder by as many as its picture or video takes tokens.
 ///
 /// # Errors
 /// The prompt has more or fewer placeholders than pictures or videos were given.
-pub fn expand(ids: &[i64], rules: &PromptRules, images: &[Grid], videos: &[Grid]) -> Result<Vec<i64>> {
-    let mut out = vec![];
-    for (token, grids, what) in [(Some(rules.image_token_id), images, "image"), (rules.video_token_id, videos, "video")] {
+pub fn expand(ids: &[i64], rules: &PromptRules, images: &[usize], videos: &[usize]) -> Result<Vec<i64>> {
+    for (token, tokens, what) in [(rules.image_token_id, images, "image"), (rules.video_token_id, videos, "video")] {
         let places = ids.iter().filter(|i| Some(**i) == token).count();
-        if places != grids.len() {
-            let given = grids.len();
+        if places != tokens.len() {
+            let given = tokens.len();
             return Err(Error::Input(format!("the prompt has {places} {what} placeholder(s), but the number of {what}s given is {given}")));
         }
     }
     let (mut images, mut videos) = (images.iter(), videos.iter());
+    let mut out = vec![];
     for id in ids {
-        let grid = if *id == rules.image_token_id {
+        let tokens = if Some(*id) == rules.image_token_id {
             images.next()
         } else if Some(*id) == rules.video_token_id {
             videos.next()
         } else {
             None
         };
-        out.extend(std::iter::repeat_n(*id, grid.map_or(Ok(1), |g| tokens(*g, rules))?));
+        out.extend(std::iter::repeat_n(*id, tokens.copied().unwrap_or(1)));
     }
     Ok(out)
 }
@@ -127,12 +165,13 @@ mod tests {
 
     fn rules() -> PromptRules {
         PromptRules {
-            image_token_id: 90,
+            image_token_id: Some(90),
             video_token_id: Some(91),
             hidden_size: 1,
             vocab_size: 100,
             max_positions: 100,
-            positions: Positions::Mrope { spatial_merge_size: 2 },
+            positions: Positions::Mrope { spatial_merge_size: 2, tokens_per_second: None },
+            template: None,
         }
     }
 
@@ -140,7 +179,7 @@ mod tests {
     fn a_video_longer_than_wide_pushes_the_text_by_its_length() {
         // One text token, 3 frames of 1 x 2 tokens, one text token.
         let ids = [7, 91, 91, 91, 91, 91, 91, 8];
-        let p = positions(&ids, &[1; 8], 8, &rules(), &[], &[[3, 2, 4]]).unwrap();
+        let p = positions(&ids, &[1; 8], 8, &rules(), &[], &[Clip::picture([3, 2, 4])]).unwrap();
         assert_eq!(p.ids[..8], [0, 1, 1, 2, 2, 3, 3, 4]);
         assert_eq!(p.ids[8..16], [0, 1, 1, 1, 1, 1, 1, 4]);
         assert_eq!(p.ids[16..], [0, 1, 2, 1, 2, 1, 2, 4]);
@@ -148,10 +187,27 @@ mod tests {
     }
 
     #[test]
+    fn positions_follow_the_time_where_the_model_does() {
+        let mut rules = rules();
+        rules.positions = Positions::Mrope { spatial_merge_size: 2, tokens_per_second: Some(4.0) };
+        let clip = Clip { grid: [3, 2, 2], seconds_per_grid: 0.4 };
+        let p = positions(&[7, 91, 91, 91, 8], &[1; 5], 5, &rules, &[], &[clip]).unwrap();
+        assert_eq!(p.ids[..5], [0, 1, 2, 4, 5], "0, 1.6 and 3.2, truncated, after the first token");
+        assert_eq!(p.next, [6]);
+    }
+
+    #[test]
+    fn sequential_positions_skip_padding() {
+        let rules = PromptRules { positions: Positions::Sequential, ..rules() };
+        let p = positions(&[0, 0, 5, 6, 1, 2, 3, 4], &[0, 0, 1, 1, 1, 1, 1, 1], 4, &rules, &[], &[]).unwrap();
+        assert_eq!((p.ids, p.next), (vec![0, 0, 0, 1, 0, 1, 2, 3], vec![2, 4]));
+    }
+
+    #[test]
     fn adjacent_pictures_and_padding() {
         let ids = [0, 0, 90, 90, 90, 5, 1, 2, 3, 4, 90, 90];
         let mask = [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1];
-        let p = positions(&ids, &mask, 6, &rules(), &[[1, 2, 2], [1, 4, 2], [1, 2, 4]], &[]).unwrap();
+        let p = positions(&ids, &mask, 6, &rules(), &[[1, 2, 2], [1, 4, 2], [1, 2, 4]].map(Clip::picture), &[]).unwrap();
         assert_eq!(p.ids[..6], [1, 1, 0, 1, 1, 3], "temporal: pictures start at 0 and 1");
         assert_eq!(p.ids[12..18], [1, 1, 0, 1, 2, 3], "height");
         assert_eq!(p.ids[24 + 6..], [0, 1, 2, 3, 4, 5], "width of the second row");
@@ -165,11 +221,12 @@ mod tests {
         for (images, videos) in
             [(vec![], vec![]), (vec![grid; 2], vec![]), (vec![grid], vec![grid]), (vec![[1, 4, 2]], vec![]), (vec![[1, 3, 2]], vec![])]
         {
-            let error = positions(&ids, &[1, 1], 2, &rules(), &images, &videos).unwrap_err().to_string();
+            let clips = |grids: Vec<Grid>| grids.into_iter().map(Clip::picture).collect::<Vec<_>>();
+            let error = positions(&ids, &[1, 1], 2, &rules(), &clips(images), &clips(videos)).unwrap_err().to_string();
             assert!(error.contains("image") || error.contains("video") || error.contains("grid_thw"), "{error}");
         }
-        assert_eq!(expand(&[1, 90, 91], &rules(), &[[1, 2, 4]], &[[2, 2, 2]]).unwrap(), [1, 90, 90, 91, 91]);
-        let error = expand(&[1, 90, 90], &rules(), &[grid], &[]).unwrap_err().to_string();
+        assert_eq!(expand(&[1, 90, 91], &rules(), &[2], &[2]).unwrap(), [1, 90, 90, 91, 91]);
+        let error = expand(&[1, 90, 90], &rules(), &[1], &[]).unwrap_err().to_string();
         assert_eq!(error, "the prompt has 2 image placeholder(s), but the number of images given is 1");
     }
 }

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 use config::Section;
 use serde_json::Value;
 use std::{borrow::Cow, ops::RangeInclusive};
-use vlmc_artifact::{Processor, PromptRules};
+use vlmc_artifact::{Processor, Task};
 use vlmc_ir::{BuildError, Builder, Graph, Program, Symbol, Weights};
 
 /// What the compiler knows about a family of checkpoints.
@@ -23,8 +23,8 @@ pub struct Architecture {
     pub canonical_name: fn(&str) -> Cow<'_, str>,
     /// Whether the model may do without the tensor (buffers that follow from the config).
     pub ignored: fn(&str) -> bool,
-    lower: fn(&Section<'_>, &Weights<'_>) -> Result<Lowered>,
-    processor: fn(&SideFiles) -> Result<Option<Processor>>,
+    lower: fn(&Section<'_>, &Weights<'_>, &SideFiles) -> Result<Lowered>,
+    processor: fn(&Section<'_>, &SideFiles) -> Result<Option<Processor>>,
 }
 
 /// All architectures.
@@ -36,8 +36,8 @@ pub struct Lowered {
     pub symbols: Vec<Symbol>,
     /// The graphs, in the order a request runs them.
     pub graphs: Vec<Graph>,
-    /// Special tokens and positions.
-    pub prompt: PromptRules,
+    /// What the model is for.
+    pub task: Task,
 }
 
 /// Optional JSON files beside `config.json`, parsed.
@@ -47,6 +47,20 @@ pub struct SideFiles {
     pub preprocessor: Option<Value>,
     /// `video_preprocessor_config.json`.
     pub video_preprocessor: Option<Value>,
+    /// `processor_config.json`.
+    pub processor: Option<Value>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<Value>,
+    /// `tokenizer.json`.
+    pub tokenizer: Option<Value>,
+}
+
+impl SideFiles {
+    /// Id of an added token of the tokenizer.
+    pub fn token_id(&self, content: &str) -> Option<i64> {
+        let added = self.tokenizer.as_ref()?.get("added_tokens")?.as_array()?;
+        added.iter().find(|t| t["content"] == content)?["id"].as_i64()
+    }
 }
 
 impl Architecture {
@@ -66,17 +80,17 @@ impl Architecture {
     ///
     /// # Errors
     /// A field of the config or a tensor is missing or not supported.
-    pub fn lower(&self, config: &Value, weights: Weights<'_>) -> Result<(Program, PromptRules)> {
-        let Lowered { symbols, graphs, prompt } = (self.lower)(&Section::root(config)?, &weights)?;
-        Ok((Program { name: self.model_type.into(), symbols, graphs, weights: weights.into_table() }, prompt))
+    pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task)> {
+        let Lowered { symbols, graphs, task } = (self.lower)(&Section::root(config)?, &weights, files)?;
+        Ok((Program { name: self.model_type.into(), symbols, graphs, weights: weights.into_table() }, task))
     }
 
     /// How pictures become tensors; `None` if the checkpoint does not say.
     ///
     /// # Errors
     /// A setting that is not supported.
-    pub fn processor(&self, files: &SideFiles) -> Result<Option<Processor>> {
-        (self.processor)(files)
+    pub fn processor(&self, config: &Value, files: &SideFiles) -> Result<Option<Processor>> {
+        (self.processor)(&Section::root(config)?, files)
     }
 }
 

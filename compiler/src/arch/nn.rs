@@ -2,8 +2,8 @@
 
 use super::config::Section;
 use crate::{Error, Result};
-use vlmc_artifact::program::Unary;
-use vlmc_ir::{Builder, DType, Dim, Val, W, ops::Mask};
+use vlmc_artifact::program::{Binary, Unary};
+use vlmc_ir::{Builder, DType, Dim, Literal, Val, W, ops::Mask};
 
 /// An activation of transformers' `ACT2FN`.
 pub(super) fn activation(c: &Section<'_>, field: &str, default: Unary) -> Result<Unary> {
@@ -26,6 +26,13 @@ pub(super) fn head_dim(c: &Section<'_>, hidden_field: &str, hidden: usize, heads
         return Err(Error::config(c.path(heads_field), format!("{heads} heads do not divide {} {hidden}", c.path(hidden_field))));
     }
     Ok(hidden / heads)
+}
+
+/// Where `ids i64[batch, seq]` are one of `tokens`: `bool[batch, seq]`.
+pub(super) fn is_any<'g>(g: &'g Builder<'g>, ids: Val<'g>, tokens: &[i64]) -> Val<'g> {
+    let is = |token: &i64| g.binary(Binary::Eq, ids, g.literal(Literal::scalar(DType::I64, *token as f64)));
+    let any = tokens.iter().map(is).reduce(|a, b| g.binary(Binary::Or, a, b));
+    any.unwrap_or_else(|| g.fail("no tokens to look for"))
 }
 
 /// `down(act(gate(x)) * up(x))`, without biases (Llama).

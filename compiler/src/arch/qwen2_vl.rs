@@ -4,7 +4,7 @@ use super::{Architecture, Lowered, SideFiles, config::Section, graph, nn, symbol
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::borrow::Cow;
-use vlmc_artifact::{Positions, Processor, PromptRules, Qwen2VlProcessor, Resample, program::Unary};
+use vlmc_artifact::{Positions, Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
 use vlmc_ir::{Builder, DType, Dim, Val, Weights, ops::Mask};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
@@ -152,7 +152,7 @@ impl TextConfig {
     }
 }
 
-fn lower(c: &Section<'_>, weights: &Weights<'_>) -> Result<Lowered> {
+fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
     c.only("quantization_config", &[])?;
     let text = TextConfig::new(&c.section_or_self("text_config")?)?;
     let vision_section = c.section("vision_config")?.ok_or_else(|| Error::config("vision_config", "is missing"))?;
@@ -166,7 +166,8 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>) -> Result<Lowered> {
         let ids = g.input("input_ids", DType::I64, ["batch", "seq"].map(Dim::symbol));
         let features = g.input("image_features", DType::F32, [Dim::symbol("features"), text.hidden_size.into()]);
         let embeds = g.embedding(ids, g.weights("model.embed_tokens"), text.vocab_size, text.hidden_size);
-        g.output("inputs_embeds", g.merge_features(embeds, ids, features, &[image_token_id, video_token_id]));
+        let here = nn::is_any(g, ids, &[image_token_id, video_token_id]);
+        g.output("inputs_embeds", g.merge_features(embeds, here, features));
     })?;
     let tied = !weights.contains("lm_head.weight").unwrap_or(!text.tie_word_embeddings);
     let decoder_graph = graph("decoder", weights, |g| decoder(g, &text, tied))?;
@@ -182,14 +183,15 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>) -> Result<Lowered> {
             symbol("features", 0..=context),
         ],
         graphs: vec![vision_graph, embed_graph, decoder_graph],
-        prompt: PromptRules {
-            image_token_id,
+        task: Task::Generate(PromptRules {
+            image_token_id: Some(image_token_id),
             video_token_id: Some(video_token_id),
             hidden_size: text.hidden_size,
             vocab_size: text.vocab_size,
             max_positions: context,
-            positions: Positions::Mrope { spatial_merge_size: vision.spatial_merge_size },
-        },
+            positions: Positions::Mrope { spatial_merge_size: vision.spatial_merge_size, tokens_per_second: None },
+            template: None,
+        }),
     })
 }
 
@@ -267,7 +269,7 @@ fn decoder<'g>(g: &'g Builder<'g>, c: &TextConfig, tied: bool) {
     g.output("logits", g.linear(x, head, c.vocab_size));
 }
 
-fn processor(files: &SideFiles) -> Result<Option<Processor>> {
+fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
     let Some(image) = &files.preprocessor else { return Ok(None) };
     let file = |e: Error| match e {
         Error::Config { field, message } => {
@@ -282,7 +284,9 @@ fn processor(files: &SideFiles) -> Result<Option<Processor>> {
         let (min_pixels, max_pixels) = pixel_budget(&c)?.unwrap_or((56 * 56, 28 * 28 * 1280));
         // Without a file of its own, a video frame gets 128 to 768 tokens (qwen-vl-utils VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS).
         let token = (patch_size * merge_size).pow(2);
-        let video = files.video_preprocessor.as_ref().map(|v| pixel_budget(&Section::root(v)?)).transpose()?.flatten();
+        let video = files.video_preprocessor.as_ref().map(Section::root).transpose()?;
+        let fps = video.as_ref().map(|v| v.positive("fps")).transpose()?.flatten();
+        let video = video.map(|v| pixel_budget(&v)).transpose()?.flatten();
         let (video_min_pixels, video_max_pixels) = video.unwrap_or((128 * token, 768 * token));
         c.only("do_resize", &[json!(true)])?;
         c.only("do_rescale", &[json!(true)])?;
@@ -300,6 +304,7 @@ fn processor(files: &SideFiles) -> Result<Option<Processor>> {
             image_mean: rgb("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
             image_std: rgb("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
             rescale_factor: c.positive("rescale_factor")?.unwrap_or(1.0 / 255.0),
+            fps: fps.unwrap_or(2.0) as f32,
             resample: match c.get::<u32>("resample")? {
                 None | Some(3) => Resample::Bicubic,
                 Some(2) => Resample::Bilinear,

@@ -28,7 +28,7 @@ pub enum Layout {
     Rows,
     /// Of a matrix `[n, k]`: row-major `[k, n]`.
     Transposed,
-    /// Of a matrix: [`vlmc_artifact::program::Layout::Panel16`].
+    /// Of a matrix, or each of a stack of them: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
 }
 
@@ -38,6 +38,7 @@ impl Stored {
         let shape = match (self.layout, def.shape.as_slice()) {
             (Layout::Transposed, [n, k]) => vec![*k, *n],
             (Layout::Panels, [n, k]) => vec![n.div_ceil(PANEL), *k, PANEL],
+            (Layout::Panels, [e, n, k]) => vec![*e, n.div_ceil(PANEL), *k, PANEL],
             _ => def.shape.clone(),
         };
         TensorSpec { name: self.name.clone(), dtype: def.dtype, shape }

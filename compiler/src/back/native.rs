@@ -137,7 +137,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
     fn layout(&self, node: &Node, operand: usize) -> Option<Layout> {
         let Def::Weight(name) = self.graph.def(node.args[operand]) else { return None };
         match (&node.op, operand) {
-            (Op::Linear(_), 1) => Some(Layout::Panels),
+            (Op::Linear(_), 1) | (Op::Moe(_), 3..=5) => Some(Layout::Panels),
             (Op::Embedding(_), 0) if self.weights.matrices.contains(name.as_str()) => Some(Layout::Panels),
             _ => None,
         }
@@ -159,7 +159,7 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
                 Mask::Full => out::Mask::Full,
                 Mask::Causal => out::Mask::Causal,
                 Mask::Segments => out::Mask::Segments,
-                Mask::Given => return Err("has no kernel for a given mask"),
+                Mask::Given => out::Mask::Given,
             },
         },
         Op::Append(_) => Kernel::Append,
@@ -177,6 +177,8 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
         Op::Concat(o) => Kernel::Concat { axis: o.axis },
         Op::Slice(o) => Kernel::Slice { axis: o.axis, start: o.start.clone() },
         Op::Gather(o) => Kernel::Gather { axis: o.axis },
+        Op::TopK(o) => Kernel::TopK { k: o.k },
+        Op::Moe(o) => Kernel::Moe { act: o.act },
         _ => return Err("has no kernel; it was not legalised"),
     }))
 }

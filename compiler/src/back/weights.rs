@@ -28,7 +28,9 @@ pub(crate) fn write(
         let def = program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not a weight of the program"))?;
         let rows = def.shape.first().copied().unwrap_or(1);
         let row = row_elements(def) * def.dtype.size();
-        let step = (TILE / row.max(1)).max(1).next_multiple_of(PANEL);
+        // A stack of matrices is written matrix by matrix.
+        let unit = if def.shape.len() == 2 { PANEL } else { 1 };
+        let step = (TILE / row.max(1)).max(1).next_multiple_of(unit);
         tiles.extend((0..rows).step_by(step).map(|start| (s, def, start..rows.min(start + step))));
     }
     tiles.into_par_iter().try_for_each(|(s, def, rows)| {
@@ -40,7 +42,15 @@ pub(crate) fn write(
                 let n = def.shape.first().copied().unwrap_or(1);
                 write_transposed(&bytes, row_elements(def), n, rows.start, def.dtype.size(), |at, run| file.write_at(&s.name, at, run))?;
             }
-            Layout::Panels => file.write_at(&s.name, (rows.start * row) as u64, &panels(&bytes, rows.len(), def.dtype.size()))?,
+            Layout::Panels => {
+                let size = def.dtype.size();
+                let packed = match def.shape[..] {
+                    [_, n, k] if n * k > 0 => bytes.chunks_exact(n * k * size).flat_map(|m| panels(m, n, size)).collect(),
+                    _ => panels(&bytes, rows.len(), size),
+                };
+                let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
+                file.write_at(&s.name, (rows.start * row) as u64, &packed)?;
+            }
         }
         progress(bytes.len() as u64);
         Ok(())
@@ -105,10 +115,25 @@ impl Rows<'_> {
                 }
                 Ok(dtype)
             }
-            Recipe::Reshape(inner, _) => self.append(inner, rows, out),
+            Recipe::Reshape(inner, shape) => {
+                // A row of the new shape is a whole number of the old one's rows, or they are the same.
+                let (new, old) = (shape.first().copied().unwrap_or(1), self.rows(inner)?);
+                let each = old.checked_div(new).unwrap_or(0);
+                self.append(inner, rows.start * each..rows.end * each, out)
+            }
             Recipe::Cast(inner, dtype) => {
                 out.extend(Rows { dtype: *dtype, ..*self }.read(inner, rows)?);
                 Ok(*dtype)
+            }
+            Recipe::Transpose(inner, k) => {
+                let size = self.dtype.size();
+                let source = self.read(inner, 0..*k)?;
+                let n = source.len() / size / (*k).max(1);
+                for (c, r) in rows.flat_map(|c| (0..*k).map(move |r| (c, r))) {
+                    let at = (r * n + c) * size;
+                    out.extend_from_slice(&source[at..at + size]);
+                }
+                Ok(self.dtype)
             }
             Recipe::Concat(parts) => {
                 let mut start = 0;
@@ -128,8 +153,21 @@ impl Rows<'_> {
     fn rows(&self, recipe: &Recipe) -> Result<usize> {
         match recipe {
             Recipe::Source(name) => Ok(self.tensor(name)?.1.first().copied().unwrap_or(1)),
-            Recipe::Reshape(inner, _) | Recipe::Cast(inner, _) => self.rows(inner),
+            Recipe::Reshape(_, shape) => Ok(shape.first().copied().unwrap_or(1)),
+            Recipe::Cast(inner, _) => self.rows(inner),
+            Recipe::Transpose(inner, _) => self.columns(inner),
             Recipe::Concat(parts) => parts.iter().map(|p| self.rows(p)).sum(),
+        }
+    }
+
+    /// Elements of a row.
+    fn columns(&self, recipe: &Recipe) -> Result<usize> {
+        match recipe {
+            Recipe::Source(name) => Ok(self.tensor(name)?.1.iter().skip(1).product()),
+            Recipe::Reshape(_, shape) => Ok(shape.iter().skip(1).product()),
+            Recipe::Cast(inner, _) => self.columns(inner),
+            Recipe::Transpose(_, k) => Ok(*k),
+            Recipe::Concat(parts) => parts.first().map_or(Ok(0), |p| self.columns(p)),
         }
     }
 

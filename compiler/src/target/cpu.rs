@@ -7,7 +7,8 @@ pub(super) const TARGET: Target = Target {
     name: "cpu",
     summary: "vlmc's own CPU runtime: no other library",
     supports: |op, args| match op {
-        Op::Attention(a) if a.mask == Mask::Given => Support::Decompose,
+        // A mask for several leading axes would need as many strides.
+        Op::Attention(a) if a.mask == Mask::Given && args[0].rank() > 4 => Support::Decompose,
         // Weights are widened by the kernels that read them, never on their own.
         Op::Cast(c) if args.iter().any(|t| is_narrow(t.dtype)) || is_narrow(c.dtype) => {
             Support::Reject("the runtime computes in f32 and converts no narrower floats".into())
@@ -28,15 +29,22 @@ pub(super) const TARGET: Target = Target {
         | Op::CumSum(_)
         | Op::MatMul(_)
         | Op::Append(_)
+        | Op::TopK(_)
+        | Op::Moe(_)
         | Op::Linear(_)
         | Op::Embedding(_)
         | Op::LayerNorm(_)
         | Op::RmsNorm(_)
         | Op::Rotary(_)
         | Op::Attention(_) => Support::Native,
-        Op::SplitHeads(_) | Op::MergeHeads(_) | Op::MergeFeatures(_) | Op::GridPositions(_) | Op::Rotary2d(_) | Op::Mrope(_) => {
-            Support::Decompose
-        }
+        Op::SplitHeads(_)
+        | Op::MergeHeads(_)
+        | Op::MergeFeatures(_)
+        | Op::GridPositions(_)
+        | Op::Rotary2d(_)
+        | Op::Mrope(_)
+        | Op::Conv2d(_)
+        | Op::ResizeWeights(_) => Support::Decompose,
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },

@@ -37,15 +37,22 @@ pub(super) const TARGET: Target = Target {
             | Op::CumSum(_)
             | Op::MatMul(_)
             | Op::Append(_)
+            | Op::TopK(_)
+            | Op::Conv2d(_)
             | Op::Linear(_)
             | Op::Embedding(_)
             | Op::LayerNorm(_)
             | Op::RmsNorm(_)
             | Op::Rotary(_)
             | Op::Attention(_) => Support::Native,
-            Op::SplitHeads(_) | Op::MergeHeads(_) | Op::MergeFeatures(_) | Op::GridPositions(_) | Op::Rotary2d(_) | Op::Mrope(_) => {
-                Support::Decompose
-            }
+            Op::SplitHeads(_)
+            | Op::MergeHeads(_)
+            | Op::MergeFeatures(_)
+            | Op::GridPositions(_)
+            | Op::Rotary2d(_)
+            | Op::Mrope(_)
+            | Op::ResizeWeights(_)
+            | Op::Moe(_) => Support::Decompose,
         }
     },
     storage: |_| DType::F32,

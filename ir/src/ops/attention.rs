@@ -115,13 +115,14 @@ pub enum Mask {
     Causal,
     /// Query `i` sees the keys of its own segment: the mask operand is `i64[t]` with `t = s`, a segment id per row.
     Segments,
-    /// Query `i` sees key `j` where the mask operand `bool[..., s, t]`, broadcast to the scores, says so.
+    /// Query `i` sees key `j` where the mask operand `bool[..., s, t]`, broadcast to the scores, says so; or the operand is
+    /// `f32[..., s, t]` and is added to the scores.
     Given,
 }
 
 /// Scaled dot-product attention with grouped heads (Ainslie et al., 2023): `q f32[..., heads, s, d]`,
-/// `k`, `v f32[..., kv_heads, t, d]` and the mask operand that [`Mask`] asks for, to `f32[..., heads, s, d]`. Query head `h`
-/// reads key head `h / (heads / kv_heads)`. The result for a query that sees no key (padding) is finite, and nothing else can be
+/// `k f32[..., kv_heads, t, d]`, `v f32[..., kv_heads, t, dv]` and the mask operand that [`Mask`] asks for, to
+/// `f32[..., heads, s, dv]`. Query head `h` reads key head `h / (heads / kv_heads)`. The result for a query that sees no key (padding) is finite, and nothing else can be
 /// said of it: zeros here, averages in ONNX Runtime.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
@@ -147,7 +148,8 @@ impl OpDef for Attention {
         let ((lead, [heads, s, d]), (lead_k, [kv_heads, t, _])) = (split3(&q.shape), split3(&k.shape));
         expect_shape(k, &[lead, &[kv_heads.clone(), t.clone(), d.clone()]].concat(), "k")?;
         expect(lead == lead_k, || format!("leading dims of {q} and {k} differ"))?;
-        expect_shape(v, &k.shape, "v")?;
+        let dv = v.last()?.clone();
+        expect_shape(v, &[lead, &[kv_heads.clone(), t.clone(), dv.clone()]].concat(), "v")?;
         expect(heads.exact_div(kv_heads).is_some(), || format!("{heads} heads are not a multiple of {kv_heads} kv heads"))?;
         match (self.mask, mask) {
             (Mask::Causal, Some(mask)) => {
@@ -156,7 +158,7 @@ impl OpDef for Attention {
                 expect_shape(mask, &[lead[0].clone(), t.clone()], "mask")?;
             }
             (Mask::Given, Some(mask)) => {
-                expect_dtype(mask, DType::Bool, "mask")?;
+                expect(matches!(mask.dtype, DType::Bool | DType::F32), || format!("mask must be bool or f32, is {}", mask.dtype))?;
                 let scores = [lead, &[heads.clone(), s.clone(), t.clone()]].concat();
                 let fits = super::broadcast_shapes(&mask.shape, &scores)? == scores;
                 expect(fits, || format!("mask {mask} does not broadcast to the scores"))?;
@@ -168,7 +170,7 @@ impl OpDef for Attention {
             }
             _ => {}
         }
-        Ok(vec![q.clone()])
+        Ok(vec![Type { dtype: DType::F32, shape: [lead, &[heads.clone(), s.clone(), dv]].concat() }])
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
@@ -177,10 +179,10 @@ impl OpDef for Attention {
         let ((lead, [heads, s, d]), (_, [kv_heads, t, _])) = (split3(&tq.shape), split3(&tk.shape));
         let groups = heads.exact_div(kv_heads)?;
         // All query heads of a key head together: [..., kv_heads, groups, s, d] against [..., kv_heads, 1, t, d].
-        let grouped = |n: &Dim, len: &Dim| [lead, &[kv_heads.clone(), n.clone(), len.clone(), d.clone()]].concat();
-        let one = Dim::from(1);
-        let q5 = g.reshape(q, grouped(&groups, s));
-        let (k5, v5) = (g.reshape(k, grouped(&one, t)), g.reshape(v, grouped(&one, t)));
+        let grouped = |n: &Dim, len: &Dim, d: &Dim| [lead, &[kv_heads.clone(), n.clone(), len.clone(), d.clone()]].concat();
+        let (one, dv) = (Dim::from(1), v.ty().last().ok()?.clone());
+        let q5 = g.reshape(q, grouped(&groups, s, d));
+        let (k5, v5) = (g.reshape(k, grouped(&one, t, d)), g.reshape(v, grouped(&one, t, &dv)));
         let rank = tq.rank() + 1;
         let scores = g.matmul(q5 * self.scale, g.transpose(k5, &swapped(rank, rank - 2, rank - 1)));
         let seen = match self.mask {
@@ -202,13 +204,16 @@ impl OpDef for Attention {
             }
         };
         let lowest = g.literal(Literal::scalar(DType::F32, f64::from(f32::MIN)));
+        let (bias, seen) = if seen.is_some_and(|m| m.ty().dtype == DType::F32) { (seen, None) } else { (None, seen) };
+        let scores = bias.map_or(scores, |b| scores + b);
         let scores = seen.map_or(scores, |m| g.select(m, scores, lowest));
         let largest = g.unsqueeze(g.reduce(Reduce::Max, scores, &[rank - 1]), rank - 1);
         let weights = g.unary(Unary::Exp, scores - largest);
         let weights = seen.map_or(weights, |m| weights * g.cast(m, DType::F32));
         let sum = g.unsqueeze(g.reduce(Reduce::Sum, weights, &[rank - 1]), rank - 1);
         let sum = g.binary(Binary::Max, sum, g.literal(Literal::scalar(DType::F32, f64::from(f32::MIN_POSITIVE))));
-        Some(vec![g.reshape(g.matmul(weights / sum, v5), tq.shape.clone())])
+        let shape = [lead, &[heads.clone(), s.clone(), dv]].concat();
+        Some(vec![g.reshape(g.matmul(weights / sum, v5), shape)])
     }
 }
 

@@ -108,38 +108,32 @@ impl OpDef for Embedding {
     }
 }
 
-/// `embeds f32[batch, seq, width]`, `ids i64[batch, seq]`, `features f32[n, width]`: rows of `embeds` whose id is one of
-/// `tokens` are replaced by the rows of `features`, in order, as long as there are any.
+/// `embeds f32[batch, seq, width]`, `here bool[batch, seq]`, `features f32[n, width]`: rows of `embeds` where `here` holds are
+/// replaced by the rows of `features`, in order, as long as there are any.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MergeFeatures {
-    /// Placeholder ids.
-    pub tokens: Vec<i64>,
-}
+pub struct MergeFeatures {}
 
 impl OpDef for MergeFeatures {
     const NAME: &'static str = "merge_features";
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
-        let [embeds, ids, features] = operands(args)?;
+        let [embeds, here, features] = operands(args)?;
         expect_dtype(embeds, DType::F32, "embeds")?;
-        expect_dtype(ids, DType::I64, "ids")?;
+        expect_dtype(here, DType::Bool, "here")?;
         expect_dtype(features, DType::F32, "features")?;
-        expect(!self.tokens.is_empty(), || "needs at least one token".into())?;
         expect(embeds.rank() == 3, || format!("embeds must have 3 axes, is {embeds}"))?;
-        expect_shape(ids, &embeds.shape[..2], "ids")?;
+        expect_shape(here, &embeds.shape[..2], "here")?;
         expect(features.rank() == 2, || format!("features must have 2 axes, is {features}"))?;
         expect_shape(features, &[features.shape[0].clone(), embeds.shape[2].clone()], "features")?;
         Ok(vec![embeds.clone()])
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
-        let [embeds, ids, features] = args.try_into().ok()?;
+        let [embeds, here, features] = args.try_into().ok()?;
         let (batch, seq, width) = (embeds.dim(0), embeds.dim(1), embeds.dim(2));
         let positions = &batch * &seq;
-        let is = |token: &i64| g.binary(Binary::Eq, ids, g.literal(Literal::scalar(DType::I64, *token as f64)));
-        let here = self.tokens.iter().map(is).reduce(|a, b| g.binary(Binary::Or, a, b))?;
         let flat = g.reshape(here, [positions.clone()]);
-        // The n-th placeholder takes row n, if there is one; all others take a row of zeros at the end, which the last select drops.
+        // The n-th place takes row n, if there is one; all others take a row of zeros at the end, which the last select drops.
         let count = g.dim(features.dim(0));
         let row = g.cumsum(g.cast(flat, DType::I64), 0) - 1.0;
         let flat = g.binary(Binary::And, flat, g.binary(Binary::Lt, row, count));

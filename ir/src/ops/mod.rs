@@ -4,14 +4,18 @@
 
 mod attention;
 mod elementwise;
+mod image;
 mod matrix;
+mod moe;
 mod norm;
 mod positions;
 mod shape;
 
 pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, SplitHeads, causal_mask, segment_mask};
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
+pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
+pub use moe::{Moe, TopK};
 pub use norm::{LayerNorm, RmsNorm};
 pub use positions::{GridPositions, Mrope, Rotary2d};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
@@ -128,11 +132,12 @@ ops! {
     // Primitives.
     Elementwise1, Elementwise2, Select, Cast,
     Iota, DimValue, Reshape, Transpose, Broadcast, Concat, Slice, Gather, ReduceOp, CumSum,
-    MatMul, Append,
+    MatMul, Append, TopK,
     // Composites.
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
     GridPositions, Rotary2d, Mrope,
+    Conv2d, ResizeWeights, Moe,
 }
 
 // What type rules share.

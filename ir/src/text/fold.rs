@@ -59,6 +59,7 @@ fn map_sources(recipe: &Recipe, f: &mut impl FnMut(&str) -> String) -> Recipe {
         Recipe::Source(name) => Recipe::Source(f(name)),
         Recipe::Reshape(inner, shape) => Recipe::Reshape(Box::new(map_sources(inner, f)), shape.clone()),
         Recipe::Cast(inner, dtype) => Recipe::Cast(Box::new(map_sources(inner, f)), *dtype),
+        Recipe::Transpose(inner, rows) => Recipe::Transpose(Box::new(map_sources(inner, f)), *rows),
         Recipe::Concat(parts) => Recipe::Concat(parts.iter().map(|p| map_sources(p, f)).collect()),
     }
 }

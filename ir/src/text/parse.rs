@@ -514,7 +514,12 @@ impl<'a> Parser<'a> {
                 self.expect(",")?;
                 Recipe::Cast(source, self.dtype()?)
             }
-            other => return self.fail_at(start, format!("unknown recipe '{other}'; there are reshape, cast and concat")),
+            "transpose" => {
+                let source = Box::new(inner(self)?);
+                self.expect(",")?;
+                Recipe::Transpose(source, self.int("a number of rows")?)
+            }
+            other => return self.fail_at(start, format!("unknown recipe '{other}'; there are reshape, cast, transpose and concat")),
         };
         self.expect(")")?;
         Ok(recipe)

@@ -380,6 +380,7 @@ impl Display for Expression<'_> {
             Recipe::Source(name) => f.write_str(name),
             Recipe::Reshape(inner, shape) => write!(f, "reshape({}, {shape:?})", Expression(inner)),
             Recipe::Cast(inner, dtype) => write!(f, "cast({}, {dtype})", Expression(inner)),
+            Recipe::Transpose(inner, rows) => write!(f, "transpose({}, {rows})", Expression(inner)),
             Recipe::Concat(parts) => write!(f, "concat({})", List(&parts.iter().map(Expression).collect::<Vec<_>>())),
         }
     }

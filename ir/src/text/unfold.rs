@@ -104,6 +104,7 @@ fn resolve_sources(recipe: &Recipe, own: &str, i: Option<i64>) -> std::result::R
         Recipe::Source(name) => Recipe::Source(Name(name.clone()).resolve(i)?),
         Recipe::Reshape(r, shape) => Recipe::Reshape(Box::new(inner(r)?), shape.clone()),
         Recipe::Cast(r, dtype) => Recipe::Cast(Box::new(inner(r)?), *dtype),
+        Recipe::Transpose(r, rows) => Recipe::Transpose(Box::new(inner(r)?), *rows),
         Recipe::Concat(parts) => Recipe::Concat(parts.iter().map(inner).collect::<std::result::Result<_, _>>()?),
     })
 }

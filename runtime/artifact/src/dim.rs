@@ -64,10 +64,14 @@ enum Atom {
     Max(Dim, Dim),
 }
 
-impl Atom {
-    fn symbol(&self) -> Option<&str> {
-        if let Self::Sym(s) = self { Some(s) } else { None }
-    }
+/// Functions of two dims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum DimFunction {
+    FloorDiv,
+    CeilDiv,
+    Min,
+    Max,
 }
 
 /// A dimension: an integer expression over symbols, in normal form. Prints as `past + seq`, `4*image_tokens`, `1536`.
@@ -126,9 +130,22 @@ impl Dim {
         }
     }
 
-    /// `(coefficient, symbols multiplied)` of each term; `None` if a division, minimum or maximum occurs.
-    pub fn as_polynomial(&self) -> Option<Vec<(i64, Vec<&str>)>> {
-        self.terms.iter().map(|(p, c)| Some((*c, p.iter().map(Atom::symbol).collect::<Option<_>>()?))).collect()
+    /// The terms that sum up to it: coefficient and factors, each a symbol or a function.
+    pub fn as_terms(&self) -> Vec<(i64, Vec<Dim>)> {
+        self.terms.iter().map(|(p, c)| (*c, p.iter().cloned().map(Self::atom).collect())).collect()
+    }
+
+    /// The function and its operands, if the dim is nothing else.
+    pub fn as_function(&self) -> Option<(DimFunction, Dim, Dim)> {
+        let [(p, 1)] = self.terms.as_slice() else { return None };
+        let (f, a, b) = match p.as_slice() {
+            [Atom::FloorDiv(a, b)] => (DimFunction::FloorDiv, a, b),
+            [Atom::CeilDiv(a, b)] => (DimFunction::CeilDiv, a, b),
+            [Atom::Min(a, b)] => (DimFunction::Min, a, b),
+            [Atom::Max(a, b)] => (DimFunction::Max, a, b),
+            _ => return None,
+        };
+        Some((f, a.clone(), b.clone()))
     }
 
     /// `floor(self / d)`, simplified when every coefficient divides.

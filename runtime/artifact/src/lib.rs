@@ -9,6 +9,6 @@ mod dtype;
 mod manifest;
 pub mod program;
 
-pub use dim::{Bindings, Dim, DimError, Symbol};
+pub use dim::{Bindings, Dim, DimError, DimFunction, Symbol};
 pub use dtype::DType;
 pub use manifest::*;

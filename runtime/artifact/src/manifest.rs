@@ -30,10 +30,10 @@ pub struct Manifest {
     pub source: Source,
     /// Symbols that occur in shapes, with their ranges.
     pub symbols: Vec<Symbol>,
-    /// Callable graphs: `vision`, `embed`, `decoder`.
+    /// Callable graphs, in the order a request runs them.
     pub entries: Vec<Entry>,
-    /// Special token ids and the rule for positions.
-    pub prompt: PromptRules,
+    /// What the model is for.
+    pub task: Task,
     /// How pictures become `pixel_values`; absent if the checkpoint has no preprocessor config.
     pub processor: Option<Processor>,
     /// Defaults from `generation_config.json`.
@@ -106,25 +106,64 @@ pub struct Entry {
     pub arena: Option<Dim>,
 }
 
-/// Token ids with a meaning, and how position ids follow from a prompt.
+/// What a model is for, and what a client must know to feed it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Task {
+    /// Answers to prompts with pictures. Entries: `vision` makes features of pictures, `embed` puts them among the token
+    /// embeddings, `decoder` makes logits. An output of an entry is an input of that name of a later one.
+    Generate(PromptRules),
+    /// Scores of pairs of pictures and texts. Entries: `image`, `text`, `score`.
+    Contrast(TextRules),
+    /// Labels of pictures. Entry: `classify`.
+    Classify {
+        /// By index of the logits; empty if the model has no classifier.
+        labels: Vec<String>,
+    },
+}
+
+impl Task {
+    /// The rules of a model that answers prompts.
+    pub fn prompt(&self) -> Option<&PromptRules> {
+        if let Self::Generate(rules) = self { Some(rules) } else { None }
+    }
+}
+
+/// How texts become the `input_ids` of a model of pairs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextRules {
+    /// Most tokens of a text.
+    pub max_length: usize,
+    /// Whether every text is padded to `max_length`, as the model was trained (SigLIP), rather than to the longest of a batch.
+    pub pad_to_max: bool,
+    /// Fills shorter texts.
+    pub pad_token_id: i64,
+    /// Whether a pair's probability is the sigmoid of its logit (SigLIP) rather than a softmax over texts (CLIP).
+    pub sigmoid: bool,
+}
+
+/// Token ids with a meaning, and how position ids follow from a prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PromptRules {
-    /// Placeholder repeated once per image feature row.
-    pub image_token_id: i64,
-    /// Placeholder repeated once per video feature row.
+    /// Placeholder for a picture; absent if only a tokenizer could tell it, and there was none.
+    pub image_token_id: Option<i64>,
+    /// Placeholder for a video.
     pub video_token_id: Option<i64>,
     /// Width of the decoder's embeddings.
     pub hidden_size: usize,
-    /// Rows of the output logits.
+    /// Rows of the embedding table.
     pub vocab_size: usize,
     /// Longest context the checkpoint declares (`max_position_embeddings`).
     pub max_positions: usize,
     /// Rule for `position_ids`.
     pub positions: Positions,
+    /// How messages become a prompt where the checkpoint has no chat template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
 }
 
 /// Rule for `position_ids`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Positions {
     /// Multimodal rotary positions `[3, batch, seq]` (Qwen2-VL paper, section 2.1): temporal, height and width rows; a
@@ -132,7 +171,12 @@ pub enum Positions {
     Mrope {
         /// Grid cells per token along height and width.
         spatial_merge_size: usize,
+        /// Temporal positions per second of a video (Qwen2.5-VL); absent if frames are counted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tokens_per_second: Option<f64>,
     },
+    /// `[batch, seq]`: each token that is not padding counts.
+    Sequential,
 }
 
 /// How pictures and videos become `pixel_values`.
@@ -168,6 +212,8 @@ pub struct Qwen2VlProcessor {
     pub rescale_factor: f64,
     /// Pillow filter of the resize.
     pub resample: Resample,
+    /// Frames per second of videos, whose pace files do not tell.
+    pub fps: f32,
 }
 
 /// Pillow's resampling filters.

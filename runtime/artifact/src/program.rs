@@ -38,7 +38,7 @@ pub enum Layout {
     Rows,
     /// Matrix `[n, k]` in panels of 16 rows: `[ceil(n/16), k, 16]`, missing rows zero. Element `(r, c)` is at
     /// `(r / 16, c, r % 16)`: a matrix product loads 16 outputs' weights for one `c` at once, and a panel is one
-    /// sequential stream.
+    /// sequential stream. A stack `[e, n, k]` of matrices is stored matrix by matrix.
     Panel16,
 }
 
@@ -148,8 +148,8 @@ pub enum Kernel {
     },
     /// `x f32[..., heads, s, d]`, `cos`, `sin f32[..., s, d/2]` -> rotation of the pairs `(i, i + d/2)`.
     Rotary,
-    /// Scaled dot-product attention with grouped heads: `q f32[..., heads, s, d]`, `k`, `v f32[..., kv_heads, t, d]`
-    /// (`k`, `v` may be states), mask operand as [`Mask`] says -> `f32[..., heads, s, d]`.
+    /// Scaled dot-product attention with grouped heads: `q f32[..., heads, s, d]`, `k f32[..., kv_heads, t, d]`,
+    /// `v f32[..., kv_heads, t, dv]` (`k`, `v` may be states), mask operand as [`Mask`] says -> `f32[..., heads, s, dv]`.
     /// A query that sees no key gives zeros.
     Attention {
         /// Multiplies the scores.
@@ -219,6 +219,18 @@ pub enum Kernel {
         /// The axis.
         axis: usize,
     },
+    /// `x f32[..., n]` -> `i64[..., k]`: indices of the largest elements, largest first, of equals the first first.
+    TopK {
+        /// How many.
+        k: usize,
+    },
+    /// `x f32[n, h]`, `experts i64[n, k]`, `weights f32[n, k]`, `gate`, `up [e, m, h]`, `down [e, h, m]` (stacks in panel16;
+    /// f32, f16 or bf16) -> `f32[n, h]`: the sum over the chosen experts of `weight * down(act(gate x) * up x)`. An expert
+    /// outside `0..e` is an error.
+    Moe {
+        /// Activation of the gate.
+        act: Unary,
+    },
 }
 
 /// Which keys a query of [`Kernel::Attention`] sees.
@@ -231,6 +243,8 @@ pub enum Mask {
     Causal,
     /// Query `i` sees the keys of its own segment: the mask operand is `i64[t]` with `t = s`, a segment id per row.
     Segments,
+    /// The mask operand, `bool` or `f32`, broadcast to the scores: what a query sees, or what is added to the scores.
+    Given,
 }
 
 /// Functions of one operand; f32 unless said otherwise.

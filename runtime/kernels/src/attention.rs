@@ -34,7 +34,14 @@ pub enum Seen<'a> {
     Causal(&'a [i64]),
     /// Query `i` sees the keys `j` with `segments[j] == segments[i]`; `s` is `t`.
     Segments(&'a [i64]),
+    /// Those for which the mask is not 0.
+    Given(&'a [u8], Strides),
+    /// All; the bias is added to the scores.
+    Biased(&'a [f32], Strides),
 }
+
+/// Elements of a mask from one batch, head, query and key to the next; 0 along an axis that it does not have.
+pub type Strides = [usize; 4];
 
 /// Operands of [`Kernels::attention`].
 #[derive(Clone, Copy)]
@@ -55,8 +62,10 @@ pub struct Attention<'a> {
     pub s: usize,
     /// Keys per head.
     pub t: usize,
-    /// Width of a head.
+    /// Width of a head of queries and keys.
     pub d: usize,
+    /// Width of a head of values.
+    pub dv: usize,
     /// Multiplies the scores.
     pub scale: f32,
     /// Mask.
@@ -96,16 +105,27 @@ impl Attention<'_> {
                 }
                 runs
             }
-            Seen::Segments(_) => all(false),
+            Seen::Segments(_) | Seen::Given(..) | Seen::Biased(..) => all(false),
         }
     }
 
-    fn sees(&self, lead: usize, query: usize, key: usize) -> bool {
-        match self.seen {
+    /// What is added to a score: -inf if the query does not see the key.
+    fn bias(&self, lead: usize, head: usize, query: usize, key: usize) -> f32 {
+        let at = |[l, h, q, k]: Strides| lead * l + head * h + query * q + key * k;
+        let sees = match self.seen {
             Seen::All => true,
             Seen::Causal(mask) => key + self.s <= self.t + query && mask[lead * self.t + key] != 0,
             Seen::Segments(ids) => ids[query] == ids[key],
-        }
+            Seen::Given(mask, strides) => mask[at(strides)] != 0,
+            Seen::Biased(bias, strides) => return bias[at(strides)],
+        };
+        if sees { 0.0 } else { f32::NEG_INFINITY }
+    }
+
+    /// Whether a mask has an element for every score.
+    fn reaches(&self, len: usize, [l, h, q, k]: Strides) -> bool {
+        let last = |n: usize, stride: usize| n.saturating_sub(1) * stride;
+        last(self.lead, l) + last(self.heads, h) + last(self.s, q) + last(self.t, k) < len
     }
 }
 
@@ -113,13 +133,15 @@ impl Attention<'_> {
 struct Head<'a, 'b> {
     a: &'a Attention<'b>,
     lead: usize,
+    head: usize,
     /// `[run, d]`.
     q: &'a [f32],
     /// `[t, d]`.
     k: &'a [f32],
+    /// `[t, dv]`.
     v: &'a [f32],
     run: &'a Run,
-    /// `[run, d]`.
+    /// `[run, dv]`.
     out: &'a mut [f32],
 }
 
@@ -146,10 +168,10 @@ impl Head<'_, '_> {
     /// As [`Task::run`].
     #[inline(always)]
     unsafe fn direct<L: Lanes>(mut self) {
-        let (d, keys) = (self.a.d, self.run.keys.clone());
+        let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let out = std::mem::take(&mut self.out);
         let mut scores = vec![0.0; keys.len()];
-        for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+        for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(dv)).enumerate() {
             // SAFETY: the caller's promise.
             unsafe {
                 for (score, k) in scores.iter_mut().zip(self.k[keys.start * d..].chunks_exact(d)) {
@@ -158,7 +180,7 @@ impl Head<'_, '_> {
                 self.hide(i, &mut scores);
                 softmax::<L>(&mut scores);
                 out.fill(0.0);
-                for (p, v) in scores.iter().zip(self.v[keys.start * d..].chunks_exact(d)) {
+                for (p, v) in scores.iter().zip(self.v[keys.start * dv..].chunks_exact(dv)) {
                     if *p != 0.0 {
                         add_scaled::<L>(out, *p, v);
                     }
@@ -171,12 +193,12 @@ impl Head<'_, '_> {
     /// As [`Task::run`].
     #[inline(always)]
     unsafe fn packed<L: Lanes>(self) {
-        let (d, keys) = (self.a.d, self.run.keys.clone());
+        let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let t = keys.len();
         let keys_panels = crate::pack_panels(&self.k[keys.start * d..keys.end * d], t, d);
-        // Values as the panels of their transpose: [ceil(d / 16), t, 16].
-        let mut value_panels = vec![0.0; d.div_ceil(N) * t * N];
-        for (j, v) in self.v[keys.start * d..keys.end * d].chunks_exact(d).enumerate() {
+        // Values as the panels of their transpose: [ceil(dv / 16), t, 16].
+        let mut value_panels = vec![0.0; dv.div_ceil(N) * t * N];
+        for (j, v) in self.v[keys.start * dv..keys.end * dv].chunks_exact(dv).enumerate() {
             for (p, part) in v.chunks(N).enumerate() {
                 value_panels[(p * t + j) * N..][..part.len()].copy_from_slice(part);
             }
@@ -205,21 +227,21 @@ impl Head<'_, '_> {
                 unsafe { softmax::<L>(scores) };
             }
             for (p, panel) in value_panels.chunks_exact(t * N).enumerate() {
-                let width = N.min(d - p * N);
+                let width = N.min(dv - p * N);
                 for row in (0..block).step_by(ROWS) {
                     let rows = ROWS.min(block - row);
                     let x = &scores[row * columns..];
                     // SAFETY: the caller's promise.
                     unsafe { Tile { x, x_stride: columns, k: t, rows, panel, out: &mut tile }.compute::<L>() };
                     for (r, values) in tile.iter().enumerate().take(rows) {
-                        self.out[(first + row + r) * d + p * N..][..width].copy_from_slice(&values[..width]);
+                        self.out[(first + row + r) * dv + p * N..][..width].copy_from_slice(&values[..width]);
                     }
                 }
             }
         }
     }
 
-    /// Scores of keys that query `i` of the run does not see become -inf.
+    /// The mask, applied to the scores of query `i` of the run: of keys that it does not see they become -inf.
     #[inline(always)]
     fn hide(&self, i: usize, scores: &mut [f32]) {
         if self.run.dense {
@@ -227,9 +249,7 @@ impl Head<'_, '_> {
         }
         let query = self.run.queries.start + i;
         for (j, score) in scores.iter_mut().enumerate() {
-            if !self.a.sees(self.lead, query, self.run.keys.start + j) {
-                *score = f32::NEG_INFINITY;
-            }
+            *score += self.a.bias(self.lead, self.head, query, self.run.keys.start + j);
         }
     }
 }
@@ -302,28 +322,31 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
 }
 
 impl Kernels {
-    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, d]`. A query that sees no key gives zeros.
+    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros.
     ///
     /// # Panics
     /// If the lengths do not fit.
     pub fn attention(&self, a: &Attention<'_>, out: &mut [f32]) {
-        let Attention { lead, heads, kv_heads, s, t, d, .. } = *a;
+        let Attention { lead, heads, kv_heads, s, t, d, dv, .. } = *a;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads must be a multiple of kv_heads");
-        assert!(a.q.len() == lead * heads * s * d && out.len() == a.q.len(), "q and out must be [lead, heads, s, d]");
-        for keys in [&a.k, &a.v] {
+        let rows = lead * heads * s;
+        assert!(a.q.len() == rows * d && out.len() == rows * dv, "q must be [lead, heads, s, d], out [lead, heads, s, dv]");
+        for (keys, d) in [(&a.k, d), (&a.v, dv)] {
             let need = if lead == 0 || t * d == 0 { 0 } else { (lead * kv_heads - 1) * keys.head_stride + t * d };
-            assert!(keys.data.len() >= need, "k and v must be [lead, kv_heads, t, d]");
+            assert!(keys.data.len() >= need, "k must be [lead, kv_heads, t, d], v [lead, kv_heads, t, dv]");
         }
         match a.seen {
             Seen::All => {}
             Seen::Causal(mask) => assert_eq!(mask.len(), lead * t, "mask must be [lead, t]"),
             Seen::Segments(ids) => assert!(ids.len() == t && s == t, "segments must be [t], and s equal t"),
+            Seen::Given(mask, strides) => assert!(rows * t == 0 || a.reaches(mask.len(), strides), "the mask is too small"),
+            Seen::Biased(bias, strides) => assert!(rows * t == 0 || a.reaches(bias.len(), strides), "the bias is too small"),
         }
         if out.is_empty() {
             return;
         }
         let runs = a.runs();
-        let pieces: Vec<_> = split(out, lead * heads, s * d, &runs, d);
+        let pieces: Vec<_> = split(out, lead * heads, s * dv, &runs, dv);
         self.pool.run(pieces.len(), |i| {
             // Later runs of causal attention see more keys: start with the longest.
             let i = pieces.len() - 1 - i;
@@ -334,6 +357,7 @@ impl Kernels {
             self.isa.run(Head {
                 a,
                 lead: batch,
+                head: head % heads,
                 q: &a.q[head * s * d + run.queries.start * d..head * s * d + run.queries.end * d],
                 k: &a.k.data[of(&a.k)..],
                 v: &a.v.data[of(&a.v)..],
@@ -369,21 +393,21 @@ mod tests {
         let mut out = vec![];
         for head in 0..a.lead * a.heads {
             let (batch, kv) = (head / a.heads, head % a.heads / (a.heads / a.kv_heads));
-            let row = |x: &Keys<'_>, j: usize| {
-                let at = (batch * a.kv_heads + kv) * x.head_stride + j * a.d;
-                x.data[at..at + a.d].iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
+            let row = |x: &Keys<'_>, d: usize, j: usize| {
+                let at = (batch * a.kv_heads + kv) * x.head_stride + j * d;
+                x.data[at..at + d].iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
             };
             for i in 0..a.s {
                 let q = &a.q[(head * a.s + i) * a.d..][..a.d];
                 let weight = |j: usize| {
-                    let dot: f64 = q.iter().zip(row(&a.k, j)).map(|(q, k)| f64::from(*q) * k).sum();
-                    if a.sees(batch, i, j) { (dot * f64::from(a.scale)).exp() } else { 0.0 }
+                    let dot: f64 = q.iter().zip(row(&a.k, a.d, j)).map(|(q, k)| f64::from(*q) * k).sum();
+                    (dot * f64::from(a.scale) + f64::from(a.bias(batch, head % a.heads, i, j))).exp()
                 };
                 let weights: Vec<f64> = (0..a.t).map(weight).collect();
                 let sum = weights.iter().sum::<f64>().max(f64::MIN_POSITIVE);
-                let mut o = vec![0.0; a.d];
+                let mut o = vec![0.0; a.dv];
                 for (j, w) in weights.iter().enumerate() {
-                    o.iter_mut().zip(row(&a.v, j)).for_each(|(o, v)| *o += w / sum * v);
+                    o.iter_mut().zip(row(&a.v, a.dv, j)).for_each(|(o, v)| *o += w / sum * v);
                 }
                 out.extend(o.iter().map(|v| *v as f32));
             }
@@ -396,24 +420,33 @@ mod tests {
         #[test]
         fn attention_matches_its_formula(
             lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..4, s in 0usize..60, past in 0usize..20,
-            d in 1usize..40, slack in 0usize..50, kind in 0usize..4, threads in 1usize..4, seed: u32,
+            d in 1usize..40, dv in 1usize..40, slack in 0usize..50, kind in 0usize..6, threads in 1usize..4, seed: u32,
         ) {
             let mut state = seed;
             let mut next = || { state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223); state >> 8 };
             let heads = kv_heads * groups;
-            let t = if kind >= 2 { s } else { s + past };
-            let head_stride = t * d + slack;
+            let t = if matches!(kind, 2 | 3) { s } else { s + past };
+            let head_stride = t * d.max(dv) + slack;
             let mut floats = |n: usize| (0..n).map(|_| next() as f32 / (1 << 23) as f32 - 1.0).collect::<Vec<_>>();
             let (q, k, v) = (floats(lead * heads * s * d), floats(lead * kv_heads * head_stride), floats(lead * kv_heads * head_stride));
             let mask: Vec<i64> = (0..lead * t).map(|_| i64::from(next() % 4 != 0)).collect();
             let mut ids: Vec<i64> = (0..t).map(|_| i64::from(next() % 4)).collect();
             if kind == 2 { ids.sort_unstable(); }
-            let seen = match kind { 0 => Seen::All, 1 => Seen::Causal(&mask), _ => Seen::Segments(&ids) };
+            // A mask for all heads, and a bias for each head and all batches.
+            let given: Vec<u8> = (0..lead * s * t).map(|_| u8::from(next() % 3 != 0)).collect();
+            let bias: Vec<f32> = (0..heads * s * t).map(|_| next() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let seen = match kind {
+                0 => Seen::All,
+                1 => Seen::Causal(&mask),
+                2 | 3 => Seen::Segments(&ids),
+                4 => Seen::Given(&given, [s * t, 0, t, 1]),
+                _ => Seen::Biased(&bias, [0, s * t, t, 1]),
+            };
             let keys = |data| Keys { data, head_stride };
-            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, scale: 0.3, seen };
+            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen };
             let expected = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
-                let mut out = vec![f32::NAN; q.len()];
+                let mut out = vec![f32::NAN; lead * heads * s * dv];
                 Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");

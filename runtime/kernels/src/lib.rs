@@ -14,14 +14,16 @@ mod elementwise;
 pub mod isa;
 mod lanes;
 mod linear;
+mod moe;
 pub mod moves;
 mod norm;
 mod pool;
 
-pub use attention::{Attention, Keys, Seen};
+pub use attention::{Attention, Keys, Seen, Strides};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
+pub use moe::{Experts, Moe};
 pub use pool::Pool;
 
 /// The kernels of one CPU: an instruction set and a pool of threads.

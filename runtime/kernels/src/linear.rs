@@ -19,8 +19,17 @@ pub enum Floats<'a> {
     BF16(&'a [bf16]),
 }
 
-impl Floats<'_> {
-    fn len(&self) -> usize {
+impl<'a> Floats<'a> {
+    /// The elements of a range.
+    pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Floats<'a> {
+        match self {
+            Self::F32(a) => Floats::F32(&a[range]),
+            Self::F16(a) => Floats::F16(&a[range]),
+            Self::BF16(a) => Floats::BF16(&a[range]),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::F32(a) => a.len(),
             Self::F16(a) => a.len(),

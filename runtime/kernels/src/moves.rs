@@ -246,6 +246,17 @@ pub fn cumsum<T: Copy>(x: &[T], [outer, axis, inner]: [usize; 3], add: impl Fn(T
     }
 }
 
+/// Indices of the largest elements of `x`, as many as `out` takes, largest first and of equals the first first.
+///
+/// # Panics
+/// If `x` has fewer elements.
+pub fn top_k(x: &[f32], out: &mut [i64]) {
+    let mut order: Vec<usize> = (0..x.len()).collect();
+    order.sort_by(|a, b| x[*b].total_cmp(&x[*a]));
+    assert!(out.len() <= x.len(), "there are fewer elements");
+    out.iter_mut().zip(&order).for_each(|(o, i)| *o = *i as i64);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

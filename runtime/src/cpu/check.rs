@@ -107,7 +107,7 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
             ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
         }
         if let (Place::Weight(_), false) = (&a.place, is_plain(a.dtype)) {
-            let widens = matches!((&step.kernel, i), (Kernel::Linear, 1) | (Kernel::Embedding, 0));
+            let widens = matches!((&step.kernel, i), (Kernel::Linear, 1) | (Kernel::Embedding, 0) | (Kernel::Moe { .. }, 3..=5));
             ensure(widens, || format!("operand {i} is {}, which this kernel does not widen", a.dtype))?;
         }
     }
@@ -226,7 +226,9 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             let (lead, q) = args[0].shape.split_at(args[0].shape.len() - 3);
             let (_, k) = args[1].shape.split_at(args[1].shape.len() - 3);
             shape(1, &[lead, &[k[0].clone(), k[1].clone(), q[2].clone()]].concat())?;
-            shape(2, &args[1].shape)?;
+            rank(2, 3)?;
+            let dv = args[2].shape[args[2].shape.len() - 1].clone();
+            shape(2, &[lead, &[k[0].clone(), k[1].clone(), dv.clone()]].concat())?;
             let heads = (q[0].as_const(), k[0].as_const());
             ensure(matches!(heads, (Some(h), Some(kv)) if kv > 0 && h % kv == 0), || "heads must be a multiple of kv heads".into())?;
             match mask {
@@ -241,8 +243,14 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
                     ensure(q[1] == k[1], || "segments need as many queries as keys".into())?;
                     shape(3, &k[1..2])?;
                 }
+                Mask::Given => {
+                    ensure(matches!(args[3].dtype, DType::Bool | DType::F32), || "operand 3 must be bool or f32".into())?;
+                    ensure(lead.len() <= 1, || "operand 0 has too many axes".into())?;
+                    let scores = [lead, &[q[0].clone(), q[1].clone(), k[1].clone()]].concat();
+                    ensure(broadcast(&args[3].shape, &scores)? == scores, || "operand 3 does not fit the scores".into())?;
+                }
             }
-            (DType::F32, args[0].shape.clone())
+            (DType::F32, [lead, &[q[0].clone(), q[1].clone(), dv]].concat())
         }
         Kernel::Append => return Err("is not checked here".into()),
         Kernel::Unary { f } => {
@@ -348,6 +356,38 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             s[*a] = out.shape.get(*a).ok_or("the result has too few axes")?.clone();
             (args[0].dtype, s)
         }
+        Kernel::TopK { k } => {
+            count(1)?;
+            dtype(0, DType::F32)?;
+            rank(0, 1)?;
+            let mut s = args[0].shape.clone();
+            let n = s.pop().and_then(|n| n.as_const());
+            ensure(n.is_some_and(|n| *k as i64 <= n), || format!("there are no {k} elements in the last axis"))?;
+            s.push((*k).into());
+            (DType::I64, s)
+        }
+        Kernel::Moe { act } => {
+            count(6)?;
+            ensure(*act != Unary::Not, || "the activation must be one of floats".into())?;
+            dtype(0, DType::F32)?;
+            dtype(1, DType::I64)?;
+            dtype(2, DType::F32)?;
+            ensure(args[0].shape.len() == 2 && args[1].shape.len() == 2 && args[0].shape[0] == args[1].shape[0], || {
+                "operands 0 and 1 must be matrices of as many rows".into()
+            })?;
+            shape(2, &args[1].shape)?;
+            for i in 3..6 {
+                float(i)?;
+                ensure(args[i].shape.len() == 3 && matches!(args[i].place, Place::Weight(_)), || {
+                    format!("operand {i} must be a weight with 3 axes")
+                })?;
+            }
+            let (e, m, h) = (args[3].shape[0].clone(), args[3].shape[1].clone(), args[0].shape[1].clone());
+            shape(3, &[e.clone(), m.clone(), h.clone()])?;
+            shape(4, &args[3].shape)?;
+            shape(5, &[e, h, m])?;
+            (DType::F32, args[0].shape.clone())
+        }
         Kernel::Gather { axis: a } => {
             count(2)?;
             plain(0)?;
@@ -368,7 +408,7 @@ pub(super) fn layouts(p: &Program) -> Check {
                 let Place::Weight(w) = get(f, *a)?.place else { continue };
                 let panels = p.weights[w as usize].layout == Layout::Panel16;
                 let fits = match (&step.kernel, operand) {
-                    (Kernel::Linear, 1) => panels,
+                    (Kernel::Linear, 1) | (Kernel::Moe { .. }, 3..=5) => panels,
                     (Kernel::Embedding, 0) => true,
                     _ => !panels,
                 };

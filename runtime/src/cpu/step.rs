@@ -5,7 +5,7 @@ use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
-use vlmc_kernels::{Attention, BadIndex, Broadcast, Floats, Kernels, Panels, Seen, Src, Table, moves};
+use vlmc_kernels::{Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, moves};
 
 type Done = Result<(), String>;
 
@@ -41,6 +41,19 @@ fn bad_index(e: BadIndex) -> String {
 /// `[before, axis, after]` of a shape.
 fn around(shape: &[usize], axis: usize) -> [usize; 3] {
     [shape[..axis].iter().product(), shape[axis], shape[axis + 1..].iter().product()]
+}
+
+/// Strides of a mask that is broadcast to `[lead, heads, s, t]`.
+fn mask_strides(shape: &[usize]) -> Strides {
+    let mut strides = [0; 4];
+    let mut stride = 1;
+    for (s, d) in strides.iter_mut().rev().zip(shape.iter().rev()) {
+        if *d != 1 {
+            *s = stride;
+        }
+        stride *= d;
+    }
+    strides
 }
 
 fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done {
@@ -109,15 +122,39 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 kv_heads: keys[keys.len() - 3],
                 s: last[1],
                 t: keys[keys.len() - 2],
-                d: last[2],
+                d: f.shapes[arg(0)][shape.len() - 1],
+                dv: last[2],
                 scale: *scale as f32,
                 seen: match mask {
                     Mask::Full => Seen::All,
                     Mask::Causal => Seen::Causal(i64s(3)?),
                     Mask::Segments => Seen::Segments(i64s(3)?),
+                    Mask::Given => {
+                        let strides = mask_strides(arg_shape(3));
+                        match f.view(arg(3))? {
+                            View::Bool(mask) => Seen::Given(mask, strides),
+                            _ => Seen::Biased(f32s(3)?, strides),
+                        }
+                    }
                 },
             };
             k.attention(&a, out!(f32));
+        }
+        Kernel::TopK { k: count } => {
+            let n = arg_shape(0).last().copied().unwrap_or(1);
+            let rows = f32s(0)?.chunks_exact(n.max(1)).zip(out!(i64).chunks_exact_mut((*count).max(1)));
+            for (row, out) in rows {
+                moves::top_k(row, out);
+            }
+        }
+        Kernel::Moe { act } => {
+            let experts = |i: usize| {
+                let View::Floats(data) = f.view(arg(i))? else { return Err("weights must be floats".to_string()) };
+                let [e, n, kk] = [arg_shape(i)[0], arg_shape(i)[1], arg_shape(i)[2]];
+                Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
+            };
+            let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act };
+            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, out!(f32)).map_err(bad_index)?;
         }
         Kernel::Append => return Err("not a computation".into()),
         Kernel::Unary { f: Unary::Not } => {

@@ -51,6 +51,7 @@ impl Weights {
                 let shape = match (w.layout, w.shape.as_slice()) {
                     (Layout::Rows, shape) => shape.to_vec(),
                     (Layout::Panel16, [n, k]) => vec![n.div_ceil(PANEL), *k, PANEL],
+                    (Layout::Panel16, [e, n, k]) => vec![*e, n.div_ceil(PANEL), *k, PANEL],
                     (Layout::Panel16, shape) => return Err(wrong(format!("of shape {shape:?} cannot be in panels"))),
                 };
                 if dtype != w.dtype || info.shape != shape {

@@ -8,7 +8,10 @@ use proto::{
     tensor_shape_proto::dimension::Value as DimField,
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use vlmc_artifact::program::{Binary, Reduce, Unary};
+use vlmc_artifact::{
+    DimFunction,
+    program::{Binary, Reduce, Unary},
+};
 use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
 
 /// One model per graph, by the graph's name. `place` gives the offset and length of a stored weight in `weight_file`.
@@ -270,17 +273,26 @@ impl Emitter<'_> {
             let (multiple, factor) = (self.dim(&multiple)?, self.constant(&[1], &[factor]));
             return Ok(self.helper("Div", &[&multiple, &factor], &hint, vec![]));
         }
-        let terms: Vec<(i64, Vec<String>)> = d
-            .as_polynomial()
-            .ok_or_else(|| format!("dim {d} is not a polynomial"))?
-            .into_iter()
-            .map(|(c, symbols)| (c, symbols.into_iter().map(String::from).collect()))
-            .collect();
+        if let Some((function, a, b)) = d.as_function() {
+            let (a, b) = (self.dim(&a)?, self.dim(&b)?);
+            return Ok(match function {
+                // Dims and divisors are positive.
+                DimFunction::FloorDiv => self.helper("Div", &[&a, &b], &hint, vec![]),
+                DimFunction::CeilDiv => {
+                    let one = self.constant(&[1], &[1]);
+                    let sum = self.helper("Add", &[&a, &b], &hint, vec![]);
+                    let sum = self.helper("Sub", &[&sum, &one], &hint, vec![]);
+                    self.helper("Div", &[&sum, &b], &hint, vec![])
+                }
+                DimFunction::Min => self.helper("Min", &[&a, &b], &hint, vec![]),
+                DimFunction::Max => self.helper("Max", &[&a, &b], &hint, vec![]),
+            });
+        }
         let mut sum: Option<String> = None;
-        for (coefficient, symbols) in terms {
+        for (coefficient, factors) in d.as_terms() {
             let mut product: Option<String> = None;
-            for s in symbols {
-                let s = self.dim(&Dim::symbol(&s))?;
+            for f in factors {
+                let s = self.dim(&f)?;
                 product = Some(product.map_or(s.clone(), |p| self.helper("Mul", &[&p, &s], &hint, vec![])));
             }
             let c = self.constant(&[1], &[coefficient]);
@@ -400,6 +412,18 @@ impl Emitter<'_> {
                 let (start, end) = (self.dim(&o.start)?, self.dim(&(&o.start + &o.len))?);
                 let axes = self.constant(&[1], &[o.axis as i64]);
                 self.named("Slice", &[x[0], &start, &end, &axes], &out, vec![]);
+            }
+            Op::TopK(o) => {
+                let k = self.constant(&[1], &[o.k as i64]);
+                self.named("TopK", &[x[0], &k], &out, vec![int("axis", -1)]);
+                // The values come first; only the indices are wanted.
+                if let Some(node) = self.out.node.last_mut() {
+                    node.output.insert(0, format!("{out}/values"));
+                }
+            }
+            Op::Conv2d(o) => {
+                let attributes = vec![ints("strides", [o.stride; 2]), ints("pads", [o.padding; 4])];
+                self.named("Conv", &x, &out, attributes);
             }
             Op::Gather(o) => self.named("Gather", &x, &out, vec![int("axis", o.axis as i64)]),
             Op::ReduceOp(o) => {

@@ -1,16 +1,8 @@
 //! Pictures to patches: `Qwen2VLImageProcessor` of transformers, on Pillow.
 
-use crate::{Error, Result, Tensor, image::Rgb, prompt::Grid, resize::resize};
+use super::{Pixels, channel_tables};
+use crate::{Error, Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::Qwen2VlProcessor;
-
-/// Patches of one picture or video.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Patches {
-    /// `[t * h * w, 3 * temporal_patch_size * patch_size²]`.
-    pub values: Vec<f32>,
-    /// Frames (in groups of `temporal_patch_size`), rows and columns of patches.
-    pub grid: Grid,
-}
 
 /// Height and width in whole multiples of `factor`, with a product between `min_pixels` and `max_pixels` and about the same
 /// aspect ratio (`smart_resize` of transformers; halves are rounded to even).
@@ -38,28 +30,22 @@ pub fn smart_resize(height: usize, width: usize, factor: usize, min_pixels: usiz
 }
 
 /// Patches of a picture, which stands for `temporal_patch_size` equal frames.
-///
-/// # Errors
-/// As [`smart_resize`].
-pub fn image(p: &Qwen2VlProcessor, picture: &Rgb) -> Result<Patches> {
+pub(super) fn image(p: &Qwen2VlProcessor, picture: &Rgb) -> Result<Pixels> {
     patches(p, std::slice::from_ref(picture), p.min_pixels, p.max_pixels)
 }
 
 /// Patches of a video; the last frame is repeated to fill the last group.
-///
-/// # Errors
-/// As [`smart_resize`], or there are no frames.
-pub fn video(p: &Qwen2VlProcessor, frames: &[Rgb]) -> Result<Patches> {
+pub(super) fn video(p: &Qwen2VlProcessor, frames: &[Rgb]) -> Result<Pixels> {
     patches(p, frames, p.video_min_pixels, p.video_max_pixels)
 }
 
-fn patches(p: &Qwen2VlProcessor, frames: &[Rgb], min_pixels: usize, max_pixels: usize) -> Result<Patches> {
+/// `pixel_values f32[t * h * w, 3 * temporal_patch_size * patch_size²]` and `image_grid_thw i64[1, 3]`: frames (in groups of
+/// `temporal_patch_size`), rows and columns of patches.
+fn patches(p: &Qwen2VlProcessor, frames: &[Rgb], min_pixels: usize, max_pixels: usize) -> Result<Pixels> {
     let first = frames.first().ok_or_else(|| Error::Input("a video needs at least one frame".into()))?;
     let (patch, merge, depth) = (p.patch_size, p.merge_size, p.temporal_patch_size);
     let (height, width) = smart_resize(first.height(), first.width(), patch * merge, min_pixels, max_pixels)?;
-    // All 256 values of each channel, computed as numpy does: the product in f64, the rest in f32.
-    let table: [[f32; 256]; 3] =
-        std::array::from_fn(|c| std::array::from_fn(|v| ((v as f64 * p.rescale_factor) as f32 - p.image_mean[c]) / p.image_std[c]));
+    let table = channel_tables(p.rescale_factor, p.image_mean, p.image_std);
     let resized: Vec<Rgb> = frames.iter().map(|f| resize(f, width, height, p.resample)).collect();
     let (t, h, w) = (frames.len().div_ceil(depth), height / patch, width / patch);
     let mut values = Vec::with_capacity(t * h * w * 3 * depth * patch * patch);
@@ -79,20 +65,13 @@ fn patches(p: &Qwen2VlProcessor, frames: &[Rgb], min_pixels: usize, max_pixels: 
             }
         }
     }
-    Ok(Patches { values, grid: [t as i64, h as i64, w as i64] })
-}
-
-/// Patches of several pictures one after the other, `f32[patches, patch]`, and their grids, `i64[n, 3]`; `None` of none.
-///
-/// # Errors
-/// The patches are of different sizes.
-pub fn batch(all: &[Patches]) -> Result<Option<(Tensor, Tensor)>> {
-    if all.is_empty() {
-        return Ok(None);
-    }
-    let rows: i64 = all.iter().map(|p| p.grid.iter().product::<i64>()).sum();
-    let values: Vec<f32> = all.iter().flat_map(|p| p.values.iter().copied()).collect();
-    let grids: Vec<i64> = all.iter().flat_map(|p| p.grid).collect();
-    let width = values.len().checked_div(rows as usize).unwrap_or(0);
-    Ok(Some((Tensor::new([rows as usize, width], values)?, Tensor::new([all.len(), 3], grids)?)))
+    let rows = t * h * w;
+    let grid = [t as i64, h as i64, w as i64];
+    // A group of frames is as long as its frames at the rate of `fps` frames a second.
+    let clip = Clip { grid, seconds_per_grid: depth as f32 / p.fps };
+    let inputs = [
+        ("pixel_values".into(), Tensor::new([rows, values.len() / rows], values)?),
+        ("image_grid_thw".into(), Tensor::new([1, 3], grid.to_vec())?),
+    ];
+    Ok(Pixels { inputs: inputs.into(), tokens: rows / (merge * merge), clip })
 }

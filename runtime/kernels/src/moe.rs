@@ -1,0 +1,137 @@
+//! Mixtures of experts: each chosen expert's product over the rows that chose it.
+
+use crate::{
+    Kernels, Panels, Src,
+    linear::{BadIndex, Floats},
+};
+use vlmc_artifact::program::{PANEL, Unary};
+
+/// A stack of matrices `[e, n, k]`, each in panels.
+#[derive(Clone, Copy, Debug)]
+pub struct Experts<'a> {
+    data: Floats<'a>,
+    e: usize,
+    n: usize,
+    k: usize,
+}
+
+impl<'a> Experts<'a> {
+    /// `None` if `data` does not have as many elements.
+    pub fn new(data: Floats<'a>, e: usize, n: usize, k: usize) -> Option<Self> {
+        let len = n.div_ceil(PANEL).checked_mul(k)?.checked_mul(PANEL)?.checked_mul(e)?;
+        (data.len() == len).then_some(Self { data, e, n, k })
+    }
+
+    fn expert(&self, i: usize) -> Option<Panels<'a>> {
+        let len = self.data.len() / self.e.max(1);
+        Panels::new(self.data.slice(i * len..(i + 1) * len), self.n, self.k)
+    }
+}
+
+/// Weights of [`Kernels::moe`].
+#[derive(Clone, Copy, Debug)]
+pub struct Moe<'a> {
+    /// `[e, m, h]`.
+    pub gate: Experts<'a>,
+    /// `[e, m, h]`.
+    pub up: Experts<'a>,
+    /// `[e, h, m]`.
+    pub down: Experts<'a>,
+    /// Activation of the gate.
+    pub act: Unary,
+}
+
+impl Kernels {
+    /// For each row of `x [n, h]` the sum over its `experts [n, k]` of `weights [n, k]` times `down(act(gate x) * up x)`, to `out
+    /// [n, h]`.
+    ///
+    /// # Errors
+    /// An expert that does not exist.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn moe(&self, x: &[f32], experts: &[i64], weights: &[f32], w: &Moe<'_>, out: &mut [f32]) -> Result<(), BadIndex> {
+        let (h, m) = (w.gate.k, w.gate.n);
+        assert!(x.len() == out.len() && h > 0 && experts.len() == weights.len(), "x and out must be [n, h]");
+        let n = x.len() / h;
+        if n == 0 {
+            return Ok(());
+        }
+        let k = experts.len() / n;
+        // Who chose each expert: row and weight.
+        let mut chosen: Vec<Vec<(usize, f32)>> = vec![vec![]; w.gate.e];
+        for (i, (expert, weight)) in experts.iter().zip(weights).enumerate() {
+            let rows = usize::try_from(*expert).ok().and_then(|e| chosen.get_mut(e));
+            rows.ok_or(BadIndex { index: *expert, len: w.gate.e })?.push((i / k, *weight));
+        }
+        out.fill(0.0);
+        let (mut rows, mut gate, mut up, mut y) = (vec![], vec![], vec![], vec![]);
+        for (e, of) in chosen.iter().enumerate().filter(|(_, of)| !of.is_empty()) {
+            let (Some(wg), Some(wu), Some(wd)) = (w.gate.expert(e), w.up.expert(e), w.down.expert(e)) else { continue };
+            rows.clear();
+            of.iter().for_each(|(row, _)| rows.extend_from_slice(&x[row * h..(row + 1) * h]));
+            gate.resize(of.len() * m, 0.0);
+            up.resize(of.len() * m, 0.0);
+            y.resize(of.len() * h, 0.0);
+            self.linear(&rows, &wg, None, &mut gate);
+            self.linear(&rows, &wu, None, &mut up);
+            self.unary(w.act, Src::InPlace, &mut gate);
+            gate.iter_mut().zip(&up).for_each(|(g, u)| *g *= u);
+            self.linear(&gate, &wd, None, &mut y);
+            for ((row, weight), y) in of.iter().zip(y.chunks_exact(h)) {
+                out[row * h..(row + 1) * h].iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Isa, pack_panels};
+
+    #[test]
+    fn moe_matches_its_formula() {
+        let (n, h, m, e, k) = (5, 7, 19, 4, 2);
+        let mut state = 1u32;
+        let mut floats = |n: usize| -> Vec<f32> {
+            let next = |_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            };
+            (0..n).map(next).collect()
+        };
+        let (x, weights) = (floats(n * h), floats(n * k));
+        let (gate, up, down) = (floats(e * m * h), floats(e * m * h), floats(e * h * m));
+        let experts = [0, 3, 3, 1, 0, 1, 3, 0, 1, 0];
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let mut expected = vec![0.0; n * h];
+        for (i, (expert, weight)) in experts.iter().zip(&weights).enumerate() {
+            let (row, at) = (&x[i / k * h..][..h], *expert as usize);
+            let inner: Vec<f32> = (0..m)
+                .map(|j| {
+                    let g = dot(row, &gate[(at * m + j) * h..][..h]);
+                    (g / (1.0 + (-g).exp()) * dot(row, &up[(at * m + j) * h..][..h])) as f32
+                })
+                .collect();
+            for (c, o) in expected[i / k * h..][..h].iter_mut().enumerate() {
+                *o += f64::from(*weight) * dot(&inner, &down[(at * h + c) * m..][..m]);
+            }
+        }
+        let packed = |w: &[f32], rows: usize, k: usize| w.chunks_exact(rows * k).flat_map(|w| pack_panels(w, rows, k)).collect::<Vec<_>>();
+        let (gate, up, down) = (packed(&gate, m, h), packed(&up, m, h), packed(&down, h, m));
+        let stack = |w, n, k| Experts::new(Floats::F32(w), e, n, k).unwrap();
+        let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu };
+        for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+            let kernels = Kernels::with_isa(2, isa).unwrap();
+            let mut out = vec![f32::NAN; n * h];
+            kernels.moe(&x, &experts, &weights, &w, &mut out).unwrap();
+            for (o, e) in out.iter().zip(&expected) {
+                assert!((f64::from(*o) - e).abs() < 1e-4, "{isa:?}: {o} instead of {e}");
+            }
+            let bad = kernels.moe(&x, &[9; 10], &weights, &w, &mut out).unwrap_err();
+            assert_eq!((bad.index, bad.len), (9, 4));
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Entries run on tensors by name.
+
+use crate::{Engine, Error, Result, Tensor};
+use std::collections::BTreeMap;
+use vlmc_artifact::{DType, Entry, Port};
+
+/// Tensors, named as in the Hugging Face forward signature.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// An entry of the engine's artifact.
+///
+/// # Errors
+/// There is none of that name.
+pub(crate) fn entry<'e>(engine: &'e dyn Engine, name: &str) -> Result<&'e Entry> {
+    let manifest = engine.manifest();
+    manifest.entries.iter().find(|e| e.name == name).ok_or_else(|| Error::Input(format!("the artifact has no entry '{name}'")))
+}
+
+/// A tensor as a port takes it: booleans of integers, and leading axes joined (pictures of all rows of a batch one after the
+/// other) if the port has fewer.
+///
+/// # Errors
+/// It has too few axes.
+pub(crate) fn fit(t: &Tensor, port: &Port) -> Result<Tensor> {
+    let (have, want) = (t.shape().len(), port.shape.len());
+    if have < want || want == 0 {
+        let declared = crate::binding::shape_text(&port.shape);
+        return Err(Error::Input(format!("'{}' must be {}{declared}, is {}{:?}", port.name, port.dtype, t.dtype(), t.shape())));
+    }
+    let joined = t.shape()[..=have - want].iter().product();
+    let shape: Vec<usize> = std::iter::once(joined).chain(t.shape()[have - want + 1..].iter().copied()).collect();
+    match (port.dtype, t.dtype()) {
+        (DType::Bool, DType::I64) => Tensor::new(shape, t.i64()?.iter().map(|v| *v != 0).collect::<Vec<_>>()),
+        _ => Tensor::new(shape, t.data().clone()),
+    }
+}
+
+/// A tensor without elements: symbols are 0.
+///
+/// # Errors
+/// The port has no symbol.
+pub(crate) fn empty(port: &Port) -> Result<Tensor> {
+    let shape: Vec<usize> = port.shape.iter().map(|d| d.as_const().unwrap_or(0) as usize).collect();
+    let missing = |_| Error::Input(format!("input '{}' is missing", port.name));
+    match port.dtype {
+        DType::I64 => Tensor::new(shape, Vec::<i64>::new()),
+        DType::Bool => Tensor::new(shape, Vec::<bool>::new()),
+        _ => Tensor::new(shape, Vec::<f32>::new()),
+    }
+    .map_err(missing)
+}
+
+/// Runs every entry whose inputs are among `given` and the outputs of entries before it, and returns all outputs: the whole of
+/// a model that keeps no state.
+///
+/// # Errors
+/// No entry has all its inputs; a tensor does not fit.
+pub fn forward(engine: &mut dyn Engine, given: &Tensors) -> Result<Tensors> {
+    let entries = engine.manifest().entries.clone();
+    let mut out = Tensors::new();
+    let mut missing = vec![];
+    for e in &entries {
+        let find = |port: &Port| given.get(&port.name).or_else(|| out.get(&port.name));
+        if let Some(port) = e.inputs.iter().find(|p| find(p).is_none()) {
+            missing.push(format!("'{}' for {}", port.name, e.name));
+            continue;
+        }
+        let fitted = e.inputs.iter().filter_map(|p| Some(fit(find(p)?, p))).collect::<Result<Vec<_>>>()?;
+        let feed: Vec<(&str, &Tensor)> = e.inputs.iter().map(|p| p.name.as_str()).zip(&fitted).collect();
+        let results = engine.run(&e.name, &feed)?;
+        out.extend(e.outputs.iter().map(|p| p.name.clone()).zip(results));
+    }
+    if out.is_empty() {
+        return Err(Error::Input(format!("nothing can be run: there is no {}", missing.join(", no "))));
+    }
+    Ok(out)
+}

@@ -1,0 +1,45 @@
+//! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
+
+mod qwen2_vl;
+
+pub use qwen2_vl::smart_resize;
+
+use crate::{Result, forward::Tensors, image::Rgb, prompt::Clip};
+use vlmc_artifact::Processor;
+
+/// A picture or video as the model takes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pixels {
+    /// Inputs of the entry that sees.
+    pub inputs: Tensors,
+    /// Tokens that it takes in a prompt.
+    pub tokens: usize,
+    /// Where its tokens stand, for models with positions in time and space.
+    pub clip: Clip,
+}
+
+/// A picture.
+///
+/// # Errors
+/// It is of a shape that the processor does not take.
+pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
+    match p {
+        Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
+    }
+}
+
+/// A video, frame by frame.
+///
+/// # Errors
+/// As [`image`], there are no frames, or the model takes no videos.
+pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
+    match p {
+        Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
+    }
+}
+
+/// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
+/// in f64, the rest in f32.
+fn channel_tables(rescale_factor: f64, mean: [f32; 3], std: [f32; 3]) -> [[f32; 256]; 3] {
+    std::array::from_fn(|c| std::array::from_fn(|v| ((v as f64 * rescale_factor) as f32 - mean[c]) / std[c]))
+}
