@@ -1,11 +1,8 @@
-//! A Hugging Face checkpoint directory: `config.json`, safetensors weights, optional side files.
+//! A Hugging Face checkpoint directory: `config.json`, weights in safetensors or PyTorch files, optional side files.
 //!
 //! Opening it reads headers only; [`Checkpoint::read_rows`] reads what is asked for, from any thread.
 
-use crate::{
-    Error, Result, digest,
-    safetensors_header::{Header, Stored},
-};
+use crate::{Error, Result, digest, pytorch, safetensors_header::Header, stored::Stored};
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
@@ -15,7 +12,6 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     ops::Range,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 use vlmc_artifact::{DType, Source};
@@ -27,6 +23,13 @@ pub const CONFIG: &str = "config.json";
 pub const WEIGHTS: &str = "model.safetensors";
 /// File name of the table that says which shard has which tensor.
 pub const INDEX: &str = "model.safetensors.index.json";
+/// File name of unsharded weights as `torch.save` writes them.
+pub const PYTORCH_WEIGHTS: &str = "pytorch_model.bin";
+/// File name of the table that says which shard of those has which tensor.
+pub const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
+
+/// Names of unsharded weights and of their index, in the order of preference.
+pub(crate) const LAYOUTS: [(&str, &str); 2] = [(WEIGHTS, INDEX), (PYTORCH_WEIGHTS, PYTORCH_INDEX)];
 
 /// Longest JSON file that is read: twice the index of the largest models.
 const MAX_JSON: u64 = 16 << 20;
@@ -67,26 +70,20 @@ struct Tensor {
 }
 
 impl Checkpoint {
-    /// Opens a directory with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and the shards that it
-    /// names. If both are there the unsharded file wins, as in `from_pretrained`.
+    /// Opens a directory with `config.json` and weights: `model.safetensors`, or `model.safetensors.index.json` and the shards
+    /// that it names, or `pytorch_model.bin`, or `pytorch_model.bin.index.json` and its shards, or one other PyTorch file. The
+    /// first of these wins, as in `from_pretrained`. No code in a PyTorch file is ever run.
     ///
     /// # Errors
-    /// A file is missing, malformed or truncated; shards contradict one another or the index.
+    /// A file is missing, malformed or truncated; shards contradict one another or the index; a PyTorch file has more in it
+    /// than tensors.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self> {
         let dir = dir.into();
         if !dir.is_dir() {
             return Err(Error::file(dir, "is not a directory"));
         }
         let (config, config_sha256) = read_config(&dir.join(CONFIG))?;
-        let index = dir.join(INDEX);
-        let weights = if dir.join(WEIGHTS).exists() {
-            Weights::open(&dir, &BTreeSet::from([WEIGHTS.to_owned()]))?
-        } else if let Some(bytes) = read_small(&index)? {
-            let shards = shards_of_index(&bytes).map_err(|message| Error::file(&index, message))?;
-            Weights::open(&dir, &shards.values().cloned().collect())?.agreeing_with(&index, &shards)?
-        } else {
-            return Err(no_weights(&dir));
-        };
+        let weights = Weights::find(&dir)?;
         Ok(Self { dir, config, config_sha256, weights })
     }
 
@@ -135,7 +132,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Digests of the configuration and of the shards' headers (their JSON text).
+    /// Digests of the configuration and of the shards' headers (their JSON text, or their pickles).
     pub fn source(&self) -> Source {
         let weights = match &self.weights {
             Weights::Assumed(_) => BTreeMap::new(),
@@ -174,11 +171,8 @@ impl Checkpoint {
         if rows.start > rows.end || rows.end > count {
             return Err(Error::tensor(name, format!("has {count} rows; {rows:?} were asked for")));
         }
-        // Whole bytes for every type but the packed 4- and 6-bit ones, which `resolve` refuses.
-        let bytes_per_row = (stored.range.end - stored.range.start).checked_div(count as u64).unwrap_or(0);
-        buf.resize(rows.len() * bytes_per_row as usize, 0);
         let Shard { path, file, .. } = &shards[*shard];
-        file.read_exact_at(buf, stored.range.start + rows.start as u64 * bytes_per_row).map_err(Error::io(path))
+        stored.read_rows(file, rows, buf).map_err(Error::io(path))
     }
 
     /// Tensors that are not in `used`, sorted.
@@ -218,6 +212,21 @@ impl WeightSource for Checkpoint {
 }
 
 impl Weights {
+    /// Opens the weights in a directory; needs no configuration.
+    fn find(dir: &Path) -> Result<Self> {
+        for (file, index) in LAYOUTS {
+            if dir.join(file).exists() {
+                return Self::open(dir, &BTreeSet::from([file.to_owned()]));
+            }
+            let index = dir.join(index);
+            if let Some(bytes) = read_small(&index)? {
+                let shards = shards_of_index(&bytes).map_err(|message| Error::file(&index, message))?;
+                return Self::open(dir, &shards.values().cloned().collect())?.agreeing_with(&index, &shards);
+            }
+        }
+        Self::open(dir, &BTreeSet::from([sole_pytorch_file(dir)?]))
+    }
+
     fn open(dir: &Path, names: &BTreeSet<String>) -> Result<Self> {
         let (mut shards, mut tensors) = (Vec::<Shard>::with_capacity(names.len()), BTreeMap::<String, Tensor>::new());
         for name in names {
@@ -229,15 +238,20 @@ impl Weights {
                 }
                 Err(e) => return Err(Error::io(path)(e)),
             };
-            let header = Header::read(&path, &file)?;
+            let (tensors_here, header_sha256) = if name.ends_with(".safetensors") {
+                let header = Header::read(&path, &file)?;
+                (header.tensors, header.sha256)
+            } else {
+                pytorch::read(&path, &file)?
+            };
             let shard = shards.len();
-            for (tensor, stored) in header.tensors {
+            for (tensor, stored) in tensors_here {
                 if let Some(other) = tensors.get(&tensor) {
                     return Err(Error::file(path, format!("tensor '{tensor}' is also in {}", shards[other.shard].name)));
                 }
                 tensors.insert(tensor, Tensor { shard, stored });
             }
-            shards.push(Shard { name: name.clone(), path, file, header_sha256: header.sha256 });
+            shards.push(Shard { name: name.clone(), path, file, header_sha256 });
         }
         Ok(Self::Files { shards, tensors })
     }
@@ -278,20 +292,29 @@ pub(crate) fn is_file_name(name: &str) -> bool {
     !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\\']) && !name.chars().any(char::is_control)
 }
 
-fn no_weights(dir: &Path) -> Error {
+/// The only file in a directory without usual names that can be PyTorch weights, e.g. `ViT-B-32.pt`.
+fn sole_pytorch_file(dir: &Path) -> Result<String> {
+    /// What trainers write next to weights.
+    const OTHERS: [&str; 5] = ["training_args", "optimizer", "scheduler", "scaler", "rng_state"];
     let mut names: Vec<_> = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok()).collect();
     names.sort();
-    let first = |extension: &str| names.iter().find(|n| n.ends_with(extension));
-    Error::file(
+    let is_pytorch = |n: &&String| [".bin", ".pt", ".pth"].iter().any(|e| n.ends_with(e)) && !OTHERS.iter().any(|o| n.starts_with(o));
+    let (shards, whole): (Vec<_>, Vec<_>) = names.iter().filter(is_pytorch).partition(|n| n.contains("-of-"));
+    Err(Error::file(
         dir,
-        if let Some(name) = first(".bin").or(first(".pt")).or(first(".pth")) {
-            format!("has PyTorch weights ({name}), which are not supported yet; convert them to safetensors")
-        } else if let Some(name) = first(".safetensors") {
+        if let [name] = whole[..] {
+            return Ok(name.clone());
+        } else if whole.len() > 1 {
+            let list: Vec<_> = whole.iter().map(|n| n.as_str()).collect();
+            format!("has several PyTorch files ({}); give a directory with one of them, or name it {PYTORCH_WEIGHTS}", list.join(", "))
+        } else if let Some(name) = shards.first() {
+            format!("has {name} but no {PYTORCH_INDEX}; copy or download the checkpoint again")
+        } else if let Some(name) = names.iter().find(|n| n.ends_with(".safetensors")) {
             format!("has {name} but no {INDEX}; copy or download the checkpoint again")
         } else {
-            format!("has no weights: neither {WEIGHTS} nor {INDEX}")
+            format!("has no weights: no {WEIGHTS}, {INDEX}, {PYTORCH_WEIGHTS}, {PYTORCH_INDEX}, nor another *.bin, *.pt or *.pth file")
         },
-    )
+    ))
 }
 
 fn read_config(path: &Path) -> Result<(Value, String)> {
@@ -503,11 +526,19 @@ mod tests {
         assert!(error(&d).ends_with("config.json: expected value at line 2 column 7"), "{}", error(&d));
         assert!(error(&dir("[]")).ends_with("config.json: is not a JSON object"));
         let d = dir("{}");
-        assert!(error(&d).ends_with("has no weights: neither model.safetensors nor model.safetensors.index.json"));
+        assert!(error(&d).ends_with(
+            "has no weights: no model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json, \
+             nor another *.bin, *.pt or *.pth file"
+        ));
         write_shard(d.path().join("model-00001-of-00002.safetensors"), &[]);
         assert!(error(&d).contains("has model-00001-of-00002.safetensors but no model.safetensors.index.json"));
-        fs::write(d.path().join("pytorch_model.bin"), "").unwrap();
-        assert!(error(&d).ends_with("has PyTorch weights (pytorch_model.bin), which are not supported yet; convert them to safetensors"));
+        fs::write(d.path().join("pytorch_model-00001-of-00002.bin"), "").unwrap();
+        fs::write(d.path().join("optimizer.pt"), "").unwrap();
+        assert!(error(&d).contains("has pytorch_model-00001-of-00002.bin but no pytorch_model.bin.index.json"), "{}", error(&d));
+        fs::write(d.path().join("b.pt"), "").unwrap();
+        assert!(error(&d).contains("b.pt: is no PyTorch file"), "{}", error(&d));
+        fs::write(d.path().join("a.bin"), "").unwrap();
+        assert!(error(&d).contains("has several PyTorch files (a.bin, b.pt); give a directory with one of them"), "{}", error(&d));
         let huge = File::create(d.path().join(CONFIG)).unwrap();
         huge.set_len(MAX_JSON + 1).unwrap();
         assert!(error(&d).contains("config.json: is 16777217 bytes long"), "{}", error(&d));

@@ -65,18 +65,18 @@ fn cache_dir() -> Option<PathBuf> {
         .or_else(|| var("HOME").map(|d| d.join(".cache/huggingface/hub")))
 }
 
-/// The snapshot of a revision (a branch, tag or commit) that has a config and all weights that its index names.
+/// The snapshot of a revision (a branch, tag or commit) that has a config and all weights, in safetensors or PyTorch files.
 fn cached(model: &Path, revision: &str) -> Option<PathBuf> {
     let commit = std::fs::read_to_string(model.join("refs").join(revision)).map_or_else(|_| revision.to_string(), |c| c.trim().to_string());
     if commit.contains(['/', '.']) {
         return None;
     }
     let dir = model.join("snapshots").join(commit);
-    let weights = match std::fs::read(dir.join("model.safetensors.index.json")) {
-        Ok(index) => crate::checkpoint::shards_of_index(&index).ok()?.into_values().collect(),
-        Err(_) => vec!["model.safetensors".to_string()],
-    };
-    (dir.join("config.json").is_file() && weights.iter().all(|w| dir.join(w).is_file())).then_some(dir)
+    let shards = |index: &str| crate::checkpoint::shards_of_index(&std::fs::read(dir.join(index)).ok()?).ok();
+    let complete = crate::checkpoint::LAYOUTS.iter().any(|(file, index)| {
+        dir.join(file).is_file() || shards(index).is_some_and(|s| s.values().all(|shard| dir.join(shard).is_file()))
+    });
+    (complete && dir.join("config.json").is_file()).then_some(dir)
 }
 
 #[cfg(feature = "hub")]
@@ -103,10 +103,17 @@ mod download {
         token: Option<String>,
     }
 
-    /// Files that a compiler can use.
+    /// Files that a compiler can use; PyTorch weights only where there are no safetensors.
     fn wanted(name: &str) -> bool {
-        crate::checkpoint::is_file_name(name)
-            && (name.ends_with(".json") || name.ends_with(".jinja") || (name.ends_with(".safetensors") && name.starts_with("model")))
+        crate::checkpoint::is_file_name(name) && (name.ends_with(".json") || name.ends_with(".jinja") || is_safetensors(name) || is_pytorch(name))
+    }
+
+    fn is_safetensors(name: &str) -> bool {
+        name.starts_with("model") && name.ends_with(".safetensors")
+    }
+
+    fn is_pytorch(name: &str) -> bool {
+        name.starts_with("pytorch_model") && name.ends_with(".bin")
     }
 
     pub(super) fn download(id: &str, revision: &str, cache: &Path, progress: Progress<'_>) -> Done<PathBuf> {
@@ -138,9 +145,11 @@ mod download {
         if !info.sha.chars().all(|c| c.is_ascii_hexdigit()) {
             return Err(format!("{url}: unexpected answer: '{}' is no commit", info.sha));
         }
-        let files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
-        if !files.iter().any(|f| f.ends_with(".safetensors")) {
-            return Err(format!("'{id}' has no safetensors weights"));
+        let mut files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
+        if files.iter().any(|f| is_safetensors(f)) {
+            files.retain(|f| !is_pytorch(f));
+        } else if !files.iter().any(|f| is_pytorch(f)) {
+            return Err(format!("'{id}' has neither safetensors nor PyTorch weights"));
         }
         let snapshot = cache.join("snapshots").join(&info.sha);
         for dir in [&snapshot, &cache.join("blobs"), &cache.join("refs")] {
@@ -270,6 +279,11 @@ mod tests {
         assert_eq!(cached(dir.path(), "main"), None, "there are no weights");
         std::fs::write(snapshot.join("model.safetensors"), "").unwrap();
         assert_eq!(cached(dir.path(), "main"), Some(snapshot.clone()));
+        assert_eq!(cached(dir.path(), "abc"), Some(snapshot.clone()));
+        std::fs::rename(snapshot.join("model.safetensors"), snapshot.join("one.bin")).unwrap();
+        std::fs::write(snapshot.join("pytorch_model.bin.index.json"), r#"{"weight_map": {"a": "one.bin", "b": "two.bin"}}"#).unwrap();
+        assert_eq!(cached(dir.path(), "abc"), None, "a shard is missing");
+        std::fs::write(snapshot.join("two.bin"), "").unwrap();
         assert_eq!(cached(dir.path(), "abc"), Some(snapshot));
         assert_eq!(cached(dir.path(), ".."), None);
     }

@@ -3,15 +3,16 @@
 //! Read here and not by the `safetensors` crate because that wants the whole file in memory, and because its errors do not
 //! name the tensor. The rules are the same ones.
 
-use crate::{Error, Result, digest};
+use crate::{
+    Error, Result, digest,
+    stored::{Stored, check_name},
+};
 use safetensors::Dtype;
 use serde::{Deserialize, Deserializer, de};
-use std::{collections::BTreeMap, fmt, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
+use std::{collections::BTreeMap, fmt, fs::File, os::unix::fs::FileExt, path::Path};
 
 /// Longest header that the reference implementation accepts.
 pub(crate) const MAX_HEADER: u64 = 100_000_000;
-/// Longest tensor name: more than any model has, and short enough for error messages.
-const MAX_NAME: usize = 1024;
 
 /// A validated header.
 #[derive(Debug)]
@@ -22,15 +23,6 @@ pub(crate) struct Header {
     pub(crate) metadata: BTreeMap<String, String>,
     /// Digest of the JSON.
     pub(crate) sha256: String,
-}
-
-/// Where a tensor lies.
-#[derive(Clone, Debug)]
-pub(crate) struct Stored {
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    /// Bytes of the file (not of the data section).
-    pub(crate) range: Range<u64>,
 }
 
 impl Header {
@@ -108,7 +100,7 @@ impl RawHeader {
             end = *to;
             let range = start.checked_add(*from).zip(start.checked_add(*to));
             let (from, to) = range.ok_or_else(|| format!("tensor '{name}' ends at {to}"))?;
-            tensors.push((name.clone(), Stored { dtype: *dtype, shape: shape.clone(), range: from..to }));
+            tensors.push((name.clone(), Stored { dtype: *dtype, shape: shape.clone(), range: from..to, strides: None }));
         }
         Ok((tensors, start + end))
     }
@@ -132,10 +124,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         header.metadata = map.next_value()?;
                         continue;
                     }
-                    if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-                        let start: String = name.chars().take(40).collect();
-                        return Err(de::Error::custom(format!("tensor name {start:?}… is too long or has control characters")));
-                    }
+                    check_name(&name).map_err(de::Error::custom)?;
                     let tensor = map.next_value().map_err(|e| de::Error::custom(format!("tensor '{name}': {e}")))?;
                     if header.tensors.contains_key(&name) {
                         return Err(de::Error::custom(format!("tensor '{name}' is listed twice")));

@@ -47,7 +47,7 @@ pub struct Manifest {
 pub struct Source {
     /// SHA-256 (hex) of `config.json`.
     pub config_sha256: String,
-    /// Checkpoint files, by name, with the SHA-256 (hex) of their safetensors headers.
+    /// Checkpoint files, by name, with the SHA-256 (hex) of their headers: the JSON of safetensors, the pickles of PyTorch files.
     pub weights: BTreeMap<String, String>,
 }
 
