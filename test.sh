@@ -17,10 +17,11 @@ cargo fmt --all --check
 cargo clippy --workspace --all-targets --features vlmc-tests/tract -- -D warnings
 cargo test --workspace --features vlmc-tests/tract
 
-# The reference checker of the ONNX project, on every graph of every fixture.
+# The reference checker of the ONNX project, on every graph of every fixture; compiled by the binary that the tests ran, since
+# `cargo run` would build it anew, with other features of the dependencies.
 rm -rf target/onnx-check
 for checkpoint in fixtures/*/; do
   [ -f "$checkpoint/model.safetensors" ] || [ -f "$checkpoint/model.safetensors.index.json" ] || continue
-  cargo run --quiet -p vlmc -- compile "$checkpoint" --target onnx-cpu -o "target/onnx-check/$(basename "$checkpoint")"
+  "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile "$checkpoint" --target onnx-cpu -o "target/onnx-check/$(basename "$checkpoint")"
 done
 PYTHONPATH=target/python python3 tests/tools/check_onnx.py target/onnx-check/*/*.onnx

@@ -79,6 +79,9 @@ fn write(path: &Path, tensors: &Tensors) -> Result<()> {
     let bytes = safetensors::serialize(views.map_err(failed)?, None).map_err(failed)?;
     // Under another name first, so that a reader never sees half a file.
     let part = path.with_extension("part");
-    fs::write(&part, bytes).map_err(Error::io(&part))?;
-    fs::rename(&part, path).map_err(Error::io(path))
+    fs::write(&part, bytes).and_then(|()| fs::rename(&part, path)).map_err(|cause| {
+        // Already failing: what cannot be removed either stays.
+        let _ = fs::remove_file(&part);
+        Error::io(path)(cause)
+    })
 }

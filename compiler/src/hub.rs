@@ -30,7 +30,8 @@ pub fn resolve(model: &str, progress: Progress<'_>) -> Result<PathBuf> {
     let plain = |s: &str| !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     let (Some((org, name)), true) = (id.split_once('/'), plain(revision)) else {
         let known: Vec<_> = ALIASES.iter().map(|(a, _)| *a).collect();
-        let advice = format!("give a checkpoint directory, a Hugging Face id such as Qwen/Qwen2-VL-2B-Instruct, or an alias: {}", known.join(", "));
+        let advice =
+            format!("give a checkpoint directory, a Hugging Face id such as Qwen/Qwen2-VL-2B-Instruct, or an alias: {}", known.join(", "));
         return Err(fail(format!("there is no such directory, and it is no name of a model; {advice}")));
     };
     if !plain(org) || !plain(name) || path.is_absolute() {
@@ -50,7 +51,8 @@ pub fn resolve(model: &str, progress: Progress<'_>) -> Result<PathBuf> {
         if std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| matches!(v.as_str(), "1" | "true" | "TRUE" | "YES" | "ON")) {
             return Err(fail(format!("{looked}, and HF_HUB_OFFLINE is set; {advice}")));
         }
-        return download::download(id, revision, &cache, progress).map_err(|why| fail(format!("{looked}, and cannot be downloaded: {why}; {advice}")));
+        return download::download(id, revision, &cache, progress)
+            .map_err(|why| fail(format!("{looked}, and cannot be downloaded: {why}; {advice}")));
     }
     let _ = progress;
     Err(fail(format!("{looked}, and this build does not download; {advice}")))
@@ -199,8 +201,12 @@ mod download {
 
         fn file(&self, url: &str, name: &str, cache: &Path, snapshot: &Path, progress: Progress<'_>) -> Done<()> {
             let first = self.call(url, 0)?;
-            let header = |n: &str| first.headers().get(n).and_then(|v| v.to_str().ok()).map(|v| v.trim_start_matches("W/").trim_matches('"').to_string());
-            let etag = header("x-linked-etag").or_else(|| header("etag")).filter(|e| !e.is_empty() && e.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'));
+            let header = |n: &str| {
+                first.headers().get(n).and_then(|v| v.to_str().ok()).map(|v| v.trim_start_matches("W/").trim_matches('"').to_string())
+            };
+            let etag = header("x-linked-etag")
+                .or_else(|| header("etag"))
+                .filter(|e| !e.is_empty() && e.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'));
             let etag = etag.ok_or_else(|| match first.status().as_u16() {
                 200..=399 => format!("{url}: the server names no version of the file"),
                 code => format!("{url}: the server answered {code}"),

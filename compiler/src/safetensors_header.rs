@@ -73,6 +73,7 @@ struct RawHeader {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object of dtype, shape and data_offsets")]
 struct RawTensor {
     dtype: Dtype,
     shape: Vec<usize>,

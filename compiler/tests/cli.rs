@@ -1,5 +1,7 @@
 //! The binary as a user meets it: help, good runs, and what bad input gives.
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
+use safetensors::SafeTensors;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -14,7 +16,12 @@ fn fixture(name: &str) -> PathBuf {
 fn vlmc(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vlmc"));
     // Nothing of the user's own: no cache, no network.
-    command.args(args).env("HF_HUB_OFFLINE", "1").env("HF_HUB_CACHE", "/nonexistent").env("VLMC_CACHE", "/nonexistent").env("COLUMNS", "100");
+    command
+        .args(args)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HUB_CACHE", "/nonexistent")
+        .env("VLMC_CACHE", "/nonexistent")
+        .env("COLUMNS", "100");
     command.output().expect("the binary runs")
 }
 
@@ -41,7 +48,14 @@ fn failure(dir: &Path, args: &[&str]) -> String {
 fn copy(dir: &TempDir) -> PathBuf {
     let to = dir.path().join("checkpoint");
     fs::create_dir(&to).unwrap();
-    for name in ["config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"] {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
         fs::copy(fixture("qwen2-vl").join(name), to.join(name)).unwrap();
     }
     to
@@ -65,6 +79,30 @@ fn edit_header(checkpoint: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
     fs::write(path, [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + n..]].concat()).unwrap();
 }
 
+/// Makes two shards of the checkpoint's weights, and the index.
+fn shard(checkpoint: &Path) {
+    let whole = checkpoint.join("model.safetensors");
+    let bytes = fs::read(&whole).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut names = file.names();
+    names.sort();
+    let mut weight_map = serde_json::Map::new();
+    for (i, names) in names.chunks(names.len().div_ceil(2)).enumerate() {
+        let name = format!("model-{:05}-of-00002.safetensors", i + 1);
+        let tensors = names.iter().map(|n| (*n, file.tensor(n).unwrap()));
+        fs::write(checkpoint.join(&name), safetensors::serialize(tensors, None).unwrap()).unwrap();
+        weight_map.extend(names.iter().map(|n| (n.to_string(), name.clone().into())));
+    }
+    fs::write(checkpoint.join("model.safetensors.index.json"), serde_json::json!({"weight_map": weight_map}).to_string()).unwrap();
+    fs::remove_file(whole).unwrap();
+}
+
+/// Truncates a file to half its length.
+fn truncate(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+}
+
 /// What `compile` says of a damaged checkpoint; it must leave nothing behind.
 fn refusal(damage: impl FnOnce(&Path)) -> String {
     let dir = TempDir::new().unwrap();
@@ -79,7 +117,12 @@ fn refusal(damage: impl FnOnce(&Path)) -> String {
 
 #[test]
 fn help_says_what_there_is() {
-    for (name, args) in [("help", &["--help"][..]), ("help_compile", &["compile", "--help"]), ("help_run", &["run", "--help"]), ("help_exec", &["exec", "--help"])] {
+    for (name, args) in [
+        ("help", &["--help"][..]),
+        ("help_compile", &["compile", "--help"]),
+        ("help_run", &["run", "--help"]),
+        ("help_exec", &["exec", "--help"]),
+    ] {
         insta::assert_snapshot!(name, stdout(&vlmc(args)));
     }
     insta::assert_snapshot!("archs", stdout(&vlmc(&["archs"])));
@@ -88,7 +131,8 @@ fn help_says_what_there_is() {
 
 #[test]
 fn damaged_checkpoints_are_refused() {
-    let cases: [(&str, &dyn Fn(&Path)); 12] = [
+    type Damage<'a> = &'a dyn Fn(&Path);
+    let cases: [(&str, Damage<'_>); 16] = [
         ("no tensor entry", &|d| edit_header(d, |h| _ = h["model.layers.1.mlp.up_proj.weight"].take())),
         ("missing tensor", &|d| {
             edit_header(d, |h| {
@@ -98,13 +142,24 @@ fn damaged_checkpoints_are_refused() {
         }),
         ("wrong shape", &|d| edit_header(d, |h| h["model.norm.weight"]["shape"] = serde_json::json!([32, 2]))),
         ("wrong length", &|d| edit_header(d, |h| h["model.norm.weight"]["shape"] = serde_json::json!([63]))),
-        ("truncated", &|d| {
-            let path = d.join("model.safetensors");
-            let bytes = fs::read(&path).unwrap();
-            fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+        ("truncated", &|d| truncate(&d.join("model.safetensors"))),
+        ("truncated shard", &|d| {
+            shard(d);
+            truncate(&d.join("model-00002-of-00002.safetensors"));
+        }),
+        ("missing shard", &|d| {
+            shard(d);
+            fs::remove_file(d.join("model-00002-of-00002.safetensors")).unwrap();
+        }),
+        ("index of other shards", &|d| {
+            shard(d);
+            let path = d.join("model.safetensors.index.json");
+            let index = fs::read_to_string(&path).unwrap();
+            fs::write(path, index.replace("\"model.norm.weight\":\"model-00001", "\"model.norm.weight\":\"model-00002")).unwrap();
         }),
         ("unknown architecture", &|d| edit_config(d, |c| c["model_type"] = "gpt5".into())),
         ("heads do not divide hidden", &|d| edit_config(d, |c| c["num_attention_heads"] = 5.into())),
+        ("heads do not divide the width of patches", &|d| edit_config(d, |c| c["vision_config"]["num_heads"] = 5.into())),
         ("sections do not fit", &|d| edit_config(d, |c| c["rope_scaling"]["mrope_section"] = serde_json::json!([1, 2, 3]))),
         ("huge number", &|d| edit_config(d, |c| c["num_hidden_layers"] = 1_000_000_000.into())),
         ("sliding window", &|d| edit_config(d, |c| c["use_sliding_window"] = true.into())),
@@ -124,7 +179,9 @@ fn bad_requests_are_refused() {
     let picture = fixture("pictures/small.png");
     let bytes = fs::read(&picture).unwrap();
     let corrupt = dir.path().join("corrupt.png");
-    fs::write(&corrupt, &bytes[..bytes.len() / 2]).unwrap();
+    fs::write(&corrupt, [&bytes[..bytes.len() / 2], b"junk", &bytes[bytes.len() / 2 + 4..]].concat()).unwrap();
+    let cut = dir.path().join("cut.png");
+    fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
     let no_picture = dir.path().join("text.png");
     fs::write(&no_picture, "not a picture").unwrap();
     let inputs = dir.path().join("in.safetensors");
@@ -138,14 +195,34 @@ fn bad_requests_are_refused() {
     let mut all = String::new();
     let mut add = |name: &str, message: String| all += &format!("{name}:\n  {message}");
     add("corrupt picture", run(&["--image", text(&corrupt)]));
+    add("truncated picture", run(&["--image", text(&cut)]));
     add("no picture", run(&["--image", text(&no_picture)]));
     add("missing picture", run(&["--image", text(&dir.path().join("none.png"))]));
     add(
         "more placeholders than pictures",
-        failure(dir.path(), &["run", text(&artifact), "--image", text(&picture), "--prompt", "<|vision_start|><|image_pad|><|vision_end|>What?"]),
+        failure(
+            dir.path(),
+            &["run", text(&artifact), "--image", text(&picture), "--prompt", "<|vision_start|><|image_pad|><|vision_end|>What?"],
+        ),
     );
     add("bad option", run(&["--top-p", "2"]));
     add("exec of junk", failure(dir.path(), &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&out)]));
+    let golden = fs::read(model.join("golden.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&golden).unwrap();
+    // The tensors of one case, but those of `instead` from another one.
+    let mut exec = |name: &str, instead: &[(&str, &str)], leave_out: &str| {
+        let names = ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"].into_iter().filter(|n| *n != leave_out);
+        let case = |n: &str| instead.iter().find(|(i, _)| *i == n).map_or("chat", |(_, case)| *case);
+        let tensors: Vec<_> = names.map(|n| (n, golden.tensor(&format!("{}/{n}", case(n))).unwrap())).collect();
+        fs::write(&inputs, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        add(name, failure(dir.path(), &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&out)]));
+    };
+    exec("exec without ids", &[], "input_ids");
+    exec("exec of pixels without a grid", &[], "image_grid_thw");
+    exec("exec of pixels of another grid", &[("pixel_values", "two")], "");
+    exec("exec of more pictures than placeholders", &[("pixel_values", "two"), ("image_grid_thw", "two")], "");
+    exec("exec of placeholders without pictures", &[("input_ids", "two"), ("attention_mask", "two")], "");
+    exec("exec of a mask of another length", &[("attention_mask", "two")], "");
     add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-cuda", "-o", text(&out)]));
     add("quantization", failure(dir.path(), &["compile", text(&model), "--quant", "int4", "-o", text(&out)]));
     add("unknown model", failure(dir.path(), &["compile", "qwen2-vl", "-o", text(&out)]));
@@ -198,7 +275,10 @@ fn graphs_as_text() {
     let config = dir.path().join("config.json");
     fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-2b").unwrap()).unwrap()).unwrap();
     insta::assert_snapshot!("ir_2b", stdout(&vlmc(&["dump", text(&config)])));
-    insta::assert_snapshot!("ir_tiny_onnx_cpu", stdout(&vlmc(&["dump", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "--after", "dce"])));
+    insta::assert_snapshot!(
+        "ir_tiny_onnx_cpu",
+        stdout(&vlmc(&["dump", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "--after", "dce"]))
+    );
     let artifact = dir.path().join("artifact");
     stdout(&vlmc(&["compile", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "-o", text(&artifact)]));
     insta::assert_snapshot!("onnx_tiny", stdout(&vlmc(&["dump", text(&artifact)])));
@@ -217,7 +297,9 @@ fn dumped_text_parses_to_the_same_text() {
     let config = dir.path().join("config.json");
     fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-7b").unwrap()).unwrap()).unwrap();
     let passes: Vec<_> = vlmc_passes::pipeline(vlmc::target::named("onnx-cpu").unwrap()).iter().map(|p| p.name).collect();
-    for args in passes.iter().map(|p| vec!["dump", text(&config), "--target", "onnx-cpu", "--after", p]).chain([vec!["dump", text(&config)]]) {
+    for args in
+        passes.iter().map(|p| vec!["dump", text(&config), "--target", "onnx-cpu", "--after", p]).chain([vec!["dump", text(&config)]])
+    {
         let printed = stdout(&vlmc(&args));
         let parsed = vlmc_ir::text::parse(&printed).unwrap_or_else(|e| panic!("{args:?}: {e}"));
         assert_eq!(parsed.to_string(), printed, "{args:?}");

@@ -1,13 +1,14 @@
 //! What ops mean, against the formulas of the papers written out here in `f64` loops.
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{ArrayD, Dimension, IxDyn};
 use std::collections::BTreeMap;
+use vlmc_artifact::program::Reduce;
 use vlmc_ir::{
     Bindings, Builder, DType, Val,
     interp::{self, Array, Env, EvalError},
     ops::Mask,
 };
-use vlmc_artifact::program::Reduce;
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
     let n = shape.iter().product();
@@ -26,7 +27,8 @@ fn noise(seed: usize) -> impl Fn(usize) -> f64 {
 /// Runs what `build` makes of inputs.
 fn run(inputs: &[Array], build: impl for<'g> Fn(&'g Builder<'g>, &[Val<'g>]) -> Vec<Val<'g>>) -> Result<Vec<Array>, EvalError> {
     let b = Builder::new("g", None);
-    let values: Vec<Val<'_>> = inputs.iter().enumerate().map(|(i, a)| b.input(&format!("in{i}"), a.dtype(), a.shape().iter().copied())).collect();
+    let values: Vec<Val<'_>> =
+        inputs.iter().enumerate().map(|(i, a)| b.input(&format!("in{i}"), a.dtype(), a.shape().iter().copied())).collect();
     let outs = build(&b, &values);
     let count = outs.len();
     outs.into_iter().enumerate().for_each(|(i, v)| b.output(&format!("out{i}"), v));
@@ -37,7 +39,8 @@ fn run(inputs: &[Array], build: impl for<'g> Fn(&'g Builder<'g>, &[Val<'g>]) -> 
     Ok((0..count).map(|i| out.remove(&format!("out{i}")).unwrap()).collect())
 }
 
-fn close(got: &Array, expected: impl Fn(&[usize]) -> f64) {
+fn close(got: &Array, shape: &[usize], expected: impl Fn(&[usize]) -> f64) {
+    assert_eq!(got.shape(), shape);
     for (at, v) in got.f32().unwrap().indexed_iter() {
         let at: Vec<usize> = (0..at.ndim()).map(|i| at[i]).collect();
         let e = expected(&at);
@@ -49,13 +52,14 @@ fn close(got: &Array, expected: impl Fn(&[usize]) -> f64) {
 #[test]
 fn attention() {
     let (batch, heads, kv_heads, s, t, d) = (2, 4, 2, 3, 5, 6);
-    let (q, k, v) = (floats(&[batch, heads, s, d], noise(1)), floats(&[batch, kv_heads, t, d], noise(2)), floats(&[batch, kv_heads, t, d], noise(3)));
+    let (q, k, v) =
+        (floats(&[batch, heads, s, d], noise(1)), floats(&[batch, kv_heads, t, d], noise(2)), floats(&[batch, kv_heads, t, d], noise(3)));
     let mask = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1];
     let at = |a: &Array, i: &[usize]| f64::from(a.f32().unwrap()[IxDyn(i)]);
     for kind in [Mask::Full, Mask::Causal] {
         let inputs = [q.clone(), k.clone(), v.clone(), ints(&[batch, t], &mask)];
         let out = run(&inputs, |g, x| vec![g.attention(x[0], x[1], x[2], 0.3, kind, (kind == Mask::Causal).then_some(x[3]))]).unwrap();
-        close(&out[0], |i| {
+        close(&out[0], &[batch, heads, s, d], |i| {
             let [b, h, row, col] = i.try_into().unwrap();
             let kv = h / (heads / kv_heads);
             let sees = |j: usize| kind == Mask::Full || (j <= t - s + row && mask[b * t + j] != 0);
@@ -67,7 +71,7 @@ fn attention() {
     // Segments: rows 0 and 1, rows 2 to 4.
     let (x, ids) = (floats(&[2, 5, 4], noise(4)), [7, 7, 9, 9, 9]);
     let out = run(&[x.clone(), ints(&[5], &ids)], |g, v| vec![g.attention(v[0], v[0], v[0], 1.0, Mask::Segments, Some(v[1]))]).unwrap();
-    close(&out[0], |i| {
+    close(&out[0], &[2, 5, 4], |i| {
         let [h, row, col] = i.try_into().unwrap();
         let score = |j: usize| (0..4).map(|c| at(&x, &[h, row, c]) * at(&x, &[h, j, c])).sum::<f64>();
         let e: Vec<f64> = (0..5).map(|j| if ids[j] == ids[row] { score(j).exp() } else { 0.0 }).collect();
@@ -102,21 +106,22 @@ fn rotary_embeddings() {
     let positions = [3, 0, 5, 1, 2, 8];
     let out = run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3])).to_vec()).unwrap();
     for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
-        close(out, |i| {
+        close(out, &[1, 2, 6], |i| {
             let kind = [0, 1, 1, 2, 2, 2][i[2]];
             f(positions[kind * 2 + i[1]] as f64 * 100f64.powf(-2.0 * i[2] as f64 / 12.0))
         });
     }
     let (row, col) = ([0, 1, 9], [4, 0, 2]);
-    let out = run(&[ints(&[3], &row), ints(&[3], &col)], |g, x| <[Val<'_>; 2]>::from(g.rotary_2d(x[0], x[1], 8, 10_000.0)).to_vec()).unwrap();
+    let out =
+        run(&[ints(&[3], &row), ints(&[3], &col)], |g, x| <[Val<'_>; 2]>::from(g.rotary_2d(x[0], x[1], 8, 10_000.0)).to_vec()).unwrap();
     for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
-        close(out, |i| f([row, col][i[1] / 2][i[0]] as f64 * 10_000f64.powf(-4.0 * (i[1] % 2) as f64 / 8.0)));
+        close(out, &[3, 4], |i| f([row, col][i[1] / 2][i[0]] as f64 * 10_000f64.powf(-4.0 * (i[1] % 2) as f64 / 8.0)));
     }
     // A turn by the angle of each pair (i, i + d/2).
     let (x, angle) = (floats(&[2, 1, 4], noise(5)), [0.3f64, 1.1]);
     let (cos, sin) = (floats(&[1, 2], |i| angle[i].cos()), floats(&[1, 2], |i| angle[i].sin()));
     let out = run(&[x.clone(), cos, sin], |g, v| vec![g.rotary(v[0], (v[1], v[2]))]).unwrap();
-    close(&out[0], |i| {
+    close(&out[0], &[2, 1, 4], |i| {
         let at = |c: usize| f64::from(x.f32().unwrap()[[i[0], 0, c]]);
         let pair = i[2] % 2;
         let (a, b) = (at(pair), at(pair + 2));
@@ -150,7 +155,9 @@ fn sums() {
 /// Values without meaning are errors that name the graph, not panics.
 #[test]
 fn values_without_meaning() {
-    let gather = |i: i64| run(&[floats(&[3, 2], noise(1)), ints(&[1], &[i])], |g, x| vec![g.gather(x[0], x[1], 0)]).map(|_| ()).map_err(|e| e.to_string());
+    let gather = |i: i64| {
+        run(&[floats(&[3, 2], noise(1)), ints(&[1], &[i])], |g, x| vec![g.gather(x[0], x[1], 0)]).map(|_| ()).map_err(|e| e.to_string())
+    };
     assert_eq!(gather(2), Ok(()));
     for bad in [3, -1, i64::MAX] {
         assert!(gather(bad).unwrap_err().starts_with("g: "), "{:?}", gather(bad));

@@ -45,7 +45,15 @@ fn everything_wrong_is_found() {
         ("use before definition, of another shape, and a state without append", |p| {
             let (x, sum) = (p.graphs[0].inputs[1].value, result(p, "add"));
             let past = p.graphs[0].states[0].past;
-            p.graphs[0] = p.graphs[0].substitute(|v| if v == past { x } else if v == result(p, "linear") { sum } else { v });
+            p.graphs[0] = p.graphs[0].substitute(|v| {
+                if v == past {
+                    x
+                } else if v == result(p, "linear") {
+                    sum
+                } else {
+                    v
+                }
+            });
         }),
         ("a node gone", |p| {
             let gone = p.graphs[0].producer(result(p, "linear"));

@@ -53,7 +53,7 @@ pub enum PassError {
     },
     /// A rewrite made something ill-typed: a bug of the pass.
     #[error("pass made an ill-typed node: {0}")]
-    Build(#[from] BuildError),
+    Build(BuildError),
     /// The program does not verify after a pass: a bug of the pass.
     #[error("program is invalid after pass '{pass}':{}", .found.iter().map(|d| format!("\n  {d}")).collect::<String>())]
     Invalid {
@@ -62,6 +62,13 @@ pub enum PassError {
         /// What is wrong.
         found: Vec<Diagnostic>,
     },
+}
+
+/// By hand, since `#[from]` makes a source as well, and the message would be printed twice.
+impl From<BuildError> for PassError {
+    fn from(e: BuildError) -> Self {
+        Self::Build(e)
+    }
 }
 
 /// What runs for a target, in order.

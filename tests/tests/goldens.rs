@@ -1,4 +1,5 @@
 //! Every engine against the numbers of the reference implementation (`fixtures/gen/qwen2_vl.py`).
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use ndarray::{ArrayD, Axis, IxDyn};
 use std::{collections::BTreeMap, path::Path};
@@ -27,6 +28,7 @@ fn check(case: &str, golden: &Tensors, out: &Tensors) {
     let (seq, kept) = (logits.shape()[1], reference.shape()[1]);
     for row in 0..logits.shape()[0] {
         let live = mask.index_axis(Axis(0), row).iter().filter(|m| **m != 0).count().min(kept);
+        assert!(live > 0, "{case}: nothing to compare in row {row}");
         let part = |a: &ArrayD<f32>, from: usize| a.index_axis(Axis(0), row).slice_axis(Axis(0), (from..).into()).to_owned();
         assert_close(&part(logits, seq - live), &part(reference, kept - live), &format!("{case}: logits of row {row}"));
     }
@@ -72,15 +74,19 @@ fn interpret(program: &Verified, golden: &Tensors, case: &str, weights: &Tensors
     let get = |n: &str| golden.get(&format!("{case}/{n}")).cloned();
     let ids = get("input_ids").unwrap();
     let [batch, seq] = [ids.shape()[0], ids.shape()[1]];
-    let mut symbols: Bindings = [("batch", batch as i64), ("seq", seq as i64), ("past", 0), ("scored", seq as i64), ("features", 0)].into_iter().collect();
+    let mut symbols: Bindings =
+        [("batch", batch as i64), ("seq", seq as i64), ("past", 0), ("scored", seq as i64), ("features", 0)].into_iter().collect();
     let graph = |name: &str| program.graphs.iter().find(|g| g.name == name).unwrap();
     let run = |name: &str, inputs: Vec<(&str, Array)>, symbols: &Bindings| {
         let inputs = inputs.into_iter().map(|(n, a)| (n.to_string(), a)).collect();
         interp::run(graph(name), &Env { symbols, inputs: &inputs, weights }).unwrap_or_else(|e| panic!("{case}: {e}"))
     };
     let mut out = Tensors::new();
-    let mut features = Array::F32(ArrayD::zeros(IxDyn(&[0, graph("embed").ty(graph("embed").inputs[1].value).shape[1].as_const().unwrap() as usize])));
-    if let (Some(pixels), Some(grid)) = (get("pixel_values").or(get("pixel_values_videos")), get("image_grid_thw").or(get("video_grid_thw"))) {
+    let mut features =
+        Array::F32(ArrayD::zeros(IxDyn(&[0, graph("embed").ty(graph("embed").inputs[1].value).shape[1].as_const().unwrap() as usize])));
+    if let (Some(pixels), Some(grid)) =
+        (get("pixel_values").or(get("pixel_values_videos")), get("image_grid_thw").or(get("video_grid_thw")))
+    {
         symbols.set("image_tokens", pixels.shape()[0] as i64 / 4);
         symbols.set("images", grid.shape()[0] as i64);
         features = run("vision", vec![("pixel_values", pixels), ("image_grid_thw", grid)], &symbols).remove("image_features").unwrap();
@@ -129,7 +135,9 @@ fn the_interpreter_agrees_after_every_pass() {
 fn the_processor_makes_the_reference_pixels() {
     let dir = fixture("qwen2-vl");
     let golden = load(&dir.join("golden.safetensors"));
-    let Some(vlmc_runtime::artifact::Processor::Qwen2Vl(processor)) = Model::open(&dir).unwrap().processor().unwrap() else { panic!("no processor") };
+    let Some(vlmc_runtime::artifact::Processor::Qwen2Vl(processor)) = Model::open(&dir).unwrap().processor().unwrap() else {
+        panic!("no processor")
+    };
     for (case, pictures) in [("chat", vec!["tall"]), ("two", vec!["small", "wide"])] {
         let read = |name: &&str| vlmc_runtime::image::read(&fixture("pictures").join(format!("{name}.png"))).unwrap();
         let patches: Vec<_> = pictures.iter().map(|p| vlmc_runtime::processor::image(&processor, &read(p)).unwrap()).collect();
@@ -159,7 +167,9 @@ fn a_conversation_gives_the_reference_answer() {
         let mut parts = vec![];
         for part in case["messages"][0]["content"].as_array().unwrap() {
             parts.push(match part["type"].as_str().unwrap() {
-                "image" => vlmc_runtime::Part::Image(vlmc_runtime::image::read(&fixture("pictures").join(part["image"].as_str().unwrap())).unwrap()),
+                "image" => vlmc_runtime::Part::Image(
+                    vlmc_runtime::image::read(&fixture("pictures").join(part["image"].as_str().unwrap())).unwrap(),
+                ),
                 _ => vlmc_runtime::Part::Text(part["text"].as_str().unwrap().into()),
             });
         }

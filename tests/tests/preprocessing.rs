@@ -1,5 +1,6 @@
 //! What comes before the model, against what the reference libraries give: Pillow's pictures (`fixtures/gen/images.py`), and
 //! transformers' sizes, patches, tokens and prompts (`fixtures/gen/qwen2_vl.py`).
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -41,7 +42,7 @@ fn pictures_of_all_kinds_are_those_of_pillow() {
         assert!(largest <= most && mean <= most_mean, "{file}: differs from Pillow by up to {largest}, {mean:.2} on average");
         seen += 1;
     }
-    assert_eq!(seen, 28);
+    assert_eq!(seen, 30);
 }
 
 #[test]
@@ -77,7 +78,7 @@ fn resized_pictures_are_those_of_pillow() {
         assert_eq!(distance(&name, &picture, reference.shape(), reference.data()), (0, 0.0), "{name}");
         seen += 1;
     }
-    assert_eq!(seen, 24);
+    assert_eq!(seen, 30);
 }
 
 #[test]
@@ -105,12 +106,14 @@ fn patches_of_a_video_are_those_of_the_reference() {
     let tensors = load(&dir.join("golden.safetensors"));
     let frames = tensors["video/frames_u8"].i64().unwrap();
     let (height, width) = (frames.shape()[1], frames.shape()[2]);
-    let frames: Vec<Rgb> =
-        frames.outer_iter().map(|f| Rgb::new(width, height, f.iter().map(|v| *v as u8).collect()).unwrap()).collect();
-    let patches = processor::video(&qwen2_vl(), &frames).unwrap();
+    let frames: Vec<Rgb> = frames.outer_iter().map(|f| Rgb::new(width, height, f.iter().map(|v| *v as u8).collect()).unwrap()).collect();
+    // The reference got frames of their final size.
+    let p = Qwen2VlProcessor { video_min_pixels: height * width, video_max_pixels: height * width, ..qwen2_vl() };
+    let patches = processor::video(&p, &frames).unwrap();
     assert_eq!(&patches.grid[..], tensors["video/video_grid_thw"].i64().unwrap().as_slice().unwrap());
     let reference = tensors["video/pixel_values_videos"].f32().unwrap();
     let largest = patches.values.iter().zip(reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
+    assert!(patches.values.iter().chain(reference).all(|v| v.is_finite()), "a value is not finite");
     assert!(patches.values.len() == reference.len() && largest <= 1e-6, "pixels differ by {largest}");
 
     // An odd number of frames: the last one stands twice.

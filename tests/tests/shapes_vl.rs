@@ -1,4 +1,5 @@
 //! The trained model's answers, from the picture files: the same as the reference implementation's.
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::path::Path;
 use vlmc_runtime::{Model, Part, image};

@@ -1,5 +1,6 @@
 //! The ONNX graphs through a second reader, tract: `cargo test -p vlmc-tests --features tract --test tract`.
 #![cfg(feature = "tract")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use ndarray::{ArrayD, Axis, IxDyn};
 use std::{collections::BTreeMap, path::Path};
@@ -14,7 +15,8 @@ fn run(artifact: &Path, graph: &str, inputs: &Tensors) -> Tensors {
     let path = artifact.join(format!("{graph}.onnx"));
     let model = tract_onnx::onnx().model_for_path(&path).unwrap_or_else(|e| panic!("{graph}: {e:?}"));
     let names: Vec<String> = model.input_outlets().unwrap().iter().map(|o| model.node(o.node).name.clone()).collect();
-    let outputs: Vec<String> = model.output_outlets().unwrap().iter().map(|o| model.outlet_label(*o).unwrap_or(&model.node(o.node).name).to_string()).collect();
+    let outputs: Vec<String> =
+        model.output_outlets().unwrap().iter().map(|o| model.outlet_label(*o).unwrap_or(&model.node(o.node).name).to_string()).collect();
     let runnable = model.into_optimized().and_then(|m| m.into_runnable()).unwrap_or_else(|e| panic!("{graph}: {e:?}"));
     let tensor = |a: &Array| -> Tensor {
         match a {
@@ -23,7 +25,8 @@ fn run(artifact: &Path, graph: &str, inputs: &Tensors) -> Tensors {
             Array::Bool(a) => Tensor::from_shape(a.shape(), a.as_standard_layout().as_slice().unwrap()).unwrap(),
         }
     };
-    let feed: TVec<TValue> = names.iter().map(|n| tensor(inputs.get(n).unwrap_or_else(|| panic!("{graph}: input {n}"))).into_tvalue()).collect();
+    let feed: TVec<TValue> =
+        names.iter().map(|n| tensor(inputs.get(n).unwrap_or_else(|| panic!("{graph}: input {n}"))).into_tvalue()).collect();
     let results = runnable.run(feed).unwrap_or_else(|e| panic!("{graph}: {e:?}"));
     let floats = |t: &TValue| {
         let t = t.cast_to::<f32>().unwrap();
@@ -44,7 +47,9 @@ fn vision_and_decoder_agree_with_the_reference() {
         let ids = get("input_ids").unwrap();
         let [batch, seq] = [ids.shape()[0], ids.shape()[1]];
         let mut features = Array::F32(ArrayD::zeros(IxDyn(&[0, 64])));
-        if let (Some(pixels), Some(grid)) = (get("pixel_values").or(get("pixel_values_videos")), get("image_grid_thw").or(get("video_grid_thw"))) {
+        if let (Some(pixels), Some(grid)) =
+            (get("pixel_values").or(get("pixel_values_videos")), get("image_grid_thw").or(get("video_grid_thw")))
+        {
             let inputs = Tensors::from([("pixel_values".into(), pixels), ("image_grid_thw".into(), grid)]);
             features = run(&artifact, "vision", &inputs).remove("image_features").unwrap();
             let reference = get("image_features").or(get("video_features")).unwrap();

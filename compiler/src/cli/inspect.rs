@@ -138,9 +138,12 @@ fn of_checkpoint(model: &Model) -> Result<Value> {
 
 fn of_artifact(artifact: &Artifact) -> Value {
     let m = artifact.manifest();
-    let ty = |name: &str, dtype: String, shape: &[Dim]| format!("{name}: {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
+    let ty = |name: &str, dtype: String, shape: &[Dim]| {
+        format!("{name}: {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "))
+    };
     let graph = |e: &Entry| {
-        let ports = |ports: &[vlmc_runtime::artifact::Port]| ports.iter().map(|p| ty(&p.name, p.dtype.to_string(), &p.shape)).collect::<Vec<_>>();
+        let ports =
+            |ports: &[vlmc_runtime::artifact::Port]| ports.iter().map(|p| ty(&p.name, p.dtype.to_string(), &p.shape)).collect::<Vec<_>>();
         json!({
             "name": e.name,
             "file": e.file,
@@ -167,10 +170,16 @@ fn of_artifact(artifact: &Artifact) -> Value {
 fn text(r: &Value) -> String {
     let mut out = String::new();
     let s = |v: &Value| v.as_str().unwrap_or_default().to_string();
-    let _ = writeln!(out, "{} {}{}", s(&r["architecture"]), s(&r["kind"]), r["target"].as_str().map_or(String::new(), |t| format!(" for {t}")));
+    let _ =
+        writeln!(out, "{} {}{}", s(&r["architecture"]), s(&r["kind"]), r["target"].as_str().map_or(String::new(), |t| format!(" for {t}")));
     let _ = writeln!(out, "parameters   {}", count(r["parameters"].as_u64().unwrap_or(0)));
     for (name, p) in r["parts"].as_object().into_iter().flatten() {
-        let _ = writeln!(out, "  {name:10} {:>10} {:>10}", count(p["parameters"].as_u64().unwrap_or(0)), bytes(p["bytes"].as_u64().unwrap_or(0)));
+        let _ = writeln!(
+            out,
+            "  {name:10} {:>10} {:>10}",
+            count(p["parameters"].as_u64().unwrap_or(0)),
+            bytes(p["bytes"].as_u64().unwrap_or(0))
+        );
     }
     for (name, n) in r["files"].as_object().into_iter().flatten() {
         let _ = writeln!(out, "  {name:22} {:>10}", bytes(n.as_u64().unwrap_or(0)));

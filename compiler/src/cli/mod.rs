@@ -258,7 +258,10 @@ fn exec(args: &ExecArgs) -> Result<()> {
 
 fn archs(json: bool) -> Result<()> {
     if json {
-        let all: Vec<_> = ARCHITECTURES.iter().map(|a| serde_json::json!({"model_type": a.model_type, "title": a.title, "reference": a.reference})).collect();
+        let all: Vec<_> = ARCHITECTURES
+            .iter()
+            .map(|a| serde_json::json!({"model_type": a.model_type, "title": a.title, "reference": a.reference}))
+            .collect();
         return print_json(&all);
     }
     print(&ARCHITECTURES.iter().map(|a| format!("{:12} {:12} {}\n", a.model_type, a.title, a.reference)).collect::<String>())

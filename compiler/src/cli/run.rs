@@ -174,7 +174,8 @@ fn artifact(model: &str, target: &str) -> Result<PathBuf> {
 /// `VLMC_CACHE`, or vlmc's directory in the user's cache.
 fn cache_dir() -> Result<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let dir = var("VLMC_CACHE").or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vlmc"))).or_else(|| var("HOME").map(|d| d.join(".cache/vlmc")));
+    let dir =
+        var("VLMC_CACHE").or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vlmc"))).or_else(|| var("HOME").map(|d| d.join(".cache/vlmc")));
     match dir {
         Some(dir) => Ok(dir),
         None => bail!("there is no place for compiled artifacts: set VLMC_CACHE to a directory"),

@@ -30,6 +30,7 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
                 out: GraphProto::default(),
                 names: HashMap::new(),
                 dims: BTreeMap::new(),
+                masks: HashMap::new(),
                 stored: BTreeSet::new(),
             };
             e.run().map_err(|why| Error::Backend(format!("{}: {why}", g.name)))?;
@@ -56,6 +57,8 @@ struct Emitter<'a> {
     names: HashMap<ValueId, String>,
     /// Dims computed so far, as `i64[1]`.
     dims: BTreeMap<Dim, String>,
+    /// Masks so far, by their `bool` tensors, as what is added to scores.
+    masks: HashMap<ValueId, String>,
     stored: BTreeSet<String>,
 }
 
@@ -456,11 +459,33 @@ impl Emitter<'_> {
                 if matches!(o.mask, Mask::Causal | Mask::Segments) {
                     return Err("was not legalised".into());
                 }
-                self.batched("Attention", &x, ty(0).rank(), &[0, 1, 2], &out, vec![float("scale", o.scale)]);
+                let mut inputs = x.clone();
+                let mask = node.args.get(3).zip(x.get(3)).map(|(value, name)| self.additive_mask(*value, name));
+                if let Some(mask) = &mask {
+                    inputs[3] = mask;
+                }
+                self.batched("Attention", &inputs, ty(0).rank(), &[0, 1, 2], &out, vec![float("scale", o.scale)]);
             }
             op => return Err(format!("'{}' was not legalised", op.name())),
         }
         Ok(())
+    }
+
+    /// A mask as what is added to scores: 0 where a key is seen, else the lowest number, which unlike infinity leaves no NaN where
+    /// nothing is seen. ONNX Runtime takes `bool` masks too, but tract adds them.
+    fn additive_mask(&mut self, mask: ValueId, name: &str) -> String {
+        if let Some(name) = self.masks.get(&mask) {
+            return name.clone();
+        }
+        let [seen, hidden] = [("mask_seen", 0.0), ("mask_hidden", f64::from(f32::MIN))].map(|(name, v)| {
+            if self.stored.insert(name.into()) {
+                self.literal(name, &Literal::scalar(DType::F32, v));
+            }
+            name
+        });
+        let additive = self.helper("Where", &[name, seen, hidden], name, vec![]);
+        self.masks.insert(mask, additive.clone());
+        additive
     }
 
     /// An op that wants a batch axis: where there is none, operands in `with_batch` and the result get one of length 1.
