@@ -75,9 +75,9 @@ fn cached(model: &Path, revision: &str) -> Option<PathBuf> {
     }
     let dir = model.join("snapshots").join(commit);
     let shards = |index: &str| crate::checkpoint::shards_of_index(&std::fs::read(dir.join(index)).ok()?).ok();
-    let complete = crate::checkpoint::LAYOUTS.iter().any(|(file, index)| {
-        dir.join(file).is_file() || shards(index).is_some_and(|s| s.values().all(|shard| dir.join(shard).is_file()))
-    });
+    let complete = crate::checkpoint::LAYOUTS
+        .iter()
+        .any(|(file, index)| dir.join(file).is_file() || shards(index).is_some_and(|s| s.values().all(|shard| dir.join(shard).is_file())));
     (complete && dir.join("config.json").is_file()).then_some(dir)
 }
 
@@ -107,7 +107,8 @@ mod download {
 
     /// Files that a compiler can use; PyTorch weights only where there are no safetensors.
     fn wanted(name: &str) -> bool {
-        crate::checkpoint::is_file_name(name) && (name.ends_with(".json") || name.ends_with(".jinja") || is_safetensors(name) || is_pytorch(name))
+        crate::checkpoint::is_file_name(name)
+            && (name.ends_with(".json") || name.ends_with(".jinja") || is_safetensors(name) || is_pytorch(name))
     }
 
     fn is_safetensors(name: &str) -> bool {

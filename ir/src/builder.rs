@@ -571,6 +571,13 @@ impl<'g> Builder<'g> {
         (cos, sin)
     }
 
+    /// See [`Rope`]: cos and sin.
+    #[track_caller]
+    pub fn rope(&'g self, position_ids: Val<'g>, head_dim: usize, theta: f64, scaling: RopeScaling) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(Rope { head_dim, theta, scaling }, &[position_ids]);
+        (cos, sin)
+    }
+
     /// See [`MergeFeatures`].
     #[track_caller]
     pub fn merge_features(&'g self, embeds: Val<'g>, here: Val<'g>, features: Val<'g>) -> Val<'g> {

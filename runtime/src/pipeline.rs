@@ -255,7 +255,9 @@ impl Pipeline {
         for (mask, outputs, what) in [(&images, &features.image, "image"), (&videos, &features.video, "video")] {
             let (wanted, have) = (mask.iter().filter(|m| **m != 0).count(), rows(outputs));
             if wanted != have {
-                return Err(Error::Input(format!("the prompt has {wanted} {what} placeholders, but the {what}s given make {have} features")));
+                return Err(Error::Input(format!(
+                    "the prompt has {wanted} {what} placeholders, but the {what}s given make {have} features"
+                )));
             }
         }
         let merged = match (&features.image, &features.video) {
@@ -304,7 +306,9 @@ impl Pipeline {
         let (images, videos) = (grids(inputs.get("image_grid_thw"))?, grids(inputs.get("video_grid_thw"))?);
         let seconds = match inputs.get("second_per_grid_ts") {
             Some(s) if s.shape() == [videos.len()] => s.f32()?.to_vec(),
-            Some(s) => return Err(Error::Input(format!("'second_per_grid_ts' must be [{}], one per video, is {:?}", videos.len(), s.shape()))),
+            Some(s) => {
+                return Err(Error::Input(format!("'second_per_grid_ts' must be [{}], one per video, is {:?}", videos.len(), s.shape())));
+            }
             None => vec![1.0; videos.len()],
         };
         let images: Vec<Clip> = images.into_iter().map(Clip::picture).collect();
@@ -390,7 +394,13 @@ fn interleaved(image: &Outputs, video: &Outputs, images: &[i64], videos: &[i64])
             let (mut from_a, mut from_b) = (a.f32()?.chunks_exact(width.max(1)), b.f32()?.chunks_exact(width.max(1)));
             let mut rows = Vec::with_capacity(a.data().len() + b.data().len());
             for (is_image, is_video) in images.iter().zip(videos) {
-                let row = if *is_image != 0 { from_a.next() } else if *is_video != 0 { from_b.next() } else { None };
+                let row = if *is_image != 0 {
+                    from_a.next()
+                } else if *is_video != 0 {
+                    from_b.next()
+                } else {
+                    None
+                };
                 rows.extend_from_slice(row.unwrap_or_default());
             }
             Ok((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?))

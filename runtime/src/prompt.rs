@@ -88,7 +88,8 @@ pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, ima
                 continue;
             };
             let what = m.what;
-            let Clip { grid, seconds_per_grid } = *m.clips.next().ok_or_else(|| Error::Input(format!("the prompt has more {what}s than were given")))?;
+            let Clip { grid, seconds_per_grid } =
+                *m.clips.next().ok_or_else(|| Error::Input(format!("the prompt has more {what}s than were given")))?;
             let n = tokens(grid, rules)?;
             if at + n > live.len() || live[at..at + n].iter().any(|i| ids[*i] != m.token) {
                 return Err(Error::Input(format!(

@@ -1,6 +1,7 @@
 //! Architectures. One file each; a new one gets a line in [`ARCHITECTURES`].
 
 mod config;
+mod decoder;
 mod nn;
 mod qwen2_vl;
 

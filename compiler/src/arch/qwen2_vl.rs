@@ -1,10 +1,15 @@
 //! Qwen2-VL (Wang et al., 2024, arXiv 2409.12191). Reference: transformers `modeling_qwen2_vl.py`.
 
-use super::{Architecture, Lowered, SideFiles, config::Section, graph, nn, symbol};
+use super::{
+    Architecture, Lowered, SideFiles,
+    config::Section,
+    decoder::{Decoder, LAYERS, Positions, WIDTH},
+    graph, nn, symbol,
+};
 use crate::{Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::borrow::Cow;
-use vlmc_artifact::{Positions, Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
+use vlmc_artifact::{Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
 use vlmc_ir::{Builder, DType, Dim, Val, Weights, ops::Mask};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
@@ -44,23 +49,6 @@ struct VisionConfig {
     rope_theta: f64,
     act: Unary,
 }
-
-struct TextConfig {
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    attention: nn::CachedAttention,
-    rms_norm_eps: f64,
-    rope_theta: f64,
-    mrope_section: [usize; 3],
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    act: Unary,
-    tie_word_embeddings: bool,
-}
-
-const WIDTH: std::ops::RangeInclusive<usize> = 1..=1 << 20;
-const LAYERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
 impl VisionConfig {
     fn new(c: &Section<'_>, text_hidden_size: usize) -> Result<Self> {
@@ -103,58 +91,20 @@ impl VisionConfig {
     }
 }
 
-impl TextConfig {
-    fn new(c: &Section<'_>) -> Result<Self> {
-        c.only("use_sliding_window", &[json!(false)])?;
-        if let Some(types) = c.get::<Vec<Value>>("layer_types")?
-            && let Some(other) = types.iter().find(|t| **t != json!("full_attention"))
-        {
-            return Err(Error::config(c.path("layer_types"), format!("{other} is not supported; supported: \"full_attention\"")));
-        }
-        let (hidden_size, heads) = (c.int("hidden_size", WIDTH)?, c.int("num_attention_heads", WIDTH)?);
-        let head_dim = match c.opt_int("head_dim", WIDTH)? {
-            Some(d) => d,
-            None => nn::head_dim(c, "hidden_size", hidden_size, "num_attention_heads", heads)?,
-        };
-        let kv_heads = c.opt_int("num_key_value_heads", WIDTH)?.unwrap_or(heads);
-        if !heads.is_multiple_of(kv_heads) {
-            let message = format!("{kv_heads} kv heads do not divide num_attention_heads {heads}");
-            return Err(Error::config(c.path("num_key_value_heads"), message));
-        }
-        // Old files: rope_theta at the top and rope_scaling; new ones: all of it in rope_parameters.
-        let (field, rope) = match c.section("rope_parameters")? {
-            Some(rope) => ("rope_parameters", Some(rope)),
-            None => ("rope_scaling", c.section("rope_scaling")?),
-        };
-        let rope = rope.ok_or_else(|| Error::config(c.path(field), "is missing; it holds `mrope_section`"))?;
-        for kind in ["type", "rope_type"] {
-            rope.only(kind, &[json!("mrope"), json!("default")])?;
-        }
-        let mrope_section: [usize; 3] = rope.require("mrope_section")?;
-        if mrope_section.iter().try_fold(0usize, |n, s| n.checked_add(*s)) != Some(head_dim / 2) || !head_dim.is_multiple_of(2) {
-            let message = format!("{mrope_section:?} must sum to half of the head width {head_dim}");
-            return Err(Error::config(rope.path("mrope_section"), message));
-        }
-        let rope_theta = rope.positive("rope_theta")?.or(c.positive("rope_theta")?);
-        Ok(Self {
-            hidden_size,
-            intermediate_size: c.int("intermediate_size", WIDTH)?,
-            num_hidden_layers: c.int("num_hidden_layers", LAYERS)?,
-            attention: nn::CachedAttention { hidden_size, heads, kv_heads, head_dim, qkv_bias: true },
-            rms_norm_eps: c.positive("rms_norm_eps")?.ok_or_else(|| Error::config(c.path("rms_norm_eps"), "is missing"))?,
-            rope_theta: rope_theta.ok_or_else(|| Error::config(c.path("rope_theta"), "is missing"))?,
-            mrope_section,
-            vocab_size: c.int("vocab_size", 1..=1 << 24)?,
-            max_position_embeddings: c.opt_int("max_position_embeddings", 1..=1 << 24)?.unwrap_or(32768),
-            act: nn::activation(c, "hidden_act", Unary::Silu)?,
-            tie_word_embeddings: c.get("tie_word_embeddings")?.unwrap_or(false),
-        })
-    }
+/// The Qwen2 decoder: Llama's with biases on q, k and v and multimodal rotary positions.
+fn text_config(c: &Section<'_>) -> Result<Decoder> {
+    let c = c.section_or_self("text_config")?;
+    let mut text = Decoder::new(&c, None)?;
+    let Positions::Mrope(_) = text.positions else {
+        return Err(Error::config(c.path("rope_scaling"), "must hold `mrope_section`"));
+    };
+    text.attention.qkv_bias = true;
+    Ok(text)
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
     c.only("quantization_config", &[])?;
-    let text = TextConfig::new(&c.section_or_self("text_config")?)?;
+    let text = text_config(c)?;
     let vision_section = c.section("vision_config")?.ok_or_else(|| Error::config("vision_config", "is missing"))?;
     let vision = VisionConfig::new(&vision_section, text.hidden_size)?;
     let token = |field: &str, default: i64| Ok::<i64, Error>(c.get(field)?.unwrap_or(default));
@@ -163,25 +113,17 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
 
     let vision_graph = graph("vision", weights, |g| vision_tower(g, &vision, text.hidden_size))?;
     let embed_graph = graph("embed", weights, |g| {
-        let ids = g.input("input_ids", DType::I64, ["batch", "seq"].map(Dim::symbol));
-        let features = g.input("image_features", DType::F32, [Dim::symbol("features"), text.hidden_size.into()]);
-        let embeds = g.embedding(ids, g.weights("model.embed_tokens"), text.vocab_size, text.hidden_size);
-        let here = nn::is_any(g, ids, &[image_token_id, video_token_id]);
-        g.output("inputs_embeds", g.merge_features(embeds, here, features));
+        let here = |ids| nn::is_any(g, ids, &[image_token_id, video_token_id]);
+        nn::embed(g, g.weights("model.embed_tokens"), [text.vocab_size, text.hidden_size], here);
     })?;
     let tied = !weights.contains("lm_head.weight").unwrap_or(!text.tie_word_embeddings);
-    let decoder_graph = graph("decoder", weights, |g| decoder(g, &text, tied))?;
+    let head = if tied { "model.embed_tokens" } else { "lm_head" };
+    let decoder_graph = graph("decoder", weights, |g| text.graph(g, g.weights("model"), g.weights(head)))?;
 
+    let mut symbols = nn::decoder_symbols(context);
+    symbols.extend([symbol("images", 1..=context), symbol("image_tokens", 1..=context)]);
     Ok(Lowered {
-        symbols: vec![
-            symbol("batch", 1..=1024),
-            symbol("seq", 1..=context),
-            symbol("past", 0..=context),
-            symbol("scored", 1..=context),
-            symbol("images", 1..=context),
-            symbol("image_tokens", 1..=context),
-            symbol("features", 0..=context),
-        ],
+        symbols,
         graphs: vec![vision_graph, embed_graph, decoder_graph],
         task: Task::Generate(PromptRules {
             image_token_id: Some(image_token_id),
@@ -189,7 +131,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
             hidden_size: text.hidden_size,
             vocab_size: text.vocab_size,
             max_positions: context,
-            positions: Positions::Mrope { spatial_merge_size: vision.spatial_merge_size, tokens_per_second: None },
+            positions: vlmc_artifact::Positions::Mrope { spatial_merge_size: vision.spatial_merge_size, tokens_per_second: None },
             template: None,
         }),
     })
@@ -243,30 +185,6 @@ fn vision_attention<'g>(
     let (q, k, v) = (g.rotary(part(0), rope), g.rotary(part(1), rope), part(2));
     let y = g.attention(q, k, v, 1.0 / (c.head_dim as f64).sqrt(), Mask::Segments, Some(frame));
     g.linear_bias(g.merge_heads(y), w / "proj", c.embed_dim)
-}
-
-/// Qwen2 with multimodal rotary positions; logits only for the positions asked for.
-fn decoder<'g>(g: &'g Builder<'g>, c: &TextConfig, tied: bool) {
-    let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
-    let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), c.hidden_size.into()]);
-    let position_ids = g.input("position_ids", DType::I64, [3.into(), batch.clone(), seq.clone()]);
-    let attention_mask = g.input("attention_mask", DType::I64, [batch, &past + seq]);
-    let logit_positions = g.input("logit_positions", DType::I64, [scored]);
-    let w = g.weights("model");
-
-    let _scope = g.scope(w.path());
-    let rope = g.mrope(position_ids, c.attention.head_dim, c.rope_theta, c.mrope_section);
-    for i in 0..c.num_hidden_layers {
-        let w = w / "layers" / i;
-        let _scope = g.scope(w.path());
-        let h = g.rms_norm(x, w / "input_layernorm", c.rms_norm_eps);
-        x = x + c.attention.apply(g, w / "self_attn", i, h, rope, attention_mask);
-        let h = g.rms_norm(x, w / "post_attention_layernorm", c.rms_norm_eps);
-        x = x + nn::gated_mlp(g, w / "mlp", h, c.act, c.intermediate_size, c.hidden_size);
-    }
-    let x = g.rms_norm(g.gather(x, logit_positions, 1), w / "norm", c.rms_norm_eps);
-    let head = if tied { w / "embed_tokens" } else { g.weights("lm_head") };
-    g.output("logits", g.linear(x, head, c.vocab_size));
 }
 
 fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {

@@ -43,6 +43,7 @@ pub(super) const TARGET: Target = Target {
         | Op::GridPositions(_)
         | Op::Rotary2d(_)
         | Op::Mrope(_)
+        | Op::Rope(_)
         | Op::Conv2d(_)
         | Op::ResizeWeights(_) => Support::Decompose,
     },

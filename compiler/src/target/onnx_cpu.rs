@@ -51,6 +51,7 @@ pub(super) const TARGET: Target = Target {
             | Op::GridPositions(_)
             | Op::Rotary2d(_)
             | Op::Mrope(_)
+            | Op::Rope(_)
             | Op::ResizeWeights(_)
             | Op::Moe(_) => Support::Decompose,
         }

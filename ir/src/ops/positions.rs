@@ -92,6 +92,87 @@ impl OpDef for Rotary2d {
     }
 }
 
+/// How rotary frequencies are stretched for contexts beyond those of the training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// All by a factor.
+    Linear {
+        /// Divides the frequencies.
+        factor: f64,
+    },
+    /// Llama 3.1 (transformers `_compute_llama3_parameters`): wavelengths above `original / low_freq` by the factor, those below
+    /// `original / high_freq` not at all, and in between smoothly.
+    Llama3 {
+        /// Divides the low frequencies.
+        factor: f64,
+        /// Bound of the low frequencies.
+        low_freq: f64,
+        /// Bound of the high frequencies.
+        high_freq: f64,
+        /// Context of the training.
+        original: f64,
+    },
+}
+
+impl RopeScaling {
+    fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::None => frequency,
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low_freq, high_freq, original } => {
+                let turns = original * frequency / (2.0 * std::f64::consts::PI);
+                if turns < low_freq {
+                    frequency / factor
+                } else if turns > high_freq {
+                    frequency
+                } else {
+                    let smooth = (turns - low_freq) / (high_freq - low_freq);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
+            }
+        }
+    }
+}
+
+/// Angles of a rotary embedding (Su et al., 2021): `position_ids i64[batch, seq]` to `cos` and `sin f32[batch, seq,
+/// head_dim/2]` of the position times `theta^(-2i/head_dim)`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rope {
+    /// Width of the part of a head that turns.
+    pub head_dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Stretches the frequencies.
+    #[serde(default, skip_serializing_if = "RopeScaling::is_none")]
+    pub scaling: RopeScaling,
+}
+
+impl OpDef for Rope {
+    const NAME: &'static str = "rope";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [p] = operands(args)?;
+        expect_dtype(p, DType::I64, "position_ids")?;
+        expect(p.rank() == 2, || format!("position_ids must be i64[batch, seq], is {p}"))?;
+        expect(self.head_dim > 0 && self.head_dim.is_multiple_of(2), || format!("head_dim {} is odd", self.head_dim))?;
+        Ok(vec![Type::new(DType::F32, [p.shape[0].clone(), p.shape[1].clone(), (self.head_dim / 2).into()]); 2])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let frequencies = g.floats(inverse_frequencies(self.theta, self.head_dim).map(|f| self.scaling.apply(f)));
+        let angles = g.unsqueeze(g.cast(args[0], DType::F32), 2) * frequencies;
+        Some(vec![g.unary(Unary::Cos, angles), g.unary(Unary::Sin, angles)])
+    }
+}
+
 /// Multimodal rotary embedding (Qwen2-VL, section 2.1): `position_ids i64[3, batch, seq]` (temporal, height, width) to `cos`
 /// and `sin f32[batch, seq, head_dim/2]`. The first `section[0]` angles follow the temporal position, the next `section[1]`
 /// the height, the rest the width, with the frequencies `theta^(-2i/head_dim)`.

@@ -474,6 +474,9 @@ impl Emitter<'_> {
     /// A mask as what is added to scores: 0 where a key is seen, else the lowest number, which unlike infinity leaves no NaN where
     /// nothing is seen. ONNX Runtime takes `bool` masks too, but tract adds them.
     fn additive_mask(&mut self, mask: ValueId, name: &str) -> String {
+        if self.graph.ty(mask).dtype == DType::F32 {
+            return name.into();
+        }
         if let Some(name) = self.masks.get(&mask) {
             return name.clone();
         }

@@ -1,0 +1,237 @@
+//! The decoder that most models share: Llama's (Touvron et al., 2023), with grouped heads, and its variants by options.
+
+use super::{config::Section, nn};
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use vlmc_artifact::program::Unary;
+use vlmc_ir::{
+    Builder, DType, Dim, Val, W,
+    ops::{Mask, RopeScaling},
+};
+
+/// Widths that a config may name.
+pub(super) const WIDTH: std::ops::RangeInclusive<usize> = 1..=1 << 20;
+/// Numbers of layers that a config may name.
+pub(super) const LAYERS: std::ops::RangeInclusive<usize> = 1..=1000;
+
+/// Which rotary positions a decoder has.
+#[derive(Clone, Copy)]
+pub(super) enum Positions {
+    /// `position_ids i64[batch, seq]`.
+    Plain(RopeScaling),
+    /// `position_ids i64[3, batch, seq]`, and how many angles each kind has.
+    Mrope([usize; 3]),
+}
+
+/// A decoder's `text_config`.
+pub(super) struct Decoder {
+    pub(super) hidden_size: usize,
+    pub(super) intermediate_size: usize,
+    pub(super) num_hidden_layers: usize,
+    pub(super) attention: CachedAttention,
+    pub(super) rms_norm_eps: f64,
+    pub(super) rope_theta: f64,
+    pub(super) positions: Positions,
+    pub(super) vocab_size: usize,
+    pub(super) max_position_embeddings: usize,
+    pub(super) act: Unary,
+    pub(super) tie_word_embeddings: bool,
+}
+
+/// What a config leaves out means these: the defaults of the config's class.
+pub(super) struct Defaults {
+    pub(super) hidden_size: usize,
+    pub(super) intermediate_size: usize,
+    pub(super) num_hidden_layers: usize,
+    pub(super) num_attention_heads: usize,
+    pub(super) vocab_size: usize,
+    pub(super) max_position_embeddings: usize,
+    pub(super) rms_norm_eps: f64,
+}
+
+/// `LlamaConfig` of transformers, which published files rely on.
+pub(super) const LLAMA: Defaults = Defaults {
+    hidden_size: 4096,
+    intermediate_size: 11008,
+    num_hidden_layers: 32,
+    num_attention_heads: 32,
+    vocab_size: 32000,
+    max_position_embeddings: 2048,
+    rms_norm_eps: 1e-6,
+};
+
+impl Decoder {
+    /// From a config in which only what `defaults` has may be missing; without `defaults`, nothing may.
+    pub(super) fn new(c: &Section<'_>, defaults: Option<&Defaults>) -> Result<Self> {
+        c.only("use_sliding_window", &[json!(false)])?;
+        if let Some(types) = c.get::<Vec<Value>>("layer_types")?
+            && let Some(other) = types.iter().find(|t| **t != json!("full_attention"))
+        {
+            return Err(Error::config(c.path("layer_types"), format!("{other} is not supported; supported: \"full_attention\"")));
+        }
+        let int = |field: &str, range: std::ops::RangeInclusive<usize>, default: fn(&Defaults) -> usize| match defaults {
+            Some(d) => Ok(c.opt_int(field, range)?.unwrap_or(default(d))),
+            None => c.int(field, range),
+        };
+        let hidden_size = int("hidden_size", WIDTH, |d| d.hidden_size)?;
+        let heads = int("num_attention_heads", WIDTH, |d| d.num_attention_heads)?;
+        let head_dim = match c.opt_int("head_dim", WIDTH)? {
+            Some(d) => d,
+            None => nn::head_dim(c, "hidden_size", hidden_size, "num_attention_heads", heads)?,
+        };
+        if !head_dim.is_multiple_of(2) {
+            return Err(Error::config(
+                c.path("num_attention_heads"),
+                format!("a head width of {head_dim} is odd, rotary positions need pairs"),
+            ));
+        }
+        let kv_heads = c.opt_int("num_key_value_heads", WIDTH)?.unwrap_or(heads);
+        if !heads.is_multiple_of(kv_heads) {
+            let message = format!("{kv_heads} kv heads do not divide num_attention_heads {heads}");
+            return Err(Error::config(c.path("num_key_value_heads"), message));
+        }
+        let (rope_theta, positions) = rope(c, head_dim)?;
+        let missing = |field: &str| Error::config(c.path(field), "is missing");
+        Ok(Self {
+            hidden_size,
+            intermediate_size: int("intermediate_size", WIDTH, |d| d.intermediate_size)?,
+            num_hidden_layers: int("num_hidden_layers", LAYERS, |d| d.num_hidden_layers)?,
+            attention: CachedAttention { hidden_size, heads, kv_heads, head_dim, qkv_bias: c.get("attention_bias")?.unwrap_or(false) },
+            rms_norm_eps: c.positive("rms_norm_eps")?.or(defaults.map(|d| d.rms_norm_eps)).ok_or_else(|| missing("rms_norm_eps"))?,
+            rope_theta: rope_theta.or(defaults.map(|_| 10_000.0)).ok_or_else(|| missing("rope_theta"))?,
+            positions,
+            vocab_size: int("vocab_size", 1..=1 << 24, |d| d.vocab_size)?,
+            max_position_embeddings: c
+                .opt_int("max_position_embeddings", 1..=1 << 24)?
+                .unwrap_or(defaults.map_or(32768, |d| d.max_position_embeddings)),
+            act: nn::activation(c, "hidden_act", Unary::Silu)?,
+            tie_word_embeddings: c.get("tie_word_embeddings")?.unwrap_or(false),
+        })
+    }
+
+    /// The entry `decoder`: `inputs_embeds f32[batch, seq, hidden]`, `position_ids`, `attention_mask i64[batch, past + seq]`,
+    /// `logit_positions i64[scored]` to `logits f32[batch, scored, vocab]`, only of the positions asked for. `w` is the path of the
+    /// layers and the norm, `head` that of the last matrix.
+    pub(super) fn graph<'g>(&self, g: &'g Builder<'g>, w: W<'g>, head: W<'g>) {
+        let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
+        let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), self.hidden_size.into()]);
+        let position_ids = match self.positions {
+            Positions::Plain(_) => g.input("position_ids", DType::I64, [batch.clone(), seq.clone()]),
+            Positions::Mrope(_) => g.input("position_ids", DType::I64, [3.into(), batch.clone(), seq.clone()]),
+        };
+        let attention_mask = g.input("attention_mask", DType::I64, [batch, &past + seq]);
+        let logit_positions = g.input("logit_positions", DType::I64, [scored]);
+
+        let _scope = g.scope(w.path());
+        let rope = self.rope(g, position_ids);
+        for i in 0..self.num_hidden_layers {
+            x = self.layer(g, w / "layers" / i, i, x, rope, attention_mask);
+        }
+        let x = g.rms_norm(g.gather(x, logit_positions, 1), w / "norm", self.rms_norm_eps);
+        g.output("logits", g.linear(x, head, self.vocab_size));
+    }
+
+    /// Cos and sin of the positions.
+    pub(super) fn rope<'g>(&self, g: &'g Builder<'g>, position_ids: Val<'g>) -> (Val<'g>, Val<'g>) {
+        match self.positions {
+            Positions::Plain(scaling) => g.rope(position_ids, self.attention.head_dim, self.rope_theta, scaling),
+            Positions::Mrope(section) => g.mrope(position_ids, self.attention.head_dim, self.rope_theta, section),
+        }
+    }
+
+    /// A layer: attention and MLP, each after a norm and added to what comes in.
+    pub(super) fn layer<'g>(&self, g: &'g Builder<'g>, w: W<'g>, i: usize, x: Val<'g>, rope: (Val<'g>, Val<'g>), mask: Val<'g>) -> Val<'g> {
+        let _scope = g.scope(w.path());
+        let h = g.rms_norm(x, w / "input_layernorm", self.rms_norm_eps);
+        let x = x + self.attention.apply(g, w / "self_attn", i, h, rope, mask);
+        let h = g.rms_norm(x, w / "post_attention_layernorm", self.rms_norm_eps);
+        x + nn::gated_mlp(g, w / "mlp", h, self.act, self.intermediate_size, self.hidden_size)
+    }
+}
+
+/// `rope_theta` and the kind of positions. Old files have `rope_theta` beside `rope_scaling`, new ones all of it in
+/// `rope_parameters`.
+fn rope(c: &Section<'_>, head_dim: usize) -> Result<(Option<f64>, Positions)> {
+    let section = match c.section("rope_parameters")? {
+        Some(rope) => Some(rope),
+        None => c.section("rope_scaling")?,
+    };
+    let Some(rope) = section else { return Ok((c.positive("rope_theta")?, Positions::Plain(RopeScaling::None))) };
+    let theta = rope.positive("rope_theta")?.or(c.positive("rope_theta")?);
+    if let Some(section) = rope.get::<[usize; 3]>("mrope_section")? {
+        for kind in ["type", "rope_type"] {
+            rope.only(kind, &[json!("mrope"), json!("default")])?;
+        }
+        if section.iter().try_fold(0usize, |n, s| n.checked_add(*s)) != Some(head_dim / 2) {
+            let message = format!("{section:?} must sum to half of the head width {head_dim}");
+            return Err(Error::config(rope.path("mrope_section"), message));
+        }
+        return Ok((theta, Positions::Mrope(section)));
+    }
+    let (kind_field, kind) = match rope.get::<String>("rope_type")? {
+        Some(kind) => ("rope_type", Some(kind)),
+        None => ("type", rope.get::<String>("type")?),
+    };
+    let number = |field: &str| rope.positive(field)?.ok_or_else(|| Error::config(rope.path(field), "is missing"));
+    let scaling = match kind.as_deref() {
+        None | Some("default") => RopeScaling::None,
+        Some("linear") => RopeScaling::Linear { factor: number("factor")? },
+        Some("llama3") => RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq: number("low_freq_factor")?,
+            high_freq: number("high_freq_factor")?,
+            original: number("original_max_position_embeddings")?,
+        },
+        Some(other) => {
+            return Err(Error::config(
+                rope.path(kind_field),
+                format!("'{other}' is not supported here; supported: default, linear, llama3, and mrope with `mrope_section`"),
+            ));
+        }
+    };
+    Ok((theta, Positions::Plain(scaling)))
+}
+
+/// Shape of a decoder's attention.
+pub(super) struct CachedAttention {
+    pub(super) hidden_size: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    /// Whether q, k and v have biases.
+    pub(super) qkv_bias: bool,
+}
+
+impl CachedAttention {
+    /// Causal self-attention with grouped heads over the cache of `layer`: `x f32[batch, seq, hidden]`,
+    /// `attention_mask i64[batch, past + seq]`. Keys are cached after the rotation.
+    pub(super) fn apply<'g>(
+        &self,
+        g: &'g Builder<'g>,
+        w: W<'g>,
+        layer: usize,
+        x: Val<'g>,
+        rope: (Val<'g>, Val<'g>),
+        attention_mask: Val<'g>,
+    ) -> Val<'g> {
+        let project = |name: &str, heads: usize| {
+            let width = heads * self.head_dim;
+            let y = if self.qkv_bias { g.linear_bias(x, w / name, width) } else { g.linear(x, w / name, width) };
+            g.split_heads(y, heads)
+        };
+        let q = g.rotary(project("q_proj", self.heads), rope);
+        let k = g.rotary(project("k_proj", self.kv_heads), rope);
+        let v = project("v_proj", self.kv_heads);
+        let (k, v) = (cached(g, layer, "key", k), cached(g, layer, "value", v));
+        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        let y = g.attention(q, k, v, scale, Mask::Causal, Some(attention_mask));
+        g.linear(g.merge_heads(y), w / "o_proj", self.hidden_size)
+    }
+}
+
+/// `new f32[batch, heads, seq, width]` appended to the cache of a layer's keys or values.
+pub(super) fn cached<'g>(g: &'g Builder<'g>, layer: usize, kind: &str, new: Val<'g>) -> Val<'g> {
+    let shape = [new.dim(0), new.dim(1), Dim::symbol("past"), new.dim(3)];
+    let past = g.state(&format!("past_key_values.{layer}.{kind}"), &format!("present.{layer}.{kind}"), DType::F32, shape, 2);
+    g.append(past, new, 2)
+}
