@@ -210,7 +210,7 @@ impl Model {
             format: FORMAT,
             compiler: COMPILER.into(),
             target: target.name.into(),
-            architecture: self.architecture.model_type.into(),
+            architecture: program.name.clone(),
             parameters,
             source: self.checkpoint.source(),
             symbols: program.symbols.clone(),
@@ -222,7 +222,7 @@ impl Model {
         })?;
         Ok(Report {
             out: options.out.into(),
-            architecture: self.architecture.model_type.into(),
+            architecture: program.name.clone(),
             target: target.name.into(),
             parameters,
             weight_bytes,

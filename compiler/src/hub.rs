@@ -1,16 +1,20 @@
 //! Finding a checkpoint by name: a directory, the local Hugging Face cache, or (with the feature `hub`) a download into that
 //! cache, in the layout of `huggingface_hub`, which shares it.
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    arch::{ARCHITECTURES, Architecture},
+};
 use std::path::{Path, PathBuf};
 
-/// Short names of models on the hub.
-pub static ALIASES: &[(&str, &str)] = &[
-    ("qwen2-vl", "Qwen/Qwen2-VL-2B-Instruct"),
-    ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct"),
-    ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct"),
-    ("qwen2-vl-72b", "Qwen/Qwen2-VL-72B-Instruct"),
-];
+/// Short names of models on the hub, and their ids there: of each family (its first size), and of each size.
+pub fn aliases() -> Vec<(&'static str, &'static str)> {
+    let of = |a: &'static Architecture| {
+        let published = || a.presets.iter().filter(|p| !p.hub.is_empty());
+        published().next().map(|p| (a.alias, p.hub)).into_iter().chain(published().map(|p| (p.name, p.hub)))
+    };
+    ARCHITECTURES.iter().flat_map(of).collect()
+}
 
 /// Called with a file name, the bytes done and the bytes in all while a file is downloaded.
 pub type Progress<'a> = &'a dyn Fn(&str, u64, u64);
@@ -25,11 +29,11 @@ pub fn resolve(model: &str, progress: Progress<'_>) -> Result<PathBuf> {
         return Ok(path.into());
     }
     let fail = |message: String| Error::Model { model: model.into(), message };
-    let id = ALIASES.iter().find(|(alias, _)| *alias == model).map_or(model, |(_, id)| *id);
+    let id = aliases().iter().find(|(alias, _)| *alias == model).map_or(model, |(_, id)| *id);
     let (id, revision) = id.split_once('@').unwrap_or((id, "main"));
     let plain = |s: &str| !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     let (Some((org, name)), true) = (id.split_once('/'), plain(revision)) else {
-        let known: Vec<_> = ALIASES.iter().map(|(a, _)| *a).collect();
+        let known: Vec<_> = ARCHITECTURES.iter().map(|a| a.alias).collect();
         let advice =
             format!("give a checkpoint directory, a Hugging Face id such as Qwen/Qwen2-VL-2B-Instruct, or an alias: {}", known.join(", "));
         return Err(fail(format!("there is no such directory, and it is no name of a model; {advice}")));

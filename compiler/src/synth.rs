@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    arch::{Architecture, SideFiles},
+    arch::{ARCHITECTURES, Architecture, Preset, SideFiles},
     artifact_dir::StagedDir,
     weights_writer::{TensorSpec, WeightsWriter},
 };
@@ -22,130 +22,25 @@ const SHARD: u64 = 4_000_000_000;
 /// Elements per piece of work.
 const TILE: usize = 1 << 20;
 
-/// Sizes of a decoder, as published, and of the vision tower.
-struct Preset {
-    name: &'static str,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    vocab_size: usize,
-    tie_word_embeddings: bool,
-    vision_depth: usize,
-    vision_embed_dim: usize,
-    mrope_section: [usize; 3],
+/// All presets of all architectures.
+fn all() -> impl Iterator<Item = &'static Preset> {
+    ARCHITECTURES.iter().flat_map(|a| a.presets)
 }
-
-const QWEN2_VL_2B: Preset = Preset {
-    name: "qwen2-vl-2b",
-    hidden_size: 1536,
-    intermediate_size: 8960,
-    num_hidden_layers: 28,
-    num_attention_heads: 12,
-    num_key_value_heads: 2,
-    vocab_size: 151_936,
-    tie_word_embeddings: true,
-    vision_depth: 32,
-    vision_embed_dim: 1280,
-    mrope_section: [16, 24, 24],
-};
-
-static PRESETS: [Preset; 4] = [
-    QWEN2_VL_2B,
-    Preset {
-        name: "qwen2-vl-7b",
-        hidden_size: 3584,
-        intermediate_size: 18944,
-        num_attention_heads: 28,
-        num_key_value_heads: 4,
-        vocab_size: 152_064,
-        tie_word_embeddings: false,
-        ..QWEN2_VL_2B
-    },
-    Preset {
-        name: "qwen2-vl-72b",
-        hidden_size: 8192,
-        intermediate_size: 29568,
-        num_hidden_layers: 80,
-        num_attention_heads: 64,
-        num_key_value_heads: 8,
-        vocab_size: 152_064,
-        tie_word_embeddings: false,
-        ..QWEN2_VL_2B
-    },
-    // Not published: the 2B model's structure in a size for tests.
-    Preset {
-        name: "qwen2-vl-tiny",
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        vision_depth: 2,
-        vision_embed_dim: 64,
-        mrope_section: [2, 3, 3],
-        ..QWEN2_VL_2B
-    },
-];
 
 /// Names of the presets.
 pub fn presets() -> Vec<&'static str> {
-    PRESETS.iter().map(|p| p.name).collect()
+    all().map(|p| p.name).collect()
 }
 
-/// The `config.json` of a preset, as published on the hub.
+/// The preset of that name.
 ///
 /// # Errors
 /// [`Error::Model`] lists the presets there are.
-pub fn config(preset: &str) -> Result<Value> {
-    let p = PRESETS.iter().find(|p| p.name == preset).ok_or_else(|| Error::Model {
-        model: preset.into(),
+pub fn preset(name: &str) -> Result<&'static Preset> {
+    all().find(|p| p.name == name).ok_or_else(|| Error::Model {
+        model: name.into(),
         message: format!("there is no such preset; presets are {}", presets().join(", ")),
-    })?;
-    Ok(json!({
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151_643,
-        "eos_token_id": 151_645,
-        "vision_start_token_id": 151_652,
-        "vision_end_token_id": 151_653,
-        "vision_token_id": 151_654,
-        "image_token_id": 151_655,
-        "video_token_id": 151_656,
-        "hidden_act": "silu",
-        "hidden_size": p.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": p.intermediate_size,
-        "max_position_embeddings": 32768,
-        "max_window_layers": p.num_hidden_layers,
-        "model_type": "qwen2_vl",
-        "num_attention_heads": p.num_attention_heads,
-        "num_hidden_layers": p.num_hidden_layers,
-        "num_key_value_heads": p.num_key_value_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": p.tie_word_embeddings,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2",
-        "use_cache": true,
-        "use_sliding_window": false,
-        "vision_config": {
-            "depth": p.vision_depth,
-            "embed_dim": p.vision_embed_dim,
-            "mlp_ratio": 4,
-            "num_heads": 16,
-            "in_chans": 3,
-            "hidden_size": p.hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2
-        },
-        "rope_scaling": {"type": "mrope", "mrope_section": p.mrope_section},
-        "vocab_size": p.vocab_size
-    }))
+    })
 }
 
 /// Notes which tensors a frontend asks for.
@@ -168,16 +63,31 @@ impl WeightSource for Recorder {
     }
 }
 
+/// Number of weights of the model that a config describes, each counted once.
+///
+/// # Errors
+/// The config does not fit its architecture.
+pub fn parameters(config: &Value) -> Result<u64> {
+    let tensors = tensors(config)?;
+    Ok(tensors.iter().map(|t| t.shape.iter().map(|d| *d as u64).product::<u64>()).sum())
+}
+
+/// The tensors of the checkpoint of a config, in the order in which the model has them.
+fn tensors(config: &Value) -> Result<Vec<TensorSpec>> {
+    let recorder = Recorder { tied: config["tie_word_embeddings"] == true, tensors: RefCell::default() };
+    Architecture::of(config)?.lower(config, Weights::new(&recorder), &SideFiles::default())?;
+    Ok(recorder.tensors.into_inner())
+}
+
 /// Writes a checkpoint in hub layout to `out`, with weights that depend on the seed only. `progress` gets the bytes written
 /// and in all, from any thread.
 ///
 /// # Errors
 /// There is no such preset, `out` exists and is not empty, or the disk is full.
-pub fn synth(preset: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
-    let config = config(preset)?;
-    let recorder = Recorder { tied: config["tie_word_embeddings"] == true, tensors: RefCell::default() };
-    Architecture::of(&config)?.lower(&config, Weights::new(&recorder), &SideFiles::default())?;
-    let tensors = recorder.tensors.into_inner();
+pub fn synth(name: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
+    let preset = preset(name)?;
+    let config = (preset.config)();
+    let tensors = tensors(&config)?;
     let dir = StagedDir::create(out, "an empty directory", |_| false)?;
 
     let mut shards: Vec<Vec<TensorSpec>> = vec![vec![]];
@@ -215,20 +125,9 @@ pub fn synth(preset: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) +
         write("model.safetensors.index.json", &json!({"metadata": {"total_size": total}, "weight_map": weight_map}))?;
     }
     write("config.json", &config)?;
-    write(
-        "generation_config.json",
-        &json!({"bos_token_id": 151_643, "pad_token_id": 151_643, "do_sample": true, "eos_token_id": [151_645, 151_643],
-                "repetition_penalty": 1.0, "temperature": 0.01, "top_p": 0.001, "top_k": 1}),
-    )?;
-    write(
-        "preprocessor_config.json",
-        &json!({"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-                "image_mean": [0.481_454_66, 0.457_827_5, 0.408_210_73], "image_std": [0.268_629_54, 0.261_302_58, 0.275_777_11],
-                "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}),
-    )?;
-    let (tokenizer, tokenizer_config) = tokenizer();
-    write("tokenizer.json", &tokenizer)?;
-    write("tokenizer_config.json", &tokenizer_config)?;
+    for (name, content) in (preset.files)() {
+        write(name, &content)?;
+    }
     dir.commit()
 }
 
@@ -266,9 +165,9 @@ fn normal(counter: u64) -> f32 {
     (sum as f32 - 131_070.0) / 37_837.2
 }
 
-/// A byte-level tokenizer with Qwen2-VL's special tokens at their published ids, and names for the ids in between, so that what
-/// a random model writes can be seen.
-fn tokenizer() -> (Value, Value) {
+/// `tokenizer.json` of a byte-level tokenizer with special tokens at the ids from `first` on, and names for the ids in between, so
+/// that what a random model writes can be seen.
+pub(crate) fn tokenizer(first: usize, specials: &[&str]) -> Value {
     // GPT-2's printable stand-ins for bytes.
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 256u32;
@@ -282,44 +181,22 @@ fn tokenizer() -> (Value, Value) {
         };
         vocab.insert(c.to_string(), json!(b));
     }
-    for id in 256..151_643 {
+    for id in 256..first {
         vocab.insert(format!("Ġw{id}"), json!(id));
     }
-    let names = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|object_ref_start|>",
-        "<|object_ref_end|>",
-        "<|box_start|>",
-        "<|box_end|>",
-        "<|quad_start|>",
-        "<|quad_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ];
     let mut added = vec![];
-    for (i, name) in names.iter().enumerate() {
-        let id = 151_643 + i;
+    for (i, name) in specials.iter().enumerate() {
+        let id = first + i;
         vocab.insert((*name).into(), json!(id));
         added.push(json!({"id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}));
     }
     let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-    let tokenizer = json!({
+    json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": level, "post_processor": null, "decoder": level,
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
                   "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
-    });
-    let template = "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-    let config = json!({
-        "bos_token": null, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 32768,
-        "tokenizer_class": "Qwen2Tokenizer", "chat_template": template
-    });
-    (tokenizer, config)
+    })
 }
 
 #[cfg(test)]

@@ -273,7 +273,7 @@ fn graphs_as_text() {
     insta::assert_snapshot!("ir_tiny", stdout(&vlmc(&["dump", text(&fixture("qwen2-vl"))])));
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.json");
-    fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-2b").unwrap()).unwrap()).unwrap();
+    fs::write(&config, serde_json::to_vec(&(vlmc::synth::preset("qwen2-vl-2b").unwrap().config)()).unwrap()).unwrap();
     insta::assert_snapshot!("ir_2b", stdout(&vlmc(&["dump", text(&config)])));
     insta::assert_snapshot!(
         "ir_tiny_onnx_cpu",
@@ -295,7 +295,7 @@ fn graphs_as_text() {
 fn dumped_text_parses_to_the_same_text() {
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.json");
-    fs::write(&config, serde_json::to_vec(&vlmc::synth::config("qwen2-vl-7b").unwrap()).unwrap()).unwrap();
+    fs::write(&config, serde_json::to_vec(&(vlmc::synth::preset("qwen2-vl-7b").unwrap().config)()).unwrap()).unwrap();
     let passes: Vec<_> = vlmc_passes::pipeline(vlmc::target::named("onnx-cpu").unwrap()).iter().map(|p| p.name).collect();
     for args in
         passes.iter().map(|p| vec!["dump", text(&config), "--target", "onnx-cpu", "--after", p]).chain([vec!["dump", text(&config)]])

@@ -14,8 +14,10 @@ use vlmc_ir::{BuildError, Builder, Graph, Program, Symbol, Weights};
 
 /// What the compiler knows about a family of checkpoints.
 pub struct Architecture {
-    /// `model_type` of `config.json`.
-    pub model_type: &'static str,
+    /// What `model_type` of `config.json` may be.
+    pub model_types: &'static [&'static str],
+    /// Short name: stands for the first preset.
+    pub alias: &'static str,
     /// Family name for people.
     pub title: &'static str,
     /// Paper, or reference implementation.
@@ -24,8 +26,24 @@ pub struct Architecture {
     pub canonical_name: fn(&str) -> Cow<'_, str>,
     /// Whether the model may do without the tensor (buffers that follow from the config).
     pub ignored: fn(&str) -> bool,
+    /// Published sizes.
+    pub presets: &'static [Preset],
     lower: fn(&Section<'_>, &Weights<'_>, &SideFiles) -> Result<Lowered>,
     processor: fn(&Section<'_>, &SideFiles) -> Result<Option<Processor>>,
+}
+
+/// A published size of an architecture.
+pub struct Preset {
+    /// Short name of the model.
+    pub name: &'static str,
+    /// Where it is published on the hub; empty for sizes that serve tests only.
+    pub hub: &'static str,
+    /// Number of weights, each counted once.
+    pub parameters: u64,
+    /// Its `config.json`.
+    pub config: fn() -> Value,
+    /// Other JSON files of its checkpoint, by name, that a synthetic one should have.
+    pub files: fn() -> Vec<(&'static str, Value)>,
 }
 
 /// All architectures.
@@ -71,8 +89,8 @@ impl Architecture {
     /// [`Error::Config`] if `model_type` is missing or unknown.
     pub fn of(config: &Value) -> Result<&'static Self> {
         let model_type: String = Section::root(config)?.require("model_type")?;
-        ARCHITECTURES.iter().find(|a| a.model_type == model_type).ok_or_else(|| {
-            let known: Vec<_> = ARCHITECTURES.iter().map(|a| a.model_type).collect();
+        ARCHITECTURES.iter().find(|a| a.model_types.contains(&&*model_type)).ok_or_else(|| {
+            let known: Vec<_> = ARCHITECTURES.iter().flat_map(|a| a.model_types).copied().collect();
             Error::config("model_type", format!("architecture '{model_type}' is not supported; supported are: {}", known.join(", ")))
         })
     }
@@ -83,7 +101,8 @@ impl Architecture {
     /// A field of the config or a tensor is missing or not supported.
     pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task)> {
         let Lowered { symbols, graphs, task } = (self.lower)(&Section::root(config)?, &weights, files)?;
-        Ok((Program { name: self.model_type.into(), symbols, graphs, weights: weights.into_table() }, task))
+        let name: String = Section::root(config)?.require("model_type")?;
+        Ok((Program { name, symbols, graphs, weights: weights.into_table() }, task))
     }
 
     /// How pictures become tensors; `None` if the checkpoint does not say.

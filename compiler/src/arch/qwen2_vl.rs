@@ -1,26 +1,180 @@
 //! Qwen2-VL (Wang et al., 2024, arXiv 2409.12191). Reference: transformers `modeling_qwen2_vl.py`.
 
 use super::{
-    Architecture, Lowered, SideFiles,
+    Architecture, Lowered, Preset, SideFiles,
     config::Section,
     decoder::{Decoder, LAYERS, Positions, WIDTH},
     graph, nn, symbol,
 };
 use crate::{Error, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use vlmc_artifact::{Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
 use vlmc_ir::{Builder, DType, Dim, Val, Weights, ops::Mask};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
-    model_type: "qwen2_vl",
+    model_types: &["qwen2_vl"],
+    alias: "qwen2-vl",
     title: "Qwen2-VL",
     reference: "arXiv 2409.12191; transformers Qwen2VLForConditionalGeneration",
     canonical_name,
     ignored: |name| name.ends_with("rotary_emb.inv_freq") || name.ends_with("rotary_pos_emb.inv_freq"),
+    presets: &[
+        Preset { name: "qwen2-vl-2b", hub: "Qwen/Qwen2-VL-2B-Instruct", parameters: 2_208_985_600, config: || config(&B2), files },
+        Preset { name: "qwen2-vl-7b", hub: "Qwen/Qwen2-VL-7B-Instruct", parameters: 8_291_375_616, config: || config(&B7), files },
+        Preset { name: "qwen2-vl-72b", hub: "Qwen/Qwen2-VL-72B-Instruct", parameters: 73_405_560_320, config: || config(&B72), files },
+        // The 2B model's structure in a size for tests.
+        Preset { name: "qwen2-vl-tiny", hub: "", parameters: 10_055_808, config: || config(&TINY), files },
+    ],
     lower,
     processor,
 };
+
+/// Sizes of a decoder and of the vision tower.
+struct Size {
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    vocab_size: usize,
+    tie_word_embeddings: bool,
+    vision_depth: usize,
+    vision_embed_dim: usize,
+    mrope_section: [usize; 3],
+}
+
+const B2: Size = Size {
+    hidden_size: 1536,
+    intermediate_size: 8960,
+    num_hidden_layers: 28,
+    num_attention_heads: 12,
+    num_key_value_heads: 2,
+    vocab_size: 151_936,
+    tie_word_embeddings: true,
+    vision_depth: 32,
+    vision_embed_dim: 1280,
+    mrope_section: [16, 24, 24],
+};
+const B7: Size = Size {
+    hidden_size: 3584,
+    intermediate_size: 18944,
+    num_attention_heads: 28,
+    num_key_value_heads: 4,
+    vocab_size: 152_064,
+    tie_word_embeddings: false,
+    ..B2
+};
+const B72: Size = Size {
+    hidden_size: 8192,
+    intermediate_size: 29568,
+    num_hidden_layers: 80,
+    num_attention_heads: 64,
+    num_key_value_heads: 8,
+    vocab_size: 152_064,
+    tie_word_embeddings: false,
+    ..B2
+};
+const TINY: Size = Size {
+    hidden_size: 64,
+    intermediate_size: 128,
+    num_hidden_layers: 2,
+    num_attention_heads: 4,
+    num_key_value_heads: 2,
+    vision_depth: 2,
+    vision_embed_dim: 64,
+    mrope_section: [2, 3, 3],
+    ..B2
+};
+
+/// `config.json` as published on the hub.
+fn config(p: &Size) -> Value {
+    json!({
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_645,
+        "vision_start_token_id": 151_652,
+        "vision_end_token_id": 151_653,
+        "vision_token_id": 151_654,
+        "image_token_id": 151_655,
+        "video_token_id": 151_656,
+        "hidden_act": "silu",
+        "hidden_size": p.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": p.intermediate_size,
+        "max_position_embeddings": 32768,
+        "max_window_layers": p.num_hidden_layers,
+        "model_type": "qwen2_vl",
+        "num_attention_heads": p.num_attention_heads,
+        "num_hidden_layers": p.num_hidden_layers,
+        "num_key_value_heads": p.num_key_value_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": p.tie_word_embeddings,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": true,
+        "use_sliding_window": false,
+        "vision_config": {
+            "depth": p.vision_depth,
+            "embed_dim": p.vision_embed_dim,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "hidden_size": p.hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": p.mrope_section},
+        "vocab_size": p.vocab_size
+    })
+}
+
+/// Special tokens from id 151643 on.
+const SPECIALS: [&str; 14] = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+];
+
+/// The other files of a synthetic checkpoint; the chat template gives the published one's text, in our own words.
+pub(super) fn files() -> Vec<(&'static str, Value)> {
+    let template = "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    vec![
+        (
+            "generation_config.json",
+            json!({"bos_token_id": 151_643, "pad_token_id": 151_643, "do_sample": true, "eos_token_id": [151_645, 151_643],
+                "repetition_penalty": 1.0, "temperature": 0.01, "top_p": 0.001, "top_k": 1}),
+        ),
+        (
+            "preprocessor_config.json",
+            json!({"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+                "image_mean": [0.481_454_66, 0.457_827_5, 0.408_210_73], "image_std": [0.268_629_54, 0.261_302_58, 0.275_777_11],
+                "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}),
+        ),
+        ("tokenizer.json", crate::synth::tokenizer(151_643, &SPECIALS)),
+        (
+            "tokenizer_config.json",
+            json!({"bos_token": null, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 32768,
+                "tokenizer_class": "Qwen2Tokenizer", "chat_template": template}),
+        ),
+    ]
+}
 
 /// transformers since 4.52 may write `model.visual.` and `model.language_model.` for `visual.` and `model.`.
 fn canonical_name(name: &str) -> Cow<'_, str> {

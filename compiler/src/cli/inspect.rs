@@ -128,7 +128,7 @@ fn of_checkpoint(model: &Model) -> Result<Value> {
         .collect();
     Ok(json!({
         "kind": "checkpoint",
-        "architecture": model.architecture().model_type,
+        "architecture": model.checkpoint().config()["model_type"],
         "parameters": program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum::<u64>(),
         "parts": parts.iter().map(|(n, (p, b))| (n.to_string(), json!({"parameters": p, "bytes": b}))).collect::<serde_json::Map<_, _>>(),
         "graphs": graphs,

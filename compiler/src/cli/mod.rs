@@ -260,11 +260,11 @@ fn archs(json: bool) -> Result<()> {
     if json {
         let all: Vec<_> = ARCHITECTURES
             .iter()
-            .map(|a| serde_json::json!({"model_type": a.model_type, "title": a.title, "reference": a.reference}))
+            .map(|a| serde_json::json!({"model_types": a.model_types, "title": a.title, "reference": a.reference}))
             .collect();
         return print_json(&all);
     }
-    print(&ARCHITECTURES.iter().map(|a| format!("{:12} {:12} {}\n", a.model_type, a.title, a.reference)).collect::<String>())
+    print(&ARCHITECTURES.iter().map(|a| format!("{:28} {:18} {}\n", a.model_types.join(", "), a.title, a.reference)).collect::<String>())
 }
 
 fn targets(json: bool) -> Result<()> {
