@@ -57,7 +57,10 @@ impl Model {
         let artifact = Artifact::open(dir)?;
         Ok(Self {
             tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
-            template: ChatTemplate::open(|name| artifact.path(name))?,
+            template: ChatTemplate::open(
+                |name| artifact.path(name),
+                artifact.manifest().task.prompt().and_then(|p| p.template.as_deref()),
+            )?,
             pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
         })
     }
@@ -87,6 +90,7 @@ impl Model {
         Ok(Conversation {
             messages: system.map(text).into_iter().collect(),
             media: vec![],
+            made_for: 0,
             cached: vec![],
             pipeline: &mut self.pipeline,
             tokenizer,
@@ -98,7 +102,8 @@ impl Model {
 /// A picture or video of a conversation.
 struct Media {
     pixels: Pixels,
-    is_video: bool,
+    /// The picture, absent for a video.
+    picture: Option<Rgb>,
     /// Made when they are first needed.
     features: Option<Outputs>,
 }
@@ -111,6 +116,8 @@ pub struct Conversation<'m> {
     messages: Vec<Message>,
     /// In prompt order.
     media: Vec<Media>,
+    /// How many pictures the conversation had when tensors were made of them.
+    made_for: usize,
     /// Tokens whose keys and values are in the cache.
     cached: Vec<i64>,
 }
@@ -142,16 +149,22 @@ impl Conversation<'_> {
 
     fn answer(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
         let since = Instant::now();
+        let new = parts.iter().filter(|p| matches!(p, Part::Image(_))).count();
+        let pictures = self.media.iter().filter(|m| m.picture.is_some()).count() + new;
+        if pictures > 0 && processor::changes(self.processor()?, self.made_for, pictures) {
+            self.process_again(pictures)?;
+        }
+        self.made_for = pictures;
         let mut content = vec![];
         for part in parts {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image(self.processor()?, picture)?, false);
+                    self.add(processor::image(self.processor()?, picture, pictures)?, Some(picture.clone()));
                     Content::Image
                 }
                 Part::Video(frames) => {
-                    self.add(processor::video(self.processor()?, frames)?, true);
+                    self.add(processor::video(self.processor()?, frames)?, None);
                     Content::Video
                 }
             });
@@ -159,7 +172,7 @@ impl Conversation<'_> {
         self.messages.push(Message { role: "user".into(), content });
         let text = self.template.render(&self.messages, true)?;
         let rules = self.pipeline.rules().clone();
-        let of = |video: bool| self.media.iter().filter(move |m| m.is_video == video).map(|m| &m.pixels);
+        let of = |video: bool| self.media.iter().filter(move |m| m.picture.is_none() == video).map(|m| &m.pixels);
         let tokens = |video: bool| of(video).map(|p| p.tokens).collect::<Vec<_>>();
         let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
         let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
@@ -191,8 +204,21 @@ impl Conversation<'_> {
         self.pipeline.engine().manifest().processor.as_ref().ok_or_else(missing)
     }
 
-    fn add(&mut self, pixels: Pixels, is_video: bool) {
-        self.media.push(Media { pixels, is_video, features: None });
+    fn add(&mut self, pixels: Pixels, picture: Option<Rgb>) {
+        self.media.push(Media { pixels, picture, features: None });
+    }
+
+    /// Makes other tensors of the pictures so far, as suits a conversation of that many.
+    fn process_again(&mut self, pictures: usize) -> Result<()> {
+        let processor = self.processor()?.clone();
+        for m in &mut self.media {
+            if let Some(picture) = &m.picture {
+                *m = Media { pixels: processor::image(&processor, picture, pictures)?, picture: m.picture.take(), features: None };
+            }
+        }
+        // What stands in the cache are the features of the other tensors.
+        self.cached.clear();
+        Ok(())
     }
 
     /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
@@ -211,7 +237,7 @@ impl Conversation<'_> {
         let mut out = Features::default();
         for (video, token, slot) in [(false, rules.image_token_id, &mut out.image), (true, rules.video_token_id, &mut out.video)] {
             let mut skip = ids[..keep].iter().filter(|i| Some(**i) == token).count();
-            for m in self.media.iter_mut().filter(|m| m.is_video == video) {
+            for m in self.media.iter_mut().filter(|m| m.picture.is_none() == video) {
                 if skip >= m.pixels.tokens {
                     skip -= m.pixels.tokens;
                     continue;

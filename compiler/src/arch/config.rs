@@ -29,6 +29,11 @@ impl<'a> Section<'a> {
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
     }
 
+    /// Whether the field is there, if only to say `null`.
+    pub(super) fn mentions(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// The object `field`, if it is there.
     pub(super) fn section(&self, field: &str) -> Result<Option<Section<'a>>> {
         let Some(value) = self.value(field) else { return Ok(None) };

@@ -63,6 +63,11 @@ pub(super) const LLAMA: Defaults = Defaults {
 impl Decoder {
     /// From a config in which only what `defaults` has may be missing; without `defaults`, nothing may.
     pub(super) fn new(c: &Section<'_>, defaults: Option<&Defaults>) -> Result<Self> {
+        Self::with_head_dim(c, defaults, c.opt_int("head_dim", WIDTH)?)
+    }
+
+    /// As [`Self::new`], with a width of heads that the config has under a name of its own.
+    pub(super) fn with_head_dim(c: &Section<'_>, defaults: Option<&Defaults>, head_dim: Option<usize>) -> Result<Self> {
         c.only("use_sliding_window", &[json!(false)])?;
         if let Some(types) = c.get::<Vec<Value>>("layer_types")?
             && let Some(other) = types.iter().find(|t| **t != json!("full_attention"))
@@ -75,7 +80,7 @@ impl Decoder {
         };
         let hidden_size = int("hidden_size", WIDTH, |d| d.hidden_size)?;
         let heads = int("num_attention_heads", WIDTH, |d| d.num_attention_heads)?;
-        let head_dim = match c.opt_int("head_dim", WIDTH)? {
+        let head_dim = match head_dim {
             Some(d) => d,
             None => nn::head_dim(c, "hidden_size", hidden_size, "num_attention_heads", heads)?,
         };
@@ -113,6 +118,17 @@ impl Decoder {
     /// `logit_positions i64[scored]` to `logits f32[batch, scored, vocab]`, only of the positions asked for. `w` is the path of the
     /// layers and the norm, `head` that of the last matrix.
     pub(super) fn graph<'g>(&self, g: &'g Builder<'g>, w: W<'g>, head: W<'g>) {
+        self.graph_of(g, w, head, |w, i, x, rope, mask| self.layer(g, w, i, x, rope, mask));
+    }
+
+    /// As [`Self::graph`], with layers of another kind.
+    pub(super) fn graph_of<'g>(
+        &self,
+        g: &'g Builder<'g>,
+        w: W<'g>,
+        head: W<'g>,
+        layer: impl Fn(W<'g>, usize, Val<'g>, (Val<'g>, Val<'g>), Val<'g>) -> Val<'g>,
+    ) {
         let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
         let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), self.hidden_size.into()]);
         let position_ids = match self.positions {
@@ -125,7 +141,7 @@ impl Decoder {
         let _scope = g.scope(w.path());
         let rope = self.rope(g, position_ids);
         for i in 0..self.num_hidden_layers {
-            x = self.layer(g, w / "layers" / i, i, x, rope, attention_mask);
+            x = layer(w / "layers" / i, i, x, rope, attention_mask);
         }
         let x = g.rms_norm(g.gather(x, logit_positions, 1), w / "norm", self.rms_norm_eps);
         g.output("logits", g.linear(x, head, self.vocab_size));

@@ -2,8 +2,10 @@
 
 mod config;
 mod decoder;
+mod deepseek_vl2;
 mod nn;
 mod qwen2_vl;
+mod timm;
 
 use crate::{Error, Result};
 use config::Section;
@@ -47,7 +49,7 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, deepseek_vl2::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {

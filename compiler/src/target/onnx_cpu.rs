@@ -53,6 +53,8 @@ pub(super) const TARGET: Target = Target {
             | Op::Mrope(_)
             | Op::Rope(_)
             | Op::ResizeWeights(_)
+            | Op::Route(_)
+            | Op::TileRows(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },

@@ -185,6 +185,24 @@ pub enum Positions {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
+    /// `DeepseekVLV2Processor`: a global view, and the picture in the best of some sizes cut into tiles.
+    #[serde(rename = "deepseek_vl2")]
+    DeepseekVl2(DeepseekVl2Processor),
+}
+
+/// Settings of `DeepseekVLV2Processor`; names as in `processor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVl2Processor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Tokens per side of a tile.
+    pub tile_side: usize,
+    /// Sizes (width, height) that pictures are fitted into before they are cut, in multiples of `tile_size`.
+    pub candidate_resolutions: Vec<[usize; 2]>,
+    /// Mean per channel, of values from 0 to 1.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel.
+    pub image_std: [f32; 3],
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

@@ -1,10 +1,11 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod deepseek_vl2;
 mod qwen2_vl;
 
 pub use qwen2_vl::smart_resize;
 
-use crate::{Result, forward::Tensors, image::Rgb, prompt::Clip};
+use crate::{Error, Result, forward::Tensors, image::Rgb, prompt::Clip};
 use vlmc_artifact::Processor;
 
 /// A picture or video as the model takes it.
@@ -18,12 +19,13 @@ pub struct Pixels {
     pub clip: Clip,
 }
 
-/// A picture.
+/// A picture, one of `pictures` of a conversation.
 ///
 /// # Errors
 /// It is of a shape that the processor does not take.
-pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
+pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     match p {
+        Processor::DeepseekVl2(p) => deepseek_vl2::image(p, picture, pictures),
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
     }
 }
@@ -34,8 +36,14 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 /// As [`image`], there are no frames, or the model takes no videos.
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
+        Processor::DeepseekVl2(_) => Err(Error::Unsupported("the model takes no videos".into())),
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
     }
+}
+
+/// Whether pictures become other tensors when a conversation goes from `before` pictures to `after`.
+pub(crate) fn changes(p: &Processor, before: usize, after: usize) -> bool {
+    matches!(p, Processor::DeepseekVl2(_)) && deepseek_vl2::crops(before) != deepseek_vl2::crops(after)
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
