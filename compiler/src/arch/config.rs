@@ -41,6 +41,12 @@ impl<'a> Section<'a> {
         Ok(Some(Section { path: self.path(field), fields, outer: None }))
     }
 
+    /// The object `field`.
+    pub(super) fn require_section(&self, field: &str) -> Result<Section<'a>> {
+        let path = if self.path.is_empty() { field.into() } else { format!("{}.{field}", self.path) };
+        self.section(field)?.ok_or_else(|| Error::config(path, "is missing"))
+    }
+
     /// The object `field` with this one as a fallback; this one if it is not there.
     pub(super) fn section_or_self(&self, field: &str) -> Result<Section<'a>> {
         Ok(self.section(field)?.map_or_else(|| self.clone(), |s| Section { outer: Some(self.fields), ..s }))

@@ -4,7 +4,7 @@ use super::{
     Architecture, Lowered, Preset, SideFiles,
     config::Section,
     decoder::{Decoder, Defaults, LAYERS, Positions, WIDTH, cached},
-    graph, nn, symbol,
+    deepseek_vl, graph, nn, symbol,
     timm::{self, Tower},
 };
 use crate::{Error, Result};
@@ -188,25 +188,6 @@ fn files() -> Vec<(&'static str, Value)> {
 
 /// Placeholder of a picture, unless the processor has another.
 const IMAGE_TOKEN: &str = "<image>";
-
-/// The format `deepseek` of the reference's `conversation.py`; published checkpoints have no chat template.
-const TEMPLATE: &str = "\
-{%- for message in messages -%}
-{%- set text -%}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endset -%}
-{%- if message['role'] == 'system' -%}{%- if text | trim -%}{{- text | trim ~ '\\n\\n' -}}{%- endif -%}
-{%- elif message['role'] == 'user' -%}{{- '<|User|>: ' ~ text | trim ~ '\\n\\n' -}}
-{%- else -%}{{- '<|Assistant|>: ' ~ text | trim ~ eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|Assistant|>:' -}}{%- endif -%}
-";
 
 /// `DeepseekV2Config` of the reference.
 const DEEPSEEK_V2: Defaults = Defaults {
@@ -480,16 +461,15 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
     c.only("quantization_config", &[])?;
     c.only("tile_tag", &[json!("2D")])?;
     c.only("global_view_pos", &[json!("head"), json!("tail")])?;
-    let section = |name: &str| c.section(name)?.ok_or_else(|| Error::config(name, "is missing"));
-    let vision = section("vision_config")?;
+    let vision = c.require_section("vision_config")?;
     vision.only("class_token", &[json!(false)])?;
     vision.only("global_pool", &[json!("map")])?;
     vision.only("ignore_head", &[json!(true)])?;
     // What the config leaves out are the sizes of SigLIP-L, whatever its `model_name`.
     let tower = Tower::new(&vision, &timm::LARGE, Unary::GeluTanh)?;
-    let language = Language::new(&section("language_config")?, "language.model", weights)?;
+    let language = Language::new(&c.require_section("language_config")?, "language.model", weights)?;
     let (hidden_size, vocab_size) = (language.decoder.hidden_size, language.decoder.vocab_size);
-    let projector = Projector::new(&section("projector_config")?, &tower, hidden_size)?;
+    let projector = Projector::new(&c.require_section("projector_config")?, &tower, hidden_size)?;
     let global_first = c.get::<String>("global_view_pos")?.is_none_or(|pos| pos == "head");
 
     let vision_graph = graph("vision", weights, |g| {
@@ -528,7 +508,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
             vocab_size,
             max_positions: context,
             positions: vlmc_artifact::Positions::Sequential,
-            template: Some(TEMPLATE.into()),
+            template: Some(deepseek_vl::template("", "<|User|>", "<|Assistant|>", &format!("{image_token}\\n"))),
         }),
     })
 }

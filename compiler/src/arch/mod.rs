@@ -2,9 +2,11 @@
 
 mod config;
 mod decoder;
+mod deepseek_vl;
 mod deepseek_vl2;
 mod nn;
 mod qwen2_vl;
+mod sam;
 mod timm;
 
 use crate::{Error, Result};
@@ -49,7 +51,7 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, deepseek_vl2::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, deepseek_vl::ARCHITECTURE, deepseek_vl2::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {

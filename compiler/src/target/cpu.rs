@@ -47,7 +47,8 @@ pub(super) const TARGET: Target = Target {
         | Op::Conv2d(_)
         | Op::ResizeWeights(_)
         | Op::Route(_)
-        | Op::TileRows(_) => Support::Decompose,
+        | Op::TileRows(_)
+        | Op::GridRelative(_) => Support::Decompose,
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },

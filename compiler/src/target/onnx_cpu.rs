@@ -55,6 +55,7 @@ pub(super) const TARGET: Target = Target {
             | Op::ResizeWeights(_)
             | Op::Route(_)
             | Op::TileRows(_)
+            | Op::GridRelative(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },

@@ -20,7 +20,7 @@ pub use moe::{Moe, Route, TopK};
 pub use norm::{LayerNorm, RmsNorm};
 pub use positions::{GridPositions, Mrope, Rope, RopeScaling, Rotary2d};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
-pub use tiles::TileRows;
+pub use tiles::{GridRelative, TileRows};
 
 use crate::{Bindings, Builder, DType, Dim, Type, Val, interp::Array};
 use serde::{Serialize, de::DeserializeOwned};
@@ -139,7 +139,7 @@ ops! {
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
     GridPositions, Rotary2d, Mrope, Rope,
-    Conv2d, ResizeWeights, Moe, Route, TileRows,
+    Conv2d, ResizeWeights, Moe, Route, TileRows, GridRelative,
 }
 
 // What type rules share.

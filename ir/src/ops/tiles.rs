@@ -1,6 +1,6 @@
-//! Pictures cut into tiles.
+//! Pictures as grids of cells and of tiles.
 
-use super::{OpDef, expect, expect_dtype, operands};
+use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
 use crate::{Builder, DType, Dim, Literal, Type, Val};
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::program::{Binary, Reduce};
@@ -78,5 +78,66 @@ impl OpDef for TileRows {
         let newline = g.dim(&(&batch * &self.tiles) * (self.side * self.side));
         let index = g.select(g.binary(Binary::Eq, column, columns), newline, cell);
         Some(vec![g.select(g.binary(Binary::Eq, at, separator_at), newline + one, index)])
+    }
+}
+
+/// Attention with decomposed relative positions on a grid (Li et al., 2022, MViTv2, section 4.1; SAM) as attention without: queries
+/// and keys `f32[..., side², d]` of a grid's cells, row by row, and what a query's `rows` and `columns f32[2 side - 1, d]` are to
+/// keys from `side - 1` before it to as many after it, to queries and keys `f32[..., side², d + 2 side]` whose products are the
+/// scores: `scale * q·k + q·rows[i] + q·columns[j]`. A query's products with the tables stand behind it, and behind a key a 1 at
+/// its row and its column; so no bias of side⁴ elements is ever made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GridRelative {
+    /// Rows and columns of the grid.
+    pub side: usize,
+    /// Multiplies the scores of queries and keys.
+    pub scale: f64,
+}
+
+impl OpDef for GridRelative {
+    const NAME: &'static str = "grid_relative";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [q, k, rows, columns] = operands(args)?;
+        expect_dtype(q, DType::F32, "q")?;
+        expect_rank(q, 2, "q")?;
+        expect(q == k, || format!("q and k must be of one type, are {q} and {k}"))?;
+        let (cells, d) = (Dim::from(self.side * self.side), q.last()?.clone());
+        expect(self.side > 0 && q.shape[q.rank() - 2] == cells, || format!("{q} is not of {} rows and columns", self.side))?;
+        for (table, what) in [(rows, "rows"), (columns, "columns")] {
+            expect_dtype(table, DType::F32, what)?;
+            expect_shape(table, &[Dim::from(2 * self.side - 1), d.clone()], what)?;
+        }
+        let mut shape = q.shape.clone();
+        shape[q.rank() - 1] = &d + 2 * self.side;
+        Ok(vec![Type { dtype: DType::F32, shape }; 2])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let [q, k, rows, columns] = args.try_into().ok()?;
+        let (side, rank) = (Dim::from(self.side), q.ty().rank());
+        let lead = q.ty().shape[..rank - 2].to_vec();
+        let shaped = |last: &[Dim]| [&lead, last].concat();
+        let swapped = |x: Val<'g>, a: usize, b: usize| {
+            let mut perm: Vec<usize> = (0..x.ty().rank()).collect();
+            perm.swap(a, b);
+            g.transpose(x, &perm)
+        };
+        // [side of the query, d, side of the key]
+        let away = g.unsqueeze(g.iota(self.side), 1) - g.unsqueeze(g.iota(self.side), 0) + (self.side as f64 - 1.0);
+        let towards = |table: Val<'g>| swapped(g.gather(table, away, 0), 1, 2);
+        let by_row = g.reshape(q, shaped(&[side.clone(), side.clone(), q.dim(rank - 1)]));
+        let by_column = swapped(by_row, rank - 2, rank - 1);
+        let cells = shaped(&[q.dim(rank - 2), side]);
+        let of_rows = g.reshape(g.matmul(by_row, towards(rows)), cells.clone());
+        let of_columns = g.reshape(swapped(g.matmul(by_column, towards(columns)), rank - 2, rank - 1), cells.clone());
+        let one_at = |x: Val<'g>| {
+            let here = g.binary(Binary::Eq, g.unsqueeze(x, 1), g.unsqueeze(g.iota(self.side), 0));
+            g.broadcast(g.cast(here, DType::F32), cells.clone())
+        };
+        let cell = g.iota(self.side * self.side);
+        let across = g.literal(Literal::scalar(DType::I64, self.side as f64));
+        let k = g.concat(&[k, one_at(cell / across), one_at(g.binary(Binary::Mod, cell, across))], rank - 1);
+        Some(vec![g.concat(&[q * self.scale, of_rows, of_columns], rank - 1), k])
     }
 }

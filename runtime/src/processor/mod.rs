@@ -1,5 +1,6 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod deepseek_vl;
 mod deepseek_vl2;
 mod qwen2_vl;
 
@@ -25,6 +26,7 @@ pub struct Pixels {
 /// It is of a shape that the processor does not take.
 pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     match p {
+        Processor::DeepseekVl(p) => deepseek_vl::image(p, picture),
         Processor::DeepseekVl2(p) => deepseek_vl2::image(p, picture, pictures),
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
     }
@@ -36,7 +38,7 @@ pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
 /// As [`image`], there are no frames, or the model takes no videos.
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
-        Processor::DeepseekVl2(_) => Err(Error::Unsupported("the model takes no videos".into())),
+        Processor::DeepseekVl(_) | Processor::DeepseekVl2(_) => Err(Error::Unsupported("the model takes no videos".into())),
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
     }
 }
