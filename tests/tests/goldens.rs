@@ -55,7 +55,8 @@ fn interpret(program: &Verified, golden: &Tensors, case: &str, weights: &Tensors
         symbols.set("images", grid.shape()[0] as i64);
         features = run("vision", vec![("pixel_values", pixels), ("image_grid_thw", grid)], &symbols).remove("image_features").unwrap();
         symbols.set("features", features.shape()[0] as i64);
-        out.insert("image_features".into(), features.clone());
+        let kind = if get("pixel_values").is_some() { "image_features" } else { "video_features" };
+        out.insert(kind.into(), features.clone());
     }
     let embeds = run("embed", vec![("input_ids", ids), ("image_features", features)], &symbols).remove("inputs_embeds").unwrap();
     let text_positions = || Array::I64(ArrayD::from_shape_fn(IxDyn(&[3, batch, seq]), |i| i[2] as i64));
