@@ -22,6 +22,8 @@ pub struct Architecture {
     pub title: &'static str,
     /// Paper, or reference implementation.
     pub reference: &'static str,
+    /// What of it is supported, for its page in the docs (Markdown).
+    pub notes: &'static str,
     /// The name by which the frontend knows checkpoint tensor `name`: undoes the renames between versions of transformers.
     pub canonical_name: fn(&str) -> Cow<'_, str>,
     /// Whether the model may do without the tensor (buffers that follow from the config).
@@ -99,10 +101,11 @@ impl Architecture {
     ///
     /// # Errors
     /// A field of the config or a tensor is missing or not supported.
-    pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task)> {
-        let Lowered { symbols, graphs, task } = (self.lower)(&Section::root(config)?, &weights, files)?;
-        let name: String = Section::root(config)?.require("model_type")?;
-        Ok((Program { name, symbols, graphs, weights: weights.into_table() }, task))
+    pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task, Vec<String>)> {
+        let section = Section::root(config)?;
+        let Lowered { symbols, graphs, task } = (self.lower)(&section, &weights, files)?;
+        let name: String = section.require("model_type")?;
+        Ok((Program { name, symbols, graphs, weights: weights.into_table() }, task, section.unread()))
     }
 
     /// How pictures become tensors; `None` if the checkpoint does not say.

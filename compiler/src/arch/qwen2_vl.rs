@@ -17,6 +17,10 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "qwen2-vl",
     title: "Qwen2-VL",
     reference: "arXiv 2409.12191; transformers Qwen2VLForConditionalGeneration",
+    notes: "Pictures of any size, several to a prompt, and videos (frames or GIF), mixed in one prompt; batches with left padding. \
+        Attention of the tower is per frame; positions are multimodal rotary (M-RoPE), each modality starting at the previous one's \
+        maximum plus 1 (the paper's rule, transformers up to 4.5x); `position_ids` that are given win. Old (`visual.`, `model.`) and \
+        new (`model.visual.`, `model.language_model.`) layouts, flat and nested configs, tied or separate output matrix.",
     canonical_name,
     ignored: |name| name.ends_with("rotary_emb.inv_freq") || name.ends_with("rotary_pos_emb.inv_freq"),
     presets: &[
