@@ -3,6 +3,7 @@
 mod config;
 mod decoder;
 mod nn;
+mod qwen2_5_vl;
 mod qwen2_vl;
 
 use crate::{Error, Result};
@@ -47,7 +48,7 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {
