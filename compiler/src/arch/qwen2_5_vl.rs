@@ -21,10 +21,10 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     canonical_name: qwen2_vl::canonical_name,
     ignored: qwen2_vl::ignored,
     presets: &[
-        Preset { name: "qwen2.5-vl-3b", hub: "Qwen/Qwen2.5-VL-3B-Instruct", parameters: 0, config: || config(&B3), files },
-        Preset { name: "qwen2.5-vl-7b", hub: "Qwen/Qwen2.5-VL-7B-Instruct", parameters: 0, config: || config(&B7), files },
-        Preset { name: "qwen2.5-vl-32b", hub: "Qwen/Qwen2.5-VL-32B-Instruct", parameters: 0, config: || config(&B32), files },
-        Preset { name: "qwen2.5-vl-72b", hub: "Qwen/Qwen2.5-VL-72B-Instruct", parameters: 0, config: || config(&B72), files },
+        Preset { name: "qwen2.5-vl-3b", hub: "Qwen/Qwen2.5-VL-3B-Instruct", parameters: 3_754_622_976, config: || config(&B3), files },
+        Preset { name: "qwen2.5-vl-7b", hub: "Qwen/Qwen2.5-VL-7B-Instruct", parameters: 8_292_166_656, config: || config(&B7), files },
+        Preset { name: "qwen2.5-vl-32b", hub: "Qwen/Qwen2.5-VL-32B-Instruct", parameters: 33_452_718_336, config: || config(&B32), files },
+        Preset { name: "qwen2.5-vl-72b", hub: "Qwen/Qwen2.5-VL-72B-Instruct", parameters: 73_410_777_344, config: || config(&B72), files },
     ],
     lower,
     processor: qwen2_vl::processor,
@@ -176,6 +176,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
     let positions = vlmc_artifact::Positions::Mrope {
         spatial_merge_size: tower.merge,
         tokens_per_second: Some(vision.positive("tokens_per_second")?.unwrap_or(4.0)),
+        frame_text: None,
     };
     let graph = graph("vision", weights, |g| vision_tower(g, &tower, &windows, text.hidden_size))?;
     qwen2_vl::family(c, weights, &text, positions, graph)

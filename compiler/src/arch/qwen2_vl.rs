@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use vlmc_artifact::{Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
-use vlmc_ir::{Builder, DType, Dim, Graph, Val, W, Weights, ops::Mask};
+use vlmc_ir::{Builder, DType, Dim, Graph, Literal, Val, W, Weights, ops::Mask};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     model_types: &["qwen2_vl"],
@@ -306,8 +306,8 @@ pub(super) struct Patches<'g> {
 pub(super) fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let c = c.section_or_self("text_config")?;
     let mut text = Decoder::new(&c, None)?;
-    let Positions::Mrope(_) = text.positions else {
-        return Err(Error::config(c.path("rope_scaling"), "must hold `mrope_section`"));
+    let Positions::Mrope { interleaved: false, .. } = text.positions else {
+        return Err(Error::config(c.path("rope_scaling"), "must hold `mrope_section`, and not interleaved"));
     };
     text.attention.qkv_bias = true;
     Ok(text)
@@ -319,7 +319,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
     let tower = Tower::new(&vision, "embed_dim", "hidden_size", text.hidden_size, None)?;
     let mlp_dim = tower.width * vision.opt_int("mlp_ratio", 1..=64)?.unwrap_or(4);
     let act = nn::activation(&vision, "hidden_act", Unary::QuickGelu)?;
-    let positions = vlmc_artifact::Positions::Mrope { spatial_merge_size: tower.merge, tokens_per_second: None };
+    let positions = vlmc_artifact::Positions::Mrope { spatial_merge_size: tower.merge, tokens_per_second: None, frame_text: None };
     let graph = graph("vision", weights, |g| vision_tower(g, &tower, mlp_dim, act, text.hidden_size))?;
     family(c, weights, &text, positions, graph)
 }
@@ -338,7 +338,13 @@ pub(super) fn family(
     let context = text.max_position_embeddings;
     let embed = graph("embed", weights, |g| {
         let here = |ids| nn::is_any(g, ids, &[image_token_id, video_token_id]);
-        nn::embed(g, g.weights("model.embed_tokens"), [text.vocab_size, text.hidden_size], here);
+        let here = nn::embed_at(g, g.weights("model.embed_tokens"), [text.vocab_size, text.hidden_size], here);
+        if text.deepstack > 0 {
+            let width: Dim = (text.deepstack * text.hidden_size).into();
+            let features = g.input("deepstack_features", DType::F32, [Dim::symbol("features"), width.clone()]);
+            let none = g.broadcast(g.literal(Literal::scalar(DType::F32, 0.0)), vec![here.dim(0), here.dim(1), width]);
+            g.output("deepstack_embeds", g.merge_features(none, here, features));
+        }
     })?;
     let tied = !weights.contains("lm_head.weight").unwrap_or(!text.tie_word_embeddings);
     let head = if tied { "model.embed_tokens" } else { "lm_head" };
@@ -381,6 +387,12 @@ fn vision_tower<'g>(g: &'g Builder<'g>, t: &Tower, mlp_dim: usize, act: Unary, h
 }
 
 pub(super) fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
+    // OpenAI CLIP's statistics.
+    image_processor(files, [0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1], 14)
+}
+
+/// `Qwen2VLImageProcessor` with these defaults.
+pub(super) fn image_processor(files: &SideFiles, mean: [f32; 3], std: [f32; 3], patch_size: usize) -> Result<Option<Processor>> {
     let Some(image) = &files.preprocessor else { return Ok(None) };
     let file = |e: Error| match e {
         Error::Config { field, message } => {
@@ -390,7 +402,7 @@ pub(super) fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Pro
     };
     let read = || {
         let c = Section::root(image)?;
-        let patch_size = c.opt_int("patch_size", 1..=1024)?.unwrap_or(14);
+        let patch_size = c.opt_int("patch_size", 1..=1024)?.unwrap_or(patch_size);
         let merge_size = c.opt_int("merge_size", 1..=64)?.unwrap_or(2);
         let (min_pixels, max_pixels) = pixel_budget(&c)?.unwrap_or((56 * 56, 28 * 28 * 1280));
         // Without a file of its own, a video frame gets 128 to 768 tokens (qwen-vl-utils VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS).
@@ -411,9 +423,9 @@ pub(super) fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Pro
             max_pixels,
             video_min_pixels,
             video_max_pixels,
-            // OpenAI CLIP's statistics, the class defaults.
-            image_mean: rgb("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
-            image_std: rgb("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
+            video_budget_of_clip: false,
+            image_mean: rgb("image_mean", mean)?,
+            image_std: rgb("image_std", std)?,
             rescale_factor: c.positive("rescale_factor")?.unwrap_or(1.0 / 255.0),
             fps: fps.unwrap_or(2.0) as f32,
             resample: match c.get::<u32>("resample")? {
