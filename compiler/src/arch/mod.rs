@@ -3,7 +3,9 @@
 mod config;
 mod decoder;
 mod nn;
+mod qwen2_5_vl;
 mod qwen2_vl;
+mod qwen3_vl;
 
 use crate::{Error, Result};
 use config::Section;
@@ -49,7 +51,7 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {
@@ -77,6 +79,12 @@ pub struct SideFiles {
 }
 
 impl SideFiles {
+    /// Content of an added token of the tokenizer.
+    pub fn token(&self, id: i64) -> Option<String> {
+        let added = self.tokenizer.as_ref()?.get("added_tokens")?.as_array()?;
+        added.iter().find(|t| t["id"] == id)?["content"].as_str().map(String::from)
+    }
+
     /// Id of an added token of the tokenizer.
     pub fn token_id(&self, content: &str) -> Option<i64> {
         let added = self.tokenizer.as_ref()?.get("added_tokens")?.as_array()?;
