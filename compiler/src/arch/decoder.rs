@@ -113,6 +113,17 @@ impl Decoder {
     /// `logit_positions i64[scored]` to `logits f32[batch, scored, vocab]`, only of the positions asked for. `w` is the path of the
     /// layers and the norm, `head` that of the last matrix.
     pub(super) fn graph<'g>(&self, g: &'g Builder<'g>, w: W<'g>, head: W<'g>) {
+        self.graph_of(g, w, head, |i, w, x, rope, mask| self.layer(g, w, i, x, rope, mask));
+    }
+
+    /// [`Self::graph`] with layers of another kind: `layer(i, w, x, rope, attention_mask)`.
+    pub(super) fn graph_of<'g>(
+        &self,
+        g: &'g Builder<'g>,
+        w: W<'g>,
+        head: W<'g>,
+        layer: impl Fn(usize, W<'g>, Val<'g>, (Val<'g>, Val<'g>), Val<'g>) -> Val<'g>,
+    ) {
         let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
         let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), self.hidden_size.into()]);
         let position_ids = match self.positions {
@@ -125,7 +136,7 @@ impl Decoder {
         let _scope = g.scope(w.path());
         let rope = self.rope(g, position_ids);
         for i in 0..self.num_hidden_layers {
-            x = self.layer(g, w / "layers" / i, i, x, rope, attention_mask);
+            x = layer(i, w / "layers" / i, x, rope, attention_mask);
         }
         let x = g.rms_norm(g.gather(x, logit_positions, 1), w / "norm", self.rms_norm_eps);
         g.output("logits", g.linear(x, head, self.vocab_size));
