@@ -117,6 +117,11 @@ pub struct Conversation<'m> {
 }
 
 impl Conversation<'_> {
+    /// Tokens whose keys and values are in the cache: prompts with their placeholders, and answers.
+    pub fn tokens(&self) -> &[i64] {
+        &self.cached
+    }
+
     /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as
     /// before.
     ///
