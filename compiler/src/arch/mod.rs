@@ -2,6 +2,7 @@
 
 mod config;
 mod decoder;
+mod mllama;
 mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -51,7 +52,8 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] = &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] =
+    &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE, mllama::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {

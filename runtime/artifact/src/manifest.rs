@@ -87,6 +87,13 @@ pub struct State {
     pub axis: usize,
 }
 
+impl State {
+    /// Whether it grows with the text. Others grow with pictures (keys and values of cross-attention).
+    pub fn follows_text(&self) -> bool {
+        self.shape.get(self.axis) == Some(&Dim::symbol("past"))
+    }
+}
+
 /// A callable graph.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -197,6 +204,25 @@ pub struct FrameText {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
+    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
+    Mllama(MllamaProcessor),
+}
+
+/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MllamaProcessor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Most tiles of a picture.
+    pub max_image_tiles: usize,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

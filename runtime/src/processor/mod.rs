@@ -1,10 +1,11 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod mllama;
 mod qwen2_vl;
 
 pub use qwen2_vl::smart_resize;
 
-use crate::{Result, forward::Tensors, image::Rgb, prompt::Clip};
+use crate::{Error, Result, forward::Tensors, image::Rgb, prompt::Clip};
 use vlmc_artifact::Processor;
 
 /// A picture or video as the model takes it.
@@ -25,6 +26,7 @@ pub struct Pixels {
 pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
+        Processor::Mllama(p) => mllama::image(p, picture),
     }
 }
 
@@ -35,6 +37,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
+        Processor::Mllama(_) => Err(no_videos()),
     }
 }
 
@@ -42,7 +45,12 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
+        Processor::Mllama(_) => vec![],
     }
+}
+
+fn no_videos() -> Error {
+    Error::Unsupported("the model takes no videos".into())
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
