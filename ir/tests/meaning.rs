@@ -104,7 +104,8 @@ fn grid_positions() {
 #[test]
 fn rotary_embeddings() {
     let positions = [3, 0, 5, 1, 2, 8];
-    let out = run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3])).to_vec()).unwrap();
+    let out =
+        run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3], false)).to_vec()).unwrap();
     for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
         close(out, &[1, 2, 6], |i| {
             let kind = [0, 1, 1, 2, 2, 2][i[2]];
@@ -129,12 +130,12 @@ fn rotary_embeddings() {
     });
 }
 
-/// Features go to the places of the tokens in reading order, over all rows of a batch.
+/// Features go to their places in reading order, over all rows of a batch.
 #[test]
 fn merge_features() {
-    let ids = ints(&[2, 3], &[5, 90, 91, 90, 5, 5]);
-    let out = run(&[floats(&[2, 3, 2], |i| i as f64), ids.clone(), floats(&[3, 2], |i| 100.0 + i as f64)], |g, x| {
-        vec![g.merge_features(x[0], x[1], x[2], &[90, 91])]
+    let here = Array::Bool(ArrayD::from_shape_vec(IxDyn(&[2, 3]), vec![false, true, true, true, false, false]).unwrap());
+    let out = run(&[floats(&[2, 3, 2], |i| i as f64), here, floats(&[3, 2], |i| 100.0 + i as f64)], |g, x| {
+        vec![g.merge_features(x[0], x[1], x[2])]
     })
     .unwrap();
     assert_eq!(out[0].f32().unwrap().as_slice().unwrap(), [0., 1., 100., 101., 102., 103., 104., 105., 8., 9., 10., 11.]);

@@ -4,6 +4,7 @@ use crate::{
     Engine, Error, Result, Tensor,
     artifact_dir::Artifact,
     chat::{ChatTemplate, Content, Message},
+    cross,
     forward::Tensors,
     generate::{GenerateOptions, Reply, Start, generate},
     image::Rgb,
@@ -104,6 +105,8 @@ struct Media {
     pixels: Pixels,
     /// The picture, absent for a video.
     picture: Option<Rgb>,
+    /// Seconds of each group of frames of a video.
+    times: Vec<f64>,
     /// Made when they are first needed.
     features: Option<Outputs>,
 }
@@ -123,6 +126,11 @@ pub struct Conversation<'m> {
 }
 
 impl Conversation<'_> {
+    /// Tokens whose keys and values are in the cache: prompts with their placeholders, and answers.
+    pub fn tokens(&self) -> &[i64] {
+        &self.cached
+    }
+
     /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as
     /// before.
     ///
@@ -160,11 +168,12 @@ impl Conversation<'_> {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image(self.processor()?, picture, pictures)?, Some(picture.clone()));
+                    self.add(processor::image_among(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
                     Content::Image
                 }
                 Part::Video(frames) => {
-                    self.add(processor::video(self.processor()?, frames)?, None);
+                    let times = processor::times(self.processor()?, frames.len());
+                    self.add(processor::video(self.processor()?, frames)?, None, times);
                     Content::Video
                 }
             });
@@ -173,7 +182,13 @@ impl Conversation<'_> {
         let text = self.template.render(&self.messages, true)?;
         let rules = self.pipeline.rules().clone();
         let of = |video: bool| self.media.iter().filter(move |m| m.picture.is_none() == video).map(|m| &m.pixels);
-        let tokens = |video: bool| of(video).map(|p| p.tokens).collect::<Vec<_>>();
+        // The frames of a video may stand apart.
+        let tokens = |video: bool| {
+            let runs = |p: &Pixels| if video { p.clip.runs(&rules).len().max(1) } else { 1 };
+            of(video).flat_map(|p| std::iter::repeat_n(p.tokens / runs(p), runs(p))).collect::<Vec<_>>()
+        };
+        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.picture.is_none()).map(|m| m.times.clone()).collect();
+        let text = prompt::with_times(&text, &rules, &times);
         let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
         let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
         let positions = prompt::positions(&ids, &vec![1; ids.len()], ids.len(), &rules, &clips(false), &clips(true))?.ids;
@@ -185,10 +200,13 @@ impl Conversation<'_> {
         let columns: Vec<i64> = positions.chunks_exact(ids.len()).flat_map(|row| &row[keep..]).copied().collect();
         let features = self.features(&ids, keep, &rules)?;
         let axes = self.pipeline.position_axes(1, fresh.len());
-        let inputs = Tensors::from([
+        let mut inputs = Tensors::from([
             ("input_ids".into(), Tensor::new([1, fresh.len()], fresh.to_vec())?),
             ("position_ids".into(), Tensor::new(axes, columns)?),
         ]);
+        if self.pipeline.attends_to_pictures() {
+            inputs.insert(cross::MASK.into(), self.cross_mask(&ids, keep, &rules)?);
+        }
         let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
         let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
@@ -204,8 +222,8 @@ impl Conversation<'_> {
         self.pipeline.engine().manifest().processor.as_ref().ok_or_else(missing)
     }
 
-    fn add(&mut self, pixels: Pixels, picture: Option<Rgb>) {
-        self.media.push(Media { pixels, picture, features: None });
+    fn add(&mut self, pixels: Pixels, picture: Option<Rgb>, times: Vec<f64>) {
+        self.media.push(Media { pixels, picture, times, features: None });
     }
 
     /// Makes other tensors of the pictures so far, as suits a conversation of that many.
@@ -213,7 +231,8 @@ impl Conversation<'_> {
         let processor = self.processor()?.clone();
         for m in &mut self.media {
             if let Some(picture) = &m.picture {
-                *m = Media { pixels: processor::image(&processor, picture, pictures)?, picture: m.picture.take(), features: None };
+                m.pixels = processor::image_among(&processor, picture, pictures)?;
+                m.features = None;
             }
         }
         // What stands in the cache are the features of the other tensors.
@@ -226,10 +245,24 @@ impl Conversation<'_> {
     fn keep(&self, ids: &[i64], rules: &PromptRules) -> usize {
         let common = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
         let placeholder = |i: usize| Some(ids[i]) == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
+        let mut keep = common;
         if common > 0 && placeholder(common) && placeholder(common - 1) {
-            return (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
+            keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
-        common
+        let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
+        // Tiles that a decoder attends to leave its cache all together or not at all.
+        let stale = self.pipeline.attends_to_pictures() && pictures(&ids[..keep]) != pictures(&self.cached);
+        if stale { 0 } else { keep }
+    }
+
+    /// Which of the tokens `ids[keep..]` may see which tiles of all pictures, for a decoder that attends to them.
+    fn cross_mask(&self, ids: &[i64], keep: usize, rules: &PromptRules) -> Result<Tensor> {
+        let tiles: Vec<usize> = self.media.iter().map(|m| m.pixels.clip.grid.iter().product::<i64>() as usize).collect();
+        let max_tiles = match self.pipeline.engine().manifest().processor {
+            Some(Processor::Mllama(ref p)) => p.max_image_tiles,
+            _ => 0,
+        };
+        cross::mask(ids, keep, rules.image_token_id.unwrap_or(-1), &tiles, max_tiles)
     }
 
     /// Features of the pictures and videos whose placeholders are among `ids[keep..]`.
@@ -247,7 +280,7 @@ impl Conversation<'_> {
                     m.features = self.pipeline.features(&std::mem::take(&mut m.pixels.inputs))?.image;
                 }
                 if let Some(features) = &m.features {
-                    append(slot, features)?;
+                    append(slot, features, std::mem::take(&mut skip))?;
                 }
             }
         }
@@ -255,14 +288,14 @@ impl Conversation<'_> {
     }
 }
 
-/// Adds a picture's features, `[..., width]` each, as rows to those of the pictures before it.
-fn append(all: &mut Option<Outputs>, features: &Outputs) -> Result<()> {
+/// Adds a picture's features, `[..., width]` each, without the first `skip` rows, to those of the pictures before it.
+fn append(all: &mut Option<Outputs>, features: &Outputs, skip: usize) -> Result<()> {
     for (name, t) in features {
         let all = all.get_or_insert_default();
         let width = t.shape().last().copied().unwrap_or(0);
         let before = all.iter().position(|(n, _)| n == name).map(|i| all.remove(i).1);
         let mut rows = before.map_or(Ok(vec![]), |t| t.f32().map(<[f32]>::to_vec))?;
-        rows.extend_from_slice(t.f32()?);
+        rows.extend(t.f32()?.iter().skip(skip * width));
         all.push((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! What the end-to-end tests share: fixtures, goldens, comparisons.
 
 use half::{bf16, f16};
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{ArrayD, Axis, IxDyn};
 use safetensors::{Dtype, SafeTensors};
 use std::{
     collections::BTreeMap,
@@ -10,6 +10,7 @@ use std::{
 };
 use vlmc::compile::{Model, Options};
 use vlmc_ir::interp::Array;
+use vlmc_runtime::{Artifact, Part, open_engine, processor};
 
 /// A directory of `fixtures/`.
 pub fn fixture(name: &str) -> PathBuf {
@@ -39,14 +40,197 @@ pub fn load(path: &Path) -> BTreeMap<String, Array> {
     file.tensors().iter().map(|(n, t)| (n.clone(), array(t))).collect()
 }
 
-/// Writes the tensors `case/*` of a fixture's goldens that are inputs of the model, as `vlmc exec` reads them.
-pub fn write_inputs(fixture_dir: &Path, case: &str, out: &Path) {
+/// Tensors of a golden that are results; all others of a case are inputs.
+const RESULTS: [&str; 22] = [
+    "logits",
+    "image_features",
+    "video_features",
+    "generated_ids",
+    "generated_logits",
+    "position_ids",
+    "rope_deltas",
+    "legacy_logits",
+    "legacy_position_ids",
+    "legacy_rope_deltas",
+    "frames_u8",
+    "cross_attention_states",
+    "vision_last_hidden_state",
+    "image_embeds",
+    "text_embeds",
+    "logits_per_image",
+    "logits_per_text",
+    "last_hidden_state",
+    "pooler_output",
+    "vision_pooler_output",
+    "text_pooler_output",
+    "text_last_hidden_state",
+];
+
+/// Cases of a fixture that answers prompts.
+pub fn cases(fixture_dir: &Path) -> Vec<String> {
+    let golden = golden_json(fixture_dir);
+    golden["cases"].as_object().expect("the golden has cases").keys().cloned().collect()
+}
+
+/// `golden.json` of a fixture.
+pub fn golden_json(fixture_dir: &Path) -> serde_json::Value {
+    let path = fixture_dir.join("golden.json");
+    let bytes = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Writes the tensors `case/*` of a fixture's goldens that are inputs of the model (of an empty case, those without a slash), and
+/// those that `also` names, as `vlmc exec` reads them.
+pub fn write_inputs(fixture_dir: &Path, case: &str, also: &[&str], out: &Path) {
     let path = fixture_dir.join("golden.safetensors");
     let bytes = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
-    let inputs = ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"];
-    let tensors: Vec<_> = inputs.iter().filter_map(|n| Some((*n, file.tensor(&format!("{case}/{n}")).ok()?))).collect();
+    let prefix = if case.is_empty() { String::new() } else { format!("{case}/") };
+    let tensors: Vec<_> = file
+        .tensors()
+        .into_iter()
+        .filter_map(|(name, t)| Some((name.strip_prefix(&prefix)?.to_string(), t)))
+        .filter(|(n, _)| !n.contains('/') && (!RESULTS.contains(&n.as_str()) || also.contains(&n.as_str())))
+        .collect();
     fs::write(out, safetensors::serialize(tensors, None).expect("tensors of a file")).expect("a temporary file");
+}
+
+/// Tensors by name.
+pub type Tensors = BTreeMap<String, Array>;
+
+/// A tensor of floats.
+pub fn floats<'t>(t: &'t Tensors, name: &str) -> Option<&'t ArrayD<f32>> {
+    t.get(name).map(|a| a.f32().expect("floats"))
+}
+
+/// Compares what a model that answers prompts gave for a case with the golden: logits where the mask is 1 (padded positions mean
+/// nothing), features, ids.
+pub fn check_case(case: &str, golden: &Tensors, out: &Tensors) {
+    let reference = floats(golden, &format!("{case}/logits")).expect("the golden has logits");
+    let logits = floats(out, "logits").expect("there are logits");
+    // The golden has the last positions only if there are many.
+    let (seq, kept) = (logits.shape()[1], reference.shape()[1]);
+    for row in 0..logits.shape()[0] {
+        let mask = golden.get(&format!("{case}/attention_mask")).map(|m| m.i64().expect("integers").index_axis(Axis(0), row).to_owned());
+        let live = mask.map_or(seq, |m| m.iter().filter(|m| **m != 0).count()).min(kept);
+        assert!(live > 0, "{case}: nothing to compare in row {row}");
+        let part = |a: &ArrayD<f32>, from: usize| a.index_axis(Axis(0), row).slice_axis(Axis(0), (from..).into()).to_owned();
+        assert_close(&part(logits, seq - live), &part(reference, kept - live), &format!("{case}: logits of row {row}"));
+    }
+    let rows = |a: &ArrayD<f32>| {
+        let width = a.shape().last().copied().unwrap_or(1);
+        a.to_shape((a.len() / width, width)).expect("rows of features").to_owned().into_dyn()
+    };
+    for name in ["image_features", "video_features", "cross_attention_states"] {
+        if let Some(reference) = floats(golden, &format!("{case}/{name}")) {
+            let got = floats(out, name).unwrap_or_else(|| panic!("{case}: there is no {name}"));
+            assert_close(&rows(got), &rows(reference), &format!("{case}: {name}"));
+        }
+    }
+    if let Some(ids) = out.get("generated_ids") {
+        let reference = golden[&format!("{case}/generated_ids")].i64().expect("integers");
+        assert_eq!(ids.i64().expect("integers"), reference, "{case}: generated_ids");
+    }
+}
+
+/// Runs a compiled fixture on the inputs of a case of its goldens.
+pub fn exec_case(fixture_dir: &Path, artifact: &Path, case: &str, also: &[&str], new_tokens: usize) -> Tensors {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (inputs, outputs) = (dir.path().join("in.safetensors"), dir.path().join("out.safetensors"));
+    write_inputs(fixture_dir, case, also, &inputs);
+    let engine = open_engine(&Artifact::open(artifact).unwrap_or_else(|e| panic!("{e}")), None).unwrap_or_else(|e| panic!("{e}"));
+    let warnings = vlmc::exec::exec(engine, &inputs, &outputs, new_tokens).unwrap_or_else(|e| panic!("{case}: {e}"));
+    assert_eq!(warnings, Vec::<String>::new(), "{case}");
+    load(&outputs)
+}
+
+/// Every case of a fixture that answers prompts gives the golden's logits, features and tokens.
+pub fn prompts_agree(name: &str, target: &str) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (fixture, artifact) = (fixture(name), dir.path().join("artifact"));
+    compile(&fixture, target, &artifact);
+    let golden = load(&fixture.join("golden.safetensors"));
+    for case in cases(&fixture) {
+        let out = exec_case(&fixture, &artifact, &case, &[], 8);
+        assert!(out.contains_key("generated_ids"), "{case}");
+        check_case(&case, &golden, &out);
+    }
+}
+
+/// From messages and pictures to text, as the reference does it: pixels, prompt tokens, answer.
+pub fn answers_agree(name: &str, target: &str) {
+    let dir = fixture(name);
+    let (golden, tensors) = (golden_json(&dir), load(&dir.join("golden.safetensors")));
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let artifact = out.path().join("artifact");
+    compile(&dir, target, &artifact);
+    let mut model = vlmc_runtime::Model::open(&artifact, None).unwrap_or_else(|e| panic!("{e}"));
+    let mut options = model.defaults();
+    let mut asked = 0;
+    for case in golden["end_to_end"].as_array().expect("examples") {
+        let ids =
+            |field: &str| -> Vec<i64> { case[field].as_array().expect("a list").iter().map(|i| i.as_i64().expect("a token")).collect() };
+        let expected = ids("generated_ids");
+        options.sampling.do_sample = false;
+        options.sampling.repetition_penalty = 1.0;
+        options.max_new_tokens = expected.len();
+        let (mut parts, mut pictures) = (vec![], vec![]);
+        let user = case["messages"].as_array().expect("messages").iter().find(|m| m["role"] == "user").expect("a question");
+        for part in user["content"].as_array().expect("parts") {
+            parts.push(if part["type"] == "image" {
+                let picture = vlmc_runtime::image::read(&fixture("pictures").join(part["image"].as_str().expect("a file name")));
+                pictures.push(picture.unwrap_or_else(|e| panic!("{e}")));
+                Part::Image(pictures[pictures.len() - 1].clone())
+            } else {
+                Part::Text(part["text"].as_str().expect("a text").into())
+            });
+        }
+        pixels_agree(&model, &pictures, &tensors, case["case"].as_str().expect("a case"));
+        let mut streamed = String::new();
+        let mut conversation = model.conversation(None).unwrap_or_else(|e| panic!("{e}"));
+        let reply = conversation.send(&parts, &options, &mut |t| streamed.push_str(t)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(conversation.tokens()[..ids("input_ids").len()], ids("input_ids"), "tokens of the prompt");
+        drop(conversation);
+        // The reference goes on after an end of text; an answer does not.
+        let ends = &model.manifest().generation.eos_token_ids;
+        let until = expected.iter().position(|i| ends.contains(i)).unwrap_or(expected.len());
+        assert_eq!(reply.ids, expected[..until]);
+        assert_eq!(reply.text, streamed);
+        let text = case["text"].as_str().expect("a text");
+        if until == expected.len() {
+            assert_eq!(reply.text, text)
+        } else {
+            assert!(text.starts_with(&reply.text), "{:?}", reply.text)
+        }
+        asked += 1;
+    }
+    assert!(asked > 0, "no example");
+}
+
+/// What the runtime's processor makes of the pictures of a case is what the reference's made.
+fn pixels_agree(model: &vlmc_runtime::Model, pictures: &[vlmc_runtime::image::Rgb], golden: &Tensors, case: &str) {
+    let processor = model.manifest().processor.as_ref().expect("a processor");
+    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p).unwrap_or_else(|e| panic!("{e}"))).collect();
+    let mut compared = 0;
+    for name in made.iter().flat_map(|p| p.inputs.keys()).collect::<std::collections::BTreeSet<_>>() {
+        // Qwen-VL's pictures are shared by its cases.
+        let Some(reference) = golden.get(&format!("{case}/{name}")) else { continue };
+        let of = || made.iter().map(|p| &p.inputs[name]);
+        match reference {
+            Array::F32(reference) => {
+                let got: Vec<f32> = of().flat_map(|t| t.f32().expect("floats")).copied().collect();
+                assert_eq!(got.len(), reference.len(), "{case}: {name}");
+                let largest = got.iter().zip(reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
+                assert!(got.iter().all(|v| v.is_finite()) && largest <= 1e-6, "{case}: {name} differs by {largest}");
+            }
+            _ => {
+                let got: Vec<i64> = of().flat_map(|t| t.i64().expect("integers")).copied().collect();
+                assert!(got.iter().eq(reference.i64().expect("integers")), "{case}: {name}");
+            }
+        }
+        compared += 1;
+    }
+    assert!(compared > 0, "{case}: nothing to compare");
 }
 
 /// Compiles a fixture.

@@ -109,17 +109,18 @@ fn patches_of_a_video_are_those_of_the_reference() {
     let frames: Vec<Rgb> = frames.outer_iter().map(|f| Rgb::new(width, height, f.iter().map(|v| *v as u8).collect()).unwrap()).collect();
     // The reference got frames of their final size.
     let p = Qwen2VlProcessor { video_min_pixels: height * width, video_max_pixels: height * width, ..qwen2_vl() };
-    let patches = processor::video(&p, &frames).unwrap();
-    assert_eq!(&patches.grid[..], tensors["video/video_grid_thw"].i64().unwrap().as_slice().unwrap());
+    let pixels = processor::video(&Processor::Qwen2Vl(p), &frames).unwrap();
+    assert_eq!(&pixels.clip.grid[..], tensors["video/video_grid_thw"].i64().unwrap().as_slice().unwrap());
     let reference = tensors["video/pixel_values_videos"].f32().unwrap();
-    let largest = patches.values.iter().zip(reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
-    assert!(patches.values.iter().chain(reference).all(|v| v.is_finite()), "a value is not finite");
-    assert!(patches.values.len() == reference.len() && largest <= 1e-6, "pixels differ by {largest}");
+    let values = pixels.inputs["pixel_values"].f32().unwrap();
+    let largest = values.iter().zip(reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
+    assert!(values.iter().chain(reference).all(|v| v.is_finite()), "a value is not finite");
+    assert!(values.len() == reference.len() && largest <= 1e-6, "pixels differ by {largest}");
 
     // An odd number of frames: the last one stands twice.
-    let odd = processor::video(&qwen2_vl(), &frames[..5]).unwrap();
+    let odd = processor::video(&Processor::Qwen2Vl(qwen2_vl()), &frames[..5]).unwrap();
     let filled = [&frames[..5], &frames[4..5]].concat();
-    assert_eq!(odd, processor::video(&qwen2_vl(), &filled).unwrap());
+    assert_eq!(odd, processor::video(&Processor::Qwen2Vl(qwen2_vl()), &filled).unwrap());
 }
 
 #[test]

@@ -83,7 +83,7 @@ fn fuzz(file: &str, cases: u64) {
     let dir = tempfile::tempdir().unwrap();
     let (artifact, inputs, outputs) = (dir.path().join("artifact"), dir.path().join("in.safetensors"), dir.path().join("out.safetensors"));
     compile(&fixture("qwen2-vl"), "cpu", &artifact);
-    write_inputs(&fixture("qwen2-vl"), "two", &inputs);
+    write_inputs(&fixture("qwen2-vl"), "two", &[], &inputs);
     attempt(&artifact, &inputs, &outputs).unwrap();
     let good: Value = serde_json::from_slice(&fs::read(artifact.join(file)).unwrap()).unwrap();
     let (mut ran, mut refused) = (0, 0);

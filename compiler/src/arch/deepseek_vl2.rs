@@ -20,6 +20,9 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "deepseek-vl2",
     title: "DeepSeek-VL2",
     reference: "arXiv 2412.10302; github.com/deepseek-ai/DeepSeek-VL2",
+    notes: "Dynamic tiling: the global view, a separator, and the tiles put together with newlines; without tiles from three pictures on. \
+        Decoders with multi-head or latent attention, with or without a low rank of queries; routed and shared experts, softmax or sigmoid \
+        scores, greedy, group-limited and loss-free routing. The cache holds expanded keys and values.",
     canonical_name: |name| name.into(),
     ignored: |name| name.starts_with("vision.attn_pool.") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[
@@ -210,6 +213,9 @@ struct Language {
 impl Language {
     fn new(c: &Section<'_>, root: &str, weights: &Weights<'_>) -> Result<Self> {
         c.only("attention_bias", &[json!(false)])?;
+        // How it was trained and spread over machines, and sizes of parts that a config may describe and not have.
+        c.without_effect(&["aux_loss_alpha", "seq_aux", "ep_size", "lm_head", "rm_head", "n_group", "topk_group"]);
+        c.without_effect(&["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads"]);
         if let Some(rope) = c.section("rope_scaling")? {
             for field in ["type", "rope_type"] {
                 rope.only(field, &[json!("linear"), json!("default")])?;
@@ -465,6 +471,8 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
     vision.only("class_token", &[json!(false)])?;
     vision.only("global_pool", &[json!("map")])?;
     vision.only("ignore_head", &[json!(true)])?;
+    vision.without_effect(&["model_name", "num_classes", "use_checkpoint", "weight_init", "deterministic", "num_recomputing_layers"]);
+    c.without_effect(&["candidate_resolutions"]);
     // What the config leaves out are the sizes of SigLIP-L, whatever its `model_name`.
     let tower = Tower::new(&vision, &timm::LARGE, Unary::GeluTanh)?;
     let language = Language::new(&c.require_section("language_config")?, "language.model", weights)?;
@@ -490,7 +498,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
     let tied = !weights.contains("language.lm_head.weight").unwrap_or(!language.decoder.tie_word_embeddings);
     let head = if tied { "language.model.embed_tokens" } else { "language.lm_head" };
     let decoder_graph = graph("decoder", weights, |g| {
-        let layer = |w, i, x, rope, mask| language.layer(g, w, i, x, rope, mask);
+        let layer = |i, w, x, rope, mask| language.layer(g, w, i, x, rope, mask);
         language.decoder.graph_of(g, g.weights("language.model"), g.weights(head), layer);
     })?;
 

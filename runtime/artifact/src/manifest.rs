@@ -87,6 +87,13 @@ pub struct State {
     pub axis: usize,
 }
 
+impl State {
+    /// Whether it grows with the text. Others grow with pictures (keys and values of cross-attention).
+    pub fn follows_text(&self) -> bool {
+        self.shape.get(self.axis) == Some(&Dim::symbol("past"))
+    }
+}
+
 /// A callable graph.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -174,9 +181,21 @@ pub enum Positions {
         /// Temporal positions per second of a video (Qwen2.5-VL); absent if frames are counted.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tokens_per_second: Option<f64>,
+        /// How the frames of a video stand in a prompt one by one, each with its time (Qwen3-VL); absent if they stand together.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        frame_text: Option<FrameText>,
     },
     /// `[batch, seq]`: each token that is not padding counts.
     Sequential,
+}
+
+/// What becomes of a video's place in a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrameText {
+    /// The place.
+    pub video: String,
+    /// What stands there for each group of frames; `{seconds}` is its time.
+    pub frame: String,
 }
 
 /// How pictures and videos become `pixel_values`.
@@ -190,6 +209,8 @@ pub enum Processor {
     /// `DeepseekVLV2Processor`: a global view, and the picture in the best of some sizes cut into tiles.
     #[serde(rename = "deepseek_vl2")]
     DeepseekVl2(DeepseekVl2Processor),
+    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
+    Mllama(MllamaProcessor),
 }
 
 /// Settings of `VLMImageProcessor`, and of `DeepseekVLImageProcessor` and `DeepseekVLHybridImageProcessor` of transformers.
@@ -240,6 +261,23 @@ pub struct DeepseekVl2Processor {
     pub image_std: [f32; 3],
 }
 
+/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MllamaProcessor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Most tiles of a picture.
+    pub max_image_tiles: usize,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+}
+
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Qwen2VlProcessor {
@@ -257,6 +295,9 @@ pub struct Qwen2VlProcessor {
     pub video_min_pixels: usize,
     /// Pixel budget of a video frame, upper bound.
     pub video_max_pixels: usize,
+    /// Whether the budgets of video frames are for all frames of a video together (Qwen3-VL).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub video_budget_of_clip: bool,
     /// Mean per channel, after `rescale_factor`.
     pub image_mean: [f32; 3],
     /// Standard deviation per channel, after `rescale_factor`.
