@@ -26,8 +26,20 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     canonical_name: |name| name.into(),
     ignored: |name| name.starts_with("vision.attn_pool.") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[
-        Preset { name: "deepseek-vl2-tiny", hub: "deepseek-ai/deepseek-vl2-tiny", parameters: 3_355_263_088, config: || config(&TINY), files },
-        Preset { name: "deepseek-vl2-small", hub: "deepseek-ai/deepseek-vl2-small", parameters: 16_175_619_952, config: || config(&SMALL), files },
+        Preset {
+            name: "deepseek-vl2-tiny",
+            hub: "deepseek-ai/deepseek-vl2-tiny",
+            parameters: 3_355_263_088,
+            config: || config(&TINY),
+            files,
+        },
+        Preset {
+            name: "deepseek-vl2-small",
+            hub: "deepseek-ai/deepseek-vl2-small",
+            parameters: 16_175_619_952,
+            config: || config(&SMALL),
+            files,
+        },
         Preset { name: "deepseek-vl2", hub: "deepseek-ai/deepseek-vl2", parameters: 27_394_163_096, config: || config(&BASE), files },
     ],
     lower,
