@@ -23,6 +23,9 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "llama-3.2-vision",
     title: "Llama 3.2 Vision",
     reference: "arXiv 2407.21783; transformers MllamaForConditionalGeneration",
+    notes: "Pictures as up to four tiles, several pictures to a prompt, batches whose rows have unlike numbers of them, text-only prompts. \
+        The cross-attention layers keep keys and values of the pictures in a cache of their own; padded tiles and rows that see no \
+        picture behave as in the reference. Llama 3 rotary scaling. Old and new layouts. One turn may add pictures to those before.",
     canonical_name,
     ignored: |name| name.ends_with("rotary_emb.inv_freq"),
     presets: &[
@@ -36,7 +39,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         Preset {
             name: "llama-3.2-90b-vision",
             hub: "meta-llama/Llama-3.2-90B-Vision-Instruct",
-            // Counted in the reference's class; the hub shows 88.6 B.
+            // Counted in the class of the reference; the hub shows 88.6 B.
             parameters: 88_593_355_323,
             config: || config(&B90),
             files,
@@ -369,11 +372,8 @@ fn vision_tower<'g>(g: &'g Builder<'g>, c: &VisionConfig, text_hidden_size: usiz
     let unpadded = |x: Val<'g>, width: usize| g.slice(g.reshape(x, dims(&images, [tiles, padded, width])), 2, 0, tokens);
     let mut features = vec![unpadded(x, d)];
     // Element by element side by side: the first of each layer, the second of each, ...
-    let columns: Vec<Val<'g>> = c
-        .intermediate
-        .iter()
-        .filter_map(|i| Some(g.unsqueeze(intermediate.iter().find(|(layer, _)| layer == i)?.1, 3)))
-        .collect();
+    let columns: Vec<Val<'g>> =
+        c.intermediate.iter().filter_map(|i| Some(g.unsqueeze(intermediate.iter().find(|(layer, _)| layer == i)?.1, 3))).collect();
     if !columns.is_empty() {
         let n = columns.len();
         features.push(unpadded(g.concat(&columns, 3), d * n));
