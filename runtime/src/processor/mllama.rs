@@ -32,11 +32,7 @@ fn fit(height: usize, width: usize, [canvas_height, canvas_width]: [usize; 2], t
     let target = [height.clamp(tile, canvas_height), width.clamp(tile, canvas_width)];
     let (scale_h, scale_w) = (target[0] as f64 / height as f64, target[1] as f64 / width as f64);
     let scaled = |length: usize, scale: f64, most: usize| ((length as f64 * scale).floor() as usize).max(1).min(most);
-    if scale_w < scale_h {
-        [scaled(height, scale_w, target[0]), target[1]]
-    } else {
-        [target[0], scaled(width, scale_h, target[1])]
-    }
+    if scale_w < scale_h { [scaled(height, scale_w, target[0]), target[1]] } else { [target[0], scaled(width, scale_h, target[1])] }
 }
 
 /// `pixel_values f32[1, max_image_tiles, 3, tile_size, tile_size]`, `aspect_ratio_ids i64[1]` and `aspect_ratio_mask i64[1,

@@ -41,16 +41,16 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     }
 }
 
-fn no_videos() -> Error {
-    Error::Unsupported("the model takes no videos".into())
-}
-
 /// Seconds of each group of frames of a video of `frames`: the mean of its first and its last one.
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
         Processor::Mllama(_) => vec![],
     }
+}
+
+fn no_videos() -> Error {
+    Error::Unsupported("the model takes no videos".into())
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
