@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, sync::LazyLock};
 
 /// An object of the config, with its path, and possibly the object around it as a fallback: the same field may stand in
 /// `text_config` or, in older files, at the top.
@@ -34,6 +34,13 @@ impl<'a> Section<'a> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let fields = value.as_object().ok_or_else(|| Error::config(self.path(field), format!("must be an object, is {value}")))?;
         Ok(Some(Section { path: self.path(field), fields, outer: None }))
+    }
+
+    /// The object `field`; one without fields if it is not there.
+    pub(super) fn section_or_empty(&self, field: &str) -> Result<Section<'a>> {
+        static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        let empty = || Section { path: field.into(), fields: &EMPTY, outer: None };
+        Ok(self.section(field)?.unwrap_or_else(empty))
     }
 
     /// The object `field` with this one as a fallback; this one if it is not there.

@@ -1,10 +1,12 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod naflex;
 mod qwen2_vl;
+mod standard;
 
 pub use qwen2_vl::smart_resize;
 
-use crate::{Result, forward::Tensors, image::Rgb, prompt::Clip};
+use crate::{Error, Result, forward::Tensors, image::Rgb, prompt::Clip};
 use vlmc_artifact::Processor;
 
 /// A picture or video as the model takes it.
@@ -25,6 +27,8 @@ pub struct Pixels {
 pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
+        Processor::Standard(p) => standard::image(p, picture),
+        Processor::Naflex(p) => naflex::image(p, picture),
     }
 }
 
@@ -35,6 +39,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
+        Processor::Standard(_) | Processor::Naflex(_) => Err(Error::Unsupported("the model takes no videos".into())),
     }
 }
 
