@@ -2,7 +2,13 @@
 //!
 //! Opening it reads headers only; [`Checkpoint::read_rows`] reads what is asked for, from any thread.
 
-use crate::{Error, Result, digest, pytorch, safetensors_header::Header, stored::Stored};
+use crate::{
+    Error, Result, digest,
+    lora::{self, Adapter},
+    pytorch,
+    safetensors_header::Header,
+    stored::Stored,
+};
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
@@ -51,10 +57,12 @@ pub struct Checkpoint {
     config: Value,
     config_sha256: String,
     weights: Weights,
+    /// What is added to weights while they are read, by tensor.
+    adapters: BTreeMap<String, Adapter>,
 }
 
 #[derive(Debug)]
-enum Weights {
+pub(crate) enum Weights {
     /// Only the configuration is known; the type is the one that it names.
     Assumed(DType),
     Files {
@@ -96,11 +104,11 @@ impl Checkpoint {
             // Only the layout of OpenAI has no such file.
             let weights = Weights::find(&dir)?;
             let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
-            return Ok(Self { dir, config, config_sha256, weights });
+            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() });
         }
         let (config, config_sha256) = read_config(&config)?;
         let weights = Weights::find(&dir)?;
-        Ok(Self { dir, config, config_sha256, weights })
+        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() })
     }
 
     /// The structure without the weights: every tensor is taken to exist, in the type that `torch_dtype` (or `dtype`) names.
@@ -112,7 +120,7 @@ impl Checkpoint {
         let (config, config_sha256) = read_config(path)?;
         let dtype = config_dtype(&config)?;
         let dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype) })
+        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype), adapters: BTreeMap::new() })
     }
 
     /// Renames every tensor, e.g. `model.visual.x` to `visual.x`: from here on only the new names are known.
@@ -134,6 +142,20 @@ impl Checkpoint {
                 renamed.insert(new, tensor);
             }
             *tensors = renamed;
+        }
+        Ok(self)
+    }
+
+    /// Merges the LoRA adapters in `dir` into the weights as they are read. `canonical` renames their targets as
+    /// [`Self::with_names`] renamed the tensors.
+    ///
+    /// # Errors
+    /// They are not adapters that vlmc knows, or do not fit the checkpoint.
+    pub fn with_lora(mut self, dir: &Path, canonical: impl Fn(&str) -> Cow<'_, str>) -> Result<Self> {
+        for (name, adapter) in lora::open(dir)? {
+            let name = canonical(&name).into_owned();
+            self.resolve(&name, &adapter.shape()).map_err(|why| Error::file(dir, format!("does not fit the checkpoint: {why}")))?;
+            self.adapters.insert(name, adapter);
         }
         Ok(self)
     }
@@ -168,9 +190,7 @@ impl Checkpoint {
 
     /// Element type and shape of a tensor; `None` if there is no such tensor, or of a type that vlmc does not know.
     pub fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
-        let Weights::Files { tensors, .. } = &self.weights else { return None };
-        let Tensor { stored, .. } = tensors.get(name)?;
-        Some((known_dtype(stored.dtype)?, &stored.shape))
+        self.weights.tensor(name)
     }
 
     /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
@@ -179,16 +199,12 @@ impl Checkpoint {
     /// # Errors
     /// The tensor or the rows do not exist, the checkpoint was opened without weights, or the file cannot be read.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
-        let Weights::Files { shards, tensors } = &self.weights else {
-            return Err(Error::tensor(name, "has no data: only the configuration was given"));
-        };
-        let Tensor { shard, stored } = tensors.get(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
-        let count = stored.shape.first().copied().unwrap_or(1);
-        if rows.start > rows.end || rows.end > count {
-            return Err(Error::tensor(name, format!("has {count} rows; {rows:?} were asked for")));
+        let first = rows.start;
+        self.weights.read_rows(name, rows, buf)?;
+        if let (Some(adapter), Some((dtype, _))) = (self.adapters.get(name), self.tensor(name)) {
+            adapter.add(first, dtype, buf);
         }
-        let Shard { path, file, .. } = &shards[*shard];
-        stored.read_rows(file, rows, buf).map_err(Error::io(path))
+        Ok(())
     }
 
     /// Tensors that are not in `used`, sorted.
@@ -228,6 +244,47 @@ impl WeightSource for Checkpoint {
 }
 
 impl Weights {
+    fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
+        let Self::Files { tensors, .. } = self else { return None };
+        let Tensor { stored, .. } = tensors.get(name)?;
+        Some((known_dtype(stored.dtype)?, &stored.shape))
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
+        let Self::Files { shards, tensors } = self else {
+            return Err(Error::tensor(name, "has no data: only the configuration was given"));
+        };
+        let Tensor { shard, stored } = tensors.get(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
+        let count = stored.shape.first().copied().unwrap_or(1);
+        if rows.start > rows.end || rows.end > count {
+            return Err(Error::tensor(name, format!("has {count} rows; {rows:?} were asked for")));
+        }
+        let Shard { path, file, .. } = &shards[*shard];
+        stored.read_rows(file, rows, buf).map_err(Error::io(path))
+    }
+
+    /// Names of all tensors, sorted.
+    pub(crate) fn names(&self) -> Vec<String> {
+        if let Self::Files { tensors, .. } = self { tensors.keys().cloned().collect() } else { vec![] }
+    }
+
+    /// A whole tensor of floats, and its shape.
+    ///
+    /// # Errors
+    /// It does not exist, or is of another type.
+    pub(crate) fn floats(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>)> {
+        let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
+        let mut bytes = vec![];
+        self.read_rows(name, 0..shape.first().copied().unwrap_or(1), &mut bytes)?;
+        let floats = match dtype {
+            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+            DType::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+            other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
+        };
+        Ok((floats, shape.to_vec()))
+    }
+
     /// Opens the weights in a directory; needs no configuration.
     fn find(dir: &Path) -> Result<Self> {
         for (file, index) in LAYOUTS {
@@ -253,7 +310,8 @@ impl Weights {
         Ok(config.map(|config| (digest::sha256(config.to_string().as_bytes()), config)).map(|(sha256, config)| (config, sha256)))
     }
 
-    fn open(dir: &Path, names: &BTreeSet<String>) -> Result<Self> {
+    /// Opens the files of these names.
+    pub(crate) fn open(dir: &Path, names: &BTreeSet<String>) -> Result<Self> {
         let (mut shards, mut tensors) = (Vec::<Shard>::with_capacity(names.len()), BTreeMap::<String, Tensor>::new());
         for name in names {
             let path = dir.join(name);
@@ -356,6 +414,15 @@ fn read_config(path: &Path) -> Result<(Value, String)> {
         return Err(Error::file(path, "is not a JSON object"));
     }
     Ok((config, digest::sha256(&bytes)))
+}
+
+/// A JSON object.
+///
+/// # Errors
+/// The file is missing or malformed.
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    let bytes = read_small(path)?.ok_or_else(|| Error::file(path, "is missing"))?;
+    parse(path, &bytes)
 }
 
 fn config_dtype(config: &Value) -> Result<DType> {

@@ -45,6 +45,8 @@ pub struct Lowered {
     pub task: Task,
     /// Checkpoint tensors that nothing uses, sorted.
     pub unused: Vec<String>,
+    /// Fields of the config that the frontend does not know.
+    pub unknown: Vec<String>,
 }
 
 /// What to compile, and how to tell of it.
@@ -83,6 +85,15 @@ impl Model {
         Self::new(Checkpoint::open(dir)?)
     }
 
+    /// Opens a checkpoint directory with the LoRA adapters of another one merged into its weights.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or the adapters do not fit.
+    pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
+        let Self { architecture, checkpoint } = Self::open(dir)?;
+        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)? })
+    }
+
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
     ///
     /// # Errors
@@ -111,11 +122,12 @@ impl Model {
     /// # Errors
     /// The config or a tensor does not fit.
     pub fn lower(&self) -> Result<Lowered> {
-        let (program, task) = self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
+        let (program, task, unknown) =
+            self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
         let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
-        Ok(Lowered { program, task, unused })
+        Ok(Lowered { program, task, unused, unknown })
     }
 
     /// The program as `target` runs it; `after` sees it after each pass.
@@ -170,9 +182,13 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused } = self.lower_for(target, |_, _| {})?;
+        let Lowered { program, task, unused, unknown } = self.lower_for(target, |_, _| {})?;
         let processor = self.processor()?;
         let mut warnings = vec![];
+        if !unknown.is_empty() {
+            let fields = abridged(&unknown);
+            warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));
+        }
         if !unused.is_empty() {
             warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
         }

@@ -9,6 +9,7 @@ mod digest;
 mod error;
 pub mod exec;
 pub mod hub;
+mod lora;
 mod pytorch;
 mod safetensors_header;
 mod stored;

@@ -566,9 +566,22 @@ impl<'g> Builder<'g> {
 
     /// See [`Mrope`]: cos and sin.
     #[track_caller]
-    pub fn mrope(&'g self, position_ids: Val<'g>, head_dim: usize, theta: f64, section: [usize; 3]) -> (Val<'g>, Val<'g>) {
-        let [cos, sin] = self.apply(Mrope { head_dim, theta, section }, &[position_ids]);
+    pub fn mrope(
+        &'g self,
+        position_ids: Val<'g>,
+        head_dim: usize,
+        theta: f64,
+        section: [usize; 3],
+        interleaved: bool,
+    ) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(Mrope { head_dim, theta, section, interleaved }, &[position_ids]);
         (cos, sin)
+    }
+
+    /// See [`StretchedPositions`]: the table `[side², width]` over pictures of `rows` patches.
+    #[track_caller]
+    pub fn stretched_positions(&'g self, table: Val<'g>, grid: Val<'g>, rows: impl Into<Dim>, merge: usize, side: usize) -> Val<'g> {
+        self.one(StretchedPositions { rows: rows.into(), merge, side }, &[table, grid])
     }
 
     /// See [`Rope`]: cos and sin.

@@ -99,6 +99,8 @@ impl Model {
 struct Media {
     pixels: Pixels,
     is_video: bool,
+    /// Seconds of each group of frames of a video.
+    times: Vec<f64>,
     /// Made when they are first needed.
     features: Option<Outputs>,
 }
@@ -152,11 +154,12 @@ impl Conversation<'_> {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image(self.processor()?, picture)?, false);
+                    self.add(processor::image(self.processor()?, picture)?, false, vec![]);
                     Content::Image
                 }
                 Part::Video(frames) => {
-                    self.add(processor::video(self.processor()?, frames)?, true);
+                    let times = processor::times(self.processor()?, frames.len());
+                    self.add(processor::video(self.processor()?, frames)?, true, times);
                     Content::Video
                 }
             });
@@ -165,7 +168,13 @@ impl Conversation<'_> {
         let text = self.template.render(&self.messages, true)?;
         let rules = self.pipeline.rules().clone();
         let of = |video: bool| self.media.iter().filter(move |m| m.is_video == video).map(|m| &m.pixels);
-        let tokens = |video: bool| of(video).map(|p| p.tokens).collect::<Vec<_>>();
+        // The frames of a video may stand apart.
+        let tokens = |video: bool| {
+            let runs = |p: &Pixels| if video { p.clip.runs(&rules).len().max(1) } else { 1 };
+            of(video).flat_map(|p| std::iter::repeat_n(p.tokens / runs(p), runs(p))).collect::<Vec<_>>()
+        };
+        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.is_video).map(|m| m.times.clone()).collect();
+        let text = prompt::with_times(&text, &rules, &times);
         let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
         let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
         let positions = prompt::positions(&ids, &vec![1; ids.len()], ids.len(), &rules, &clips(false), &clips(true))?.ids;
@@ -196,8 +205,8 @@ impl Conversation<'_> {
         self.pipeline.engine().manifest().processor.as_ref().ok_or_else(missing)
     }
 
-    fn add(&mut self, pixels: Pixels, is_video: bool) {
-        self.media.push(Media { pixels, is_video, features: None });
+    fn add(&mut self, pixels: Pixels, is_video: bool, times: Vec<f64>) {
+        self.media.push(Media { pixels, is_video, times, features: None });
     }
 
     /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
@@ -226,7 +235,7 @@ impl Conversation<'_> {
                     m.features = self.pipeline.features(&std::mem::take(&mut m.pixels.inputs))?.image;
                 }
                 if let Some(features) = &m.features {
-                    append(slot, features)?;
+                    append(slot, features, std::mem::take(&mut skip))?;
                 }
             }
         }
@@ -234,14 +243,14 @@ impl Conversation<'_> {
     }
 }
 
-/// Adds a picture's features, `[..., width]` each, as rows to those of the pictures before it.
-fn append(all: &mut Option<Outputs>, features: &Outputs) -> Result<()> {
+/// Adds a picture's features, `[..., width]` each, without the first `skip` rows, to those of the pictures before it.
+fn append(all: &mut Option<Outputs>, features: &Outputs, skip: usize) -> Result<()> {
     for (name, t) in features {
         let all = all.get_or_insert_default();
         let width = t.shape().last().copied().unwrap_or(0);
         let before = all.iter().position(|(n, _)| n == name).map(|i| all.remove(i).1);
         let mut rows = before.map_or(Ok(vec![]), |t| t.f32().map(<[f32]>::to_vec))?;
-        rows.extend_from_slice(t.f32()?);
+        rows.extend(t.f32()?.iter().skip(skip * width));
         all.push((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?));
     }
     Ok(())

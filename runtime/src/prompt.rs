@@ -20,6 +20,14 @@ impl Clip {
     pub fn picture(grid: Grid) -> Self {
         Self { grid, seconds_per_grid: 0.0 }
     }
+
+    /// The runs of placeholders that it has in a prompt: one, or one for each frame.
+    pub fn runs(self, rules: &PromptRules) -> Vec<Self> {
+        let apart = matches!(rules.positions, Positions::Mrope { frame_text: Some(_), .. });
+        // Frames that no prompt can hold are left to be told by the counts.
+        let frames = usize::try_from(self.grid[0]).unwrap_or(0).min(rules.max_positions);
+        if apart { vec![Self::picture([1, self.grid[1], self.grid[2]]); frames] } else { vec![self] }
+    }
 }
 
 /// Tokens that a picture or video takes, where that follows from its grid.
@@ -27,7 +35,7 @@ impl Clip {
 /// # Errors
 /// The grid is empty or does not consist of whole blocks.
 pub fn tokens(grid: Grid, rules: &PromptRules) -> Result<usize> {
-    let Positions::Mrope { spatial_merge_size, .. } = rules.positions else {
+    let &Positions::Mrope { spatial_merge_size, .. } = &rules.positions else {
         return Err(Error::Input("the model knows no grids".into()));
     };
     let [t, h, w] = grid;
@@ -69,11 +77,15 @@ struct Media<'a> {
 /// The prompt has more or fewer placeholders than the grids have tokens.
 pub fn positions(ids: &[i64], mask: &[i64], seq: usize, rules: &PromptRules, images: &[Clip], videos: &[Clip]) -> Result<PositionIds> {
     let batch = ids.len().checked_div(seq).unwrap_or(0);
-    let Positions::Mrope { spatial_merge_size, tokens_per_second } = rules.positions else { return Ok(sequential(mask, seq, batch)) };
+    let Positions::Mrope { spatial_merge_size, tokens_per_second, .. } = &rules.positions else {
+        return Ok(sequential(mask, seq, batch));
+    };
+    let (spatial_merge_size, tokens_per_second) = (*spatial_merge_size, *tokens_per_second);
+    let videos: Vec<Clip> = videos.iter().flat_map(|v| v.runs(rules)).collect();
     let merge = spatial_merge_size as i64;
     let mut out = PositionIds { ids: vec![1; 3 * ids.len()], next: vec![0; batch] };
     let mut media = vec![];
-    for (token, clips, what) in [(rules.image_token_id, images, "image"), (rules.video_token_id, videos, "video")] {
+    for (token, clips, what) in [(rules.image_token_id, images, "image"), (rules.video_token_id, &videos, "video")] {
         media.extend(token.map(|token| Media { token, clips: clips.iter(), what }));
     }
     for row in 0..batch {
@@ -133,6 +145,23 @@ fn sequential(mask: &[i64], seq: usize, batch: usize) -> PositionIds {
     out
 }
 
+/// Gives each video of a prompt its frames, where the model wants them one by one: `times` has the seconds of each group of
+/// frames of each video.
+pub fn with_times(text: &str, rules: &PromptRules, times: &[Vec<f64>]) -> String {
+    let Positions::Mrope { frame_text: Some(rule), .. } = &rules.positions else { return text.into() };
+    let mut parts = text.split(&rule.video);
+    let mut out = parts.next().unwrap_or_default().to_string();
+    for (i, part) in parts.enumerate() {
+        match times.get(i) {
+            Some(times) => out.extend(times.iter().map(|t| rule.frame.replace("{seconds}", &format!("{t:.1}")))),
+            // One placeholder too many, as the counts will tell.
+            None => out.push_str(&rule.video),
+        }
+        out.push_str(part);
+    }
+    out
+}
+
 /// Replaces each single placeholder by as many as its picture or video takes tokens.
 ///
 /// # Errors
@@ -171,7 +200,7 @@ mod tests {
             hidden_size: 1,
             vocab_size: 100,
             max_positions: 100,
-            positions: Positions::Mrope { spatial_merge_size: 2, tokens_per_second: None },
+            positions: Positions::Mrope { spatial_merge_size: 2, tokens_per_second: None, frame_text: None },
             template: None,
         }
     }
@@ -190,7 +219,7 @@ mod tests {
     #[test]
     fn positions_follow_the_time_where_the_model_does() {
         let mut rules = rules();
-        rules.positions = Positions::Mrope { spatial_merge_size: 2, tokens_per_second: Some(4.0) };
+        rules.positions = Positions::Mrope { spatial_merge_size: 2, tokens_per_second: Some(4.0), frame_text: None };
         let clip = Clip { grid: [3, 2, 2], seconds_per_grid: 0.4 };
         let p = positions(&[7, 91, 91, 91, 8], &[1; 5], 5, &rules, &[], &[clip]).unwrap();
         assert_eq!(p.ids[..5], [0, 1, 2, 4, 5], "0, 1.6 and 3.2, truncated, after the first token");

@@ -94,3 +94,15 @@ fn the_interpreter_agrees_after_every_pass() {
         model.lower_for(target, |_, program| check_program(program)).unwrap();
     }
 }
+
+/// Frontends know every field of the published configs, and every tensor but those that the references leave out as well.
+#[test]
+fn nothing_of_a_checkpoint_is_unknown() {
+    for entry in std::fs::read_dir(fixture("")).unwrap() {
+        let dir = entry.unwrap().path();
+        if dir.join("golden.json").exists() && dir.join("config.json").exists() {
+            let lowered = Model::open(&dir).unwrap_or_else(|e| panic!("{e}")).lower().unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((lowered.unknown, lowered.unused), (vec![], vec![]), "{}", dir.display());
+        }
+    }
+}

@@ -3,7 +3,41 @@
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::{ops::RangeInclusive, sync::LazyLock};
+use std::{cell::RefCell, collections::BTreeSet, ops::RangeInclusive, rc::Rc, sync::LazyLock};
+
+/// Fields that change nothing of what a model computes: metadata, training, and what follows from the weights.
+const HARMLESS: &[&str] = &[
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "auto_map",
+    "bos_token_id",
+    "classifier_dropout",
+    "dropout",
+    "dtype",
+    "encoder_stride",
+    "eos_token_id",
+    "hidden_dropout_prob",
+    "ignore_index",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "max_window_layers",
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "sliding_window",
+    "spatial_patch_size",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vision_end_token_id",
+    "vision_start_token_id",
+    "vision_token_id",
+];
 
 /// An object of the config, with its path, and possibly the object around it as a fallback: the same field may stand in
 /// `text_config` or, in older files, at the top.
@@ -12,12 +46,32 @@ pub(super) struct Section<'a> {
     path: String,
     fields: &'a Map<String, Value>,
     outer: Option<&'a Map<String, Value>>,
+    /// Paths of the fields that were asked for, of the whole config.
+    read: Rc<RefCell<BTreeSet<String>>>,
 }
 
 impl<'a> Section<'a> {
     pub(super) fn root(config: &'a Value) -> Result<Self> {
         let fields = config.as_object().ok_or_else(|| Error::config("", "the file must hold an object"))?;
-        Ok(Self { path: String::new(), fields, outer: None })
+        Ok(Self { path: String::new(), fields, outer: None, read: Rc::default() })
+    }
+
+    /// Paths of the fields that nothing has asked for and that may matter: of this section and those in it that were opened.
+    pub(super) fn unread(&self) -> Vec<String> {
+        fn walk(fields: &Map<String, Value>, prefix: &str, read: &BTreeSet<String>, out: &mut Vec<String>) {
+            for (name, value) in fields.iter().filter(|(n, v)| !HARMLESS.contains(&n.as_str()) && !v.is_null()) {
+                let path = format!("{prefix}{name}");
+                let opened = format!("{path}.");
+                match value {
+                    Value::Object(inner) if read.iter().any(|r| r.starts_with(&opened)) => walk(inner, &opened, read, out),
+                    _ if !read.contains(&path) => out.push(path),
+                    _ => {}
+                }
+            }
+        }
+        let mut out = vec![];
+        walk(self.fields, "", &self.read.borrow(), &mut out);
+        out
     }
 
     /// Path of a field, for error messages.
@@ -26,6 +80,9 @@ impl<'a> Section<'a> {
     }
 
     fn value(&self, field: &str) -> Option<&'a Value> {
+        let own = if self.path.is_empty() { field.to_string() } else { format!("{}.{field}", self.path) };
+        // Where a field may stand in two places, both are known.
+        self.read.borrow_mut().extend([own, field.to_string()].into_iter().take(if self.outer.is_some() { 2 } else { 1 }));
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
     }
 
@@ -33,13 +90,13 @@ impl<'a> Section<'a> {
     pub(super) fn section(&self, field: &str) -> Result<Option<Section<'a>>> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let fields = value.as_object().ok_or_else(|| Error::config(self.path(field), format!("must be an object, is {value}")))?;
-        Ok(Some(Section { path: self.path(field), fields, outer: None }))
+        Ok(Some(Section { path: self.path(field), fields, outer: None, read: self.read.clone() }))
     }
 
     /// The object `field`; one without fields if it is not there.
     pub(super) fn section_or_empty(&self, field: &str) -> Result<Section<'a>> {
         static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
-        let empty = || Section { path: field.into(), fields: &EMPTY, outer: None };
+        let empty = || Section { path: field.into(), fields: &EMPTY, outer: None, read: self.read.clone() };
         Ok(self.section(field)?.unwrap_or_else(empty))
     }
 

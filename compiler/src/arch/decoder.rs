@@ -19,8 +19,13 @@ pub(super) const LAYERS: std::ops::RangeInclusive<usize> = 1..=1000;
 pub(super) enum Positions {
     /// `position_ids i64[batch, seq]`.
     Plain(RopeScaling),
-    /// `position_ids i64[3, batch, seq]`, and how many angles each kind has.
-    Mrope([usize; 3]),
+    /// `position_ids i64[3, batch, seq]`.
+    Mrope {
+        /// How many angles each kind has.
+        section: [usize; 3],
+        /// Whether the kinds take turns.
+        interleaved: bool,
+    },
 }
 
 /// A decoder's `text_config`.
@@ -36,6 +41,8 @@ pub(super) struct Decoder {
     pub(super) max_position_embeddings: usize,
     pub(super) act: Unary,
     pub(super) tie_word_embeddings: bool,
+    /// Layers that features of pictures are added after (Qwen3-VL's deepstack).
+    pub(super) deepstack: usize,
 }
 
 /// What a config leaves out means these: the defaults of the config's class.
@@ -96,7 +103,14 @@ impl Decoder {
             hidden_size,
             intermediate_size: int("intermediate_size", WIDTH, |d| d.intermediate_size)?,
             num_hidden_layers: int("num_hidden_layers", LAYERS, |d| d.num_hidden_layers)?,
-            attention: CachedAttention { hidden_size, heads, kv_heads, head_dim, qkv_bias: c.get("attention_bias")?.unwrap_or(false) },
+            attention: CachedAttention {
+                hidden_size,
+                heads,
+                kv_heads,
+                head_dim,
+                qkv_bias: c.get("attention_bias")?.unwrap_or(false),
+                qk_norm: None,
+            },
             rms_norm_eps: c.positive("rms_norm_eps")?.or(defaults.map(|d| d.rms_norm_eps)).ok_or_else(|| missing("rms_norm_eps"))?,
             rope_theta: rope_theta.or(defaults.map(|_| 10_000.0)).ok_or_else(|| missing("rope_theta"))?,
             positions,
@@ -106,19 +120,23 @@ impl Decoder {
                 .unwrap_or(defaults.map_or(32768, |d| d.max_position_embeddings)),
             act: nn::activation(c, "hidden_act", Unary::Silu)?,
             tie_word_embeddings: c.get("tie_word_embeddings")?.unwrap_or(false),
+            deepstack: 0,
         })
     }
 
     /// The entry `decoder`: `inputs_embeds f32[batch, seq, hidden]`, `position_ids`, `attention_mask i64[batch, past + seq]`,
     /// `logit_positions i64[scored]` to `logits f32[batch, scored, vocab]`, only of the positions asked for. `w` is the path of the
-    /// layers and the norm, `head` that of the last matrix.
+    /// layers and the norm, `head` that of the last matrix. With deepstack also `deepstack_embeds f32[batch, seq, levels * hidden]`:
+    /// what is added to the outputs of the first layers.
     pub(super) fn graph<'g>(&self, g: &'g Builder<'g>, w: W<'g>, head: W<'g>) {
         let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
         let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), self.hidden_size.into()]);
         let position_ids = match self.positions {
             Positions::Plain(_) => g.input("position_ids", DType::I64, [batch.clone(), seq.clone()]),
-            Positions::Mrope(_) => g.input("position_ids", DType::I64, [3.into(), batch.clone(), seq.clone()]),
+            Positions::Mrope { .. } => g.input("position_ids", DType::I64, [3.into(), batch.clone(), seq.clone()]),
         };
+        let width = self.deepstack * self.hidden_size;
+        let deep = (width > 0).then(|| g.input("deepstack_embeds", DType::F32, [batch.clone(), seq.clone(), width.into()]));
         let attention_mask = g.input("attention_mask", DType::I64, [batch, &past + seq]);
         let logit_positions = g.input("logit_positions", DType::I64, [scored]);
 
@@ -126,6 +144,9 @@ impl Decoder {
         let rope = self.rope(g, position_ids);
         for i in 0..self.num_hidden_layers {
             x = self.layer(g, w / "layers" / i, i, x, rope, attention_mask);
+            if let Some(deep) = deep.filter(|_| i < self.deepstack) {
+                x = x + g.slice(deep, 2, i * self.hidden_size, self.hidden_size);
+            }
         }
         let x = g.rms_norm(g.gather(x, logit_positions, 1), w / "norm", self.rms_norm_eps);
         g.output("logits", g.linear(x, head, self.vocab_size));
@@ -135,7 +156,9 @@ impl Decoder {
     pub(super) fn rope<'g>(&self, g: &'g Builder<'g>, position_ids: Val<'g>) -> (Val<'g>, Val<'g>) {
         match self.positions {
             Positions::Plain(scaling) => g.rope(position_ids, self.attention.head_dim, self.rope_theta, scaling),
-            Positions::Mrope(section) => g.mrope(position_ids, self.attention.head_dim, self.rope_theta, section),
+            Positions::Mrope { section, interleaved } => {
+                g.mrope(position_ids, self.attention.head_dim, self.rope_theta, section, interleaved)
+            }
         }
     }
 
@@ -166,7 +189,8 @@ fn rope(c: &Section<'_>, head_dim: usize) -> Result<(Option<f64>, Positions)> {
             let message = format!("{section:?} must sum to half of the head width {head_dim}");
             return Err(Error::config(rope.path("mrope_section"), message));
         }
-        return Ok((theta, Positions::Mrope(section)));
+        let interleaved = rope.get("mrope_interleaved")?.unwrap_or(false);
+        return Ok((theta, Positions::Mrope { section, interleaved }));
     }
     let (kind_field, kind) = match rope.get::<String>("rope_type")? {
         Some(kind) => ("rope_type", Some(kind)),
@@ -200,6 +224,8 @@ pub(super) struct CachedAttention {
     pub(super) head_dim: usize,
     /// Whether q, k and v have biases.
     pub(super) qkv_bias: bool,
+    /// Epsilon of the norms of each head's queries and keys, if there are such (Qwen3).
+    pub(super) qk_norm: Option<f64>,
 }
 
 impl CachedAttention {
@@ -219,8 +245,9 @@ impl CachedAttention {
             let y = if self.qkv_bias { g.linear_bias(x, w / name, width) } else { g.linear(x, w / name, width) };
             g.split_heads(y, heads)
         };
-        let q = g.rotary(project("q_proj", self.heads), rope);
-        let k = g.rotary(project("k_proj", self.kv_heads), rope);
+        let normed = |x: Val<'g>, name: &str| self.qk_norm.map_or(x, |eps| g.rms_norm(x, w / name, eps));
+        let q = g.rotary(normed(project("q_proj", self.heads), "q_norm"), rope);
+        let k = g.rotary(normed(project("k_proj", self.kv_heads), "k_norm"), rope);
         let v = project("v_proj", self.kv_heads);
         let (k, v) = (cached(g, layer, "key", k), cached(g, layer, "value", v));
         let scale = 1.0 / (self.head_dim as f64).sqrt();

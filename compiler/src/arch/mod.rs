@@ -14,7 +14,9 @@ mod decoder;
 mod images;
 mod llava;
 mod nn;
+mod qwen2_5_vl;
 mod qwen2_vl;
+mod qwen3_vl;
 mod siglip;
 mod vit;
 
@@ -36,6 +38,8 @@ pub struct Architecture {
     pub title: &'static str,
     /// Paper, or reference implementation.
     pub reference: &'static str,
+    /// What of it is supported, for its page in the docs (Markdown).
+    pub notes: &'static str,
     /// The name by which the frontend knows checkpoint tensor `name`: undoes the renames between versions of transformers.
     pub canonical_name: fn(&str) -> Cow<'_, str>,
     /// Whether the model may do without the tensor (buffers that follow from the config).
@@ -63,6 +67,8 @@ pub struct Preset {
 /// All architectures.
 pub static ARCHITECTURES: &[Architecture] = &[
     qwen2_vl::ARCHITECTURE,
+    qwen2_5_vl::ARCHITECTURE,
+    qwen3_vl::ARCHITECTURE,
     vit::ARCHITECTURE,
     clip::ARCHITECTURE,
     clip_openai::ARCHITECTURE,
@@ -97,6 +103,12 @@ pub struct SideFiles {
 }
 
 impl SideFiles {
+    /// Content of an added token of the tokenizer.
+    pub fn token(&self, id: i64) -> Option<String> {
+        let added = self.tokenizer.as_ref()?.get("added_tokens")?.as_array()?;
+        added.iter().find(|t| t["id"] == id)?["content"].as_str().map(String::from)
+    }
+
     /// Id of an added token of the tokenizer.
     pub fn token_id(&self, content: &str) -> Option<i64> {
         let added = self.tokenizer.as_ref()?.get("added_tokens")?.as_array()?;
@@ -121,10 +133,11 @@ impl Architecture {
     ///
     /// # Errors
     /// A field of the config or a tensor is missing or not supported.
-    pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task)> {
-        let Lowered { symbols, graphs, task } = (self.lower)(&Section::root(config)?, &weights, files)?;
-        let name: String = Section::root(config)?.require("model_type")?;
-        Ok((Program { name, symbols, graphs, weights: weights.into_table() }, task))
+    pub fn lower(&self, config: &Value, weights: Weights<'_>, files: &SideFiles) -> Result<(Program, Task, Vec<String>)> {
+        let section = Section::root(config)?;
+        let Lowered { symbols, graphs, task } = (self.lower)(&section, &weights, files)?;
+        let name: String = section.require("model_type")?;
+        Ok((Program { name, symbols, graphs, weights: weights.into_table() }, task, section.unread()))
     }
 
     /// How pictures become tensors; `None` if the checkpoint does not say.

@@ -46,11 +46,23 @@ pub(super) fn gated_mlp<'g>(g: &'g Builder<'g>, w: W<'g>, x: Val<'g>, act: Unary
 
 /// The entry `embed`: `input_ids i64[batch, seq]` and `image_features f32[features, hidden]` to `inputs_embeds f32[batch, seq,
 /// hidden]`, with the features in the places of the tokens that `here` finds.
-pub(super) fn embed<'g>(g: &'g Builder<'g>, table: W<'g>, [vocab_size, hidden_size]: [usize; 2], here: impl FnOnce(Val<'g>) -> Val<'g>) {
+pub(super) fn embed<'g>(g: &'g Builder<'g>, table: W<'g>, sizes: [usize; 2], here: impl FnOnce(Val<'g>) -> Val<'g>) {
+    embed_at(g, table, sizes, here);
+}
+
+/// See [`embed`]; returns what `here` found.
+pub(super) fn embed_at<'g>(
+    g: &'g Builder<'g>,
+    table: W<'g>,
+    [vocab_size, hidden_size]: [usize; 2],
+    here: impl FnOnce(Val<'g>) -> Val<'g>,
+) -> Val<'g> {
     let ids = g.input("input_ids", DType::I64, ["batch", "seq"].map(Dim::symbol));
     let features = g.input("image_features", DType::F32, [Dim::symbol("features"), hidden_size.into()]);
     let embeds = g.embedding(ids, table, vocab_size, hidden_size);
-    g.output("inputs_embeds", g.merge_features(embeds, here(ids), features));
+    let here = here(ids);
+    g.output("inputs_embeds", g.merge_features(embeds, here, features));
+    here
 }
 
 /// Symbols of the entries `embed` and `decoder`.

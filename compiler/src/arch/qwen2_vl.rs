@@ -10,15 +10,19 @@ use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use vlmc_artifact::{Processor, PromptRules, Qwen2VlProcessor, Resample, Task, program::Unary};
-use vlmc_ir::{Builder, DType, Dim, Val, Weights, ops::Mask};
+use vlmc_ir::{Builder, DType, Dim, Graph, Literal, Val, W, Weights, ops::Mask};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     model_types: &["qwen2_vl"],
     alias: "qwen2-vl",
     title: "Qwen2-VL",
     reference: "arXiv 2409.12191; transformers Qwen2VLForConditionalGeneration",
+    notes: "Pictures of any size, several to a prompt, and videos (frames or GIF), mixed in one prompt; batches with left padding. \
+        Attention of the tower is per frame; positions are multimodal rotary (M-RoPE), each modality starting at the previous one's \
+        maximum plus 1 (the paper's rule, transformers up to 4.5x); `position_ids` that are given win. Old (`visual.`, `model.`) and \
+        new (`model.visual.`, `model.language_model.`) layouts, flat and nested configs, tied or separate output matrix.",
     canonical_name,
-    ignored: |name| name.ends_with("rotary_emb.inv_freq") || name.ends_with("rotary_pos_emb.inv_freq"),
+    ignored,
     presets: &[
         Preset { name: "qwen2-vl-2b", hub: "Qwen/Qwen2-VL-2B-Instruct", parameters: 2_208_985_600, config: || config(&B2), files },
         Preset { name: "qwen2-vl-7b", hub: "Qwen/Qwen2-VL-7B-Instruct", parameters: 8_291_375_616, config: || config(&B7), files },
@@ -176,8 +180,13 @@ pub(super) fn files() -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// Buffers that follow from the config.
+pub(super) fn ignored(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || name.ends_with("rotary_pos_emb.inv_freq")
+}
+
 /// transformers since 4.52 may write `model.visual.` and `model.language_model.` for `visual.` and `model.`.
-fn canonical_name(name: &str) -> Cow<'_, str> {
+pub(super) fn canonical_name(name: &str) -> Cow<'_, str> {
     if let Some(rest) = name.strip_prefix("model.visual.") {
         return format!("visual.{rest}").into();
     }
@@ -187,37 +196,38 @@ fn canonical_name(name: &str) -> Cow<'_, str> {
     }
 }
 
-/// LayerNorm epsilon of the vision tower, fixed in the reference.
-const VISION_EPS: f64 = 1e-6;
+/// Epsilon of the vision tower's norms, fixed in the reference.
+pub(super) const VISION_EPS: f64 = 1e-6;
 
-struct VisionConfig {
-    depth: usize,
-    embed_dim: usize,
-    num_heads: usize,
+/// What the vision towers of the family have in common.
+pub(super) struct Tower {
+    pub(super) depth: usize,
+    pub(super) width: usize,
+    heads: usize,
     head_dim: usize,
-    mlp_dim: usize,
     in_channels: usize,
-    patch_size: usize,
+    pub(super) patch_size: usize,
     temporal_patch_size: usize,
-    spatial_merge_size: usize,
+    /// Patches per token side.
+    pub(super) merge: usize,
     rope_theta: f64,
-    act: Unary,
 }
 
-impl VisionConfig {
-    fn new(c: &Section<'_>, text_hidden_size: usize) -> Result<Self> {
-        let (embed_dim, num_heads) = (c.int("embed_dim", WIDTH)?, c.int("num_heads", WIDTH)?);
-        let head_dim = nn::head_dim(c, "embed_dim", embed_dim, "num_heads", num_heads)?;
+impl Tower {
+    /// From `vision_config`, whose field `width` is the tower's width, and `out` that of the decoder.
+    pub(super) fn new(c: &Section<'_>, width_field: &str, out_field: &str, text_hidden_size: usize, patch_size: Option<usize>) -> Result<Self> {
+        let (width, heads) = (c.int(width_field, WIDTH)?, c.int("num_heads", WIDTH)?);
+        let head_dim = nn::head_dim(c, width_field, width, "num_heads", heads)?;
         if !head_dim.is_multiple_of(4) {
             return Err(Error::config(
                 c.path("num_heads"),
                 format!("head width {head_dim} is not a multiple of 4, which 2-D rotary positions need"),
             ));
         }
-        let hidden_size = c.int("hidden_size", WIDTH)?;
-        if hidden_size != text_hidden_size {
-            let message = format!("{hidden_size} (output of the merger) must equal the decoder's hidden_size {text_hidden_size}");
-            return Err(Error::config(c.path("hidden_size"), message));
+        let out = c.int(out_field, WIDTH)?;
+        if out != text_hidden_size {
+            let message = format!("{out} (output of the merger) must equal the decoder's hidden_size {text_hidden_size}");
+            return Err(Error::config(c.path(out_field), message));
         }
         let rope = c.section("rope_parameters")?;
         if let Some(rope) = &rope {
@@ -226,16 +236,17 @@ impl VisionConfig {
         let rope_theta = rope.as_ref().map(|r| r.positive("rope_theta")).transpose()?.flatten();
         Ok(Self {
             depth: c.int("depth", LAYERS)?,
-            embed_dim,
-            num_heads,
+            width,
+            heads,
             head_dim,
-            mlp_dim: embed_dim * c.opt_int("mlp_ratio", 1..=64)?.unwrap_or(4),
             in_channels: c.opt_int("in_chans", 1..=64)?.or(c.opt_int("in_channels", 1..=64)?).unwrap_or(3),
-            patch_size: c.int("patch_size", 1..=1024)?,
+            patch_size: match (c.opt_int("patch_size", 1..=1024)?, patch_size) {
+                (Some(size), _) | (None, Some(size)) => size,
+                (None, None) => c.int("patch_size", 1..=1024)?,
+            },
             temporal_patch_size: c.opt_int("temporal_patch_size", 1..=64)?.unwrap_or(2),
-            spatial_merge_size: c.opt_int("spatial_merge_size", 1..=64)?.unwrap_or(2),
+            merge: c.opt_int("spatial_merge_size", 1..=64)?.unwrap_or(2),
             rope_theta: rope_theta.unwrap_or(10_000.0),
-            act: nn::activation(c, "hidden_act", Unary::QuickGelu)?,
         })
     }
 
@@ -243,105 +254,149 @@ impl VisionConfig {
     fn patch_dim(&self) -> usize {
         self.in_channels * self.temporal_patch_size * self.patch_size * self.patch_size
     }
+
+    /// Patches per token.
+    pub(super) fn merge_area(&self) -> usize {
+        self.merge * self.merge
+    }
+
+    /// The inputs of the entry `vision` and what follows from them, with weights below `w`.
+    pub(super) fn patches<'g>(&self, g: &'g Builder<'g>, w: W<'g>, bias: bool) -> Patches<'g> {
+        let tokens = Dim::symbol("image_tokens");
+        let patches = &tokens * self.merge_area();
+        let pixels = g.input("pixel_values", DType::F32, [patches.clone(), self.patch_dim().into()]);
+        let grid = g.input("image_grid_thw", DType::I64, [Dim::symbol("images"), 3.into()]);
+        let _scope = g.scope(w.path());
+        let [row, col, frame] = g.grid_positions(grid, patches, self.merge);
+        let rope = g.rotary_2d(row, col, self.head_dim, self.rope_theta);
+        // A convolution whose stride is its kernel is a matrix product.
+        let kernel = [self.width, self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size];
+        let proj = w / "patch_embed" / "proj";
+        let weight = g.weight_as(proj / "weight", &kernel, &[self.width, self.patch_dim()]);
+        let x = g.linear_with(pixels, weight, bias.then(|| g.weight(proj / "bias", &[self.width])));
+        Patches { tokens, grid, row, col, frame, rope, x }
+    }
+
+    /// Attention within segments; q, k and v come from one matrix.
+    pub(super) fn attention<'g>(&self, g: &'g Builder<'g>, w: W<'g>, x: Val<'g>, rope: (Val<'g>, Val<'g>), segments: Val<'g>) -> Val<'g> {
+        let qkv = g.linear_bias(x, w / "qkv", 3 * self.width);
+        let part = |i: usize| g.split_heads(g.slice(qkv, 1, i * self.width, self.width), self.heads);
+        let (q, k, v) = (g.rotary(part(0), rope), g.rotary(part(1), rope), part(2));
+        let y = g.attention(q, k, v, 1.0 / (self.head_dim as f64).sqrt(), Mask::Segments, Some(segments));
+        g.linear_bias(g.merge_heads(y), w / "proj", self.width)
+    }
+
+    /// Patches to tokens: the `merge²` patches of each, side by side, through two layers.
+    pub(super) fn merged<'g>(&self, g: &'g Builder<'g>, [first, second]: [W<'g>; 2], x: Val<'g>, tokens: &Dim, hidden_size: usize) -> Val<'g> {
+        let merged = self.width * self.merge_area();
+        let x = g.reshape(x, [tokens.clone(), merged.into()]);
+        g.linear_bias(g.unary(Unary::Gelu, g.linear_bias(x, first, merged)), second, hidden_size)
+    }
+}
+
+/// Patches of any number of pictures and videos: `x f32[patches, width]`, the cos and sin of their positions, and for each its
+/// row, column and frame, all `i64[patches]`.
+pub(super) struct Patches<'g> {
+    pub(super) tokens: Dim,
+    pub(super) grid: Val<'g>,
+    pub(super) row: Val<'g>,
+    pub(super) col: Val<'g>,
+    pub(super) frame: Val<'g>,
+    pub(super) rope: (Val<'g>, Val<'g>),
+    pub(super) x: Val<'g>,
 }
 
 /// The Qwen2 decoder: Llama's with biases on q, k and v and multimodal rotary positions.
-fn text_config(c: &Section<'_>) -> Result<Decoder> {
+pub(super) fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let c = c.section_or_self("text_config")?;
     let mut text = Decoder::new(&c, None)?;
-    let Positions::Mrope(_) = text.positions else {
-        return Err(Error::config(c.path("rope_scaling"), "must hold `mrope_section`"));
+    let Positions::Mrope { interleaved: false, .. } = text.positions else {
+        return Err(Error::config(c.path("rope_scaling"), "must hold `mrope_section`, and not interleaved"));
     };
     text.attention.qkv_bias = true;
     Ok(text)
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let text = text_config(c)?;
-    let vision_section = c.section("vision_config")?.ok_or_else(|| Error::config("vision_config", "is missing"))?;
-    let vision = VisionConfig::new(&vision_section, text.hidden_size)?;
+    let vision = c.section("vision_config")?.ok_or_else(|| Error::config("vision_config", "is missing"))?;
+    let tower = Tower::new(&vision, "embed_dim", "hidden_size", text.hidden_size, None)?;
+    let mlp_dim = tower.width * vision.opt_int("mlp_ratio", 1..=64)?.unwrap_or(4);
+    let act = nn::activation(&vision, "hidden_act", Unary::QuickGelu)?;
+    let positions = vlmc_artifact::Positions::Mrope { spatial_merge_size: tower.merge, tokens_per_second: None, frame_text: None };
+    let graph = graph("vision", weights, |g| vision_tower(g, &tower, mlp_dim, act, text.hidden_size))?;
+    family(c, weights, &text, positions, graph)
+}
+
+/// What the models of the family share beside the vision tower: the entries `embed` and `decoder`, and the prompt's rules.
+pub(super) fn family(
+    c: &Section<'_>,
+    weights: &Weights<'_>,
+    text: &Decoder,
+    positions: vlmc_artifact::Positions,
+    vision: Graph,
+) -> Result<Lowered> {
+    c.only("quantization_config", &[])?;
     let token = |field: &str, default: i64| Ok::<i64, Error>(c.get(field)?.unwrap_or(default));
     let (image_token_id, video_token_id) = (token("image_token_id", 151_655)?, token("video_token_id", 151_656)?);
     let context = text.max_position_embeddings;
-
-    let vision_graph = graph("vision", weights, |g| vision_tower(g, &vision, text.hidden_size))?;
-    let embed_graph = graph("embed", weights, |g| {
+    let embed = graph("embed", weights, |g| {
         let here = |ids| nn::is_any(g, ids, &[image_token_id, video_token_id]);
-        nn::embed(g, g.weights("model.embed_tokens"), [text.vocab_size, text.hidden_size], here);
+        let here = nn::embed_at(g, g.weights("model.embed_tokens"), [text.vocab_size, text.hidden_size], here);
+        if text.deepstack > 0 {
+            let width: Dim = (text.deepstack * text.hidden_size).into();
+            let features = g.input("deepstack_features", DType::F32, [Dim::symbol("features"), width.clone()]);
+            let none = g.broadcast(g.literal(Literal::scalar(DType::F32, 0.0)), vec![here.dim(0), here.dim(1), width]);
+            g.output("deepstack_embeds", g.merge_features(none, here, features));
+        }
     })?;
     let tied = !weights.contains("lm_head.weight").unwrap_or(!text.tie_word_embeddings);
     let head = if tied { "model.embed_tokens" } else { "lm_head" };
-    let decoder_graph = graph("decoder", weights, |g| text.graph(g, g.weights("model"), g.weights(head)))?;
+    let decoder = graph("decoder", weights, |g| text.graph(g, g.weights("model"), g.weights(head)))?;
 
     let mut symbols = nn::decoder_symbols(context);
     symbols.extend([symbol("images", 1..=context), symbol("image_tokens", 1..=context)]);
     Ok(Lowered {
         symbols,
-        graphs: vec![vision_graph, embed_graph, decoder_graph],
+        graphs: vec![vision, embed, decoder],
         task: Task::Generate(PromptRules {
             image_token_id: Some(image_token_id),
             video_token_id: Some(video_token_id),
             hidden_size: text.hidden_size,
             vocab_size: text.vocab_size,
             max_positions: context,
-            positions: vlmc_artifact::Positions::Mrope { spatial_merge_size: vision.spatial_merge_size, tokens_per_second: None },
+            positions,
             template: None,
         }),
     })
 }
 
 /// Patches of any number of pictures and videos to rows for the decoder, one per `spatial_merge_size`² patches.
-fn vision_tower<'g>(g: &'g Builder<'g>, c: &VisionConfig, hidden_size: usize) {
-    let merge_area = c.spatial_merge_size * c.spatial_merge_size;
-    let tokens = Dim::symbol("image_tokens");
-    let patches = &tokens * merge_area;
-    let pixels = g.input("pixel_values", DType::F32, [patches.clone(), c.patch_dim().into()]);
-    let grid = g.input("image_grid_thw", DType::I64, [Dim::symbol("images"), 3.into()]);
+fn vision_tower<'g>(g: &'g Builder<'g>, t: &Tower, mlp_dim: usize, act: Unary, hidden_size: usize) {
     let w = g.weights("visual");
-
-    let _scope = g.scope("visual");
-    let [row, col, frame] = g.grid_positions(grid, patches, c.spatial_merge_size);
-    let rope = g.rotary_2d(row, col, c.head_dim, c.rope_theta);
-    // A convolution whose stride is its kernel is a matrix product.
-    let kernel = [c.embed_dim, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size];
-    let proj = g.weight_as(w / "patch_embed" / "proj" / "weight", &kernel, &[c.embed_dim, c.patch_dim()]);
-    let mut x = g.linear_with(pixels, proj, None);
-    for i in 0..c.depth {
+    let Patches { tokens, frame, rope, mut x, .. } = t.patches(g, w, false);
+    for i in 0..t.depth {
         let w = w / "blocks" / i;
         let _scope = g.scope(w.path());
         let h = g.layer_norm(x, w / "norm1", VISION_EPS);
-        x = x + vision_attention(g, c, h, rope, frame, i);
+        x = x + t.attention(g, w / "attn", h, rope, frame);
         let h = g.layer_norm(x, w / "norm2", VISION_EPS);
-        let h = g.unary(c.act, g.linear_bias(h, w / "mlp" / "fc1", c.mlp_dim));
-        x = x + g.linear_bias(h, w / "mlp" / "fc2", c.embed_dim);
+        let h = g.unary(act, g.linear_bias(h, w / "mlp" / "fc1", mlp_dim));
+        x = x + g.linear_bias(h, w / "mlp" / "fc2", t.width);
     }
     let w = w / "merger";
     let _scope = g.scope(w.path());
-    let merged = c.embed_dim * merge_area;
-    let x = g.reshape(g.layer_norm(x, w / "ln_q", VISION_EPS), [tokens, merged.into()]);
-    let x = g.unary(Unary::Gelu, g.linear_bias(x, w / "mlp" / 0, merged));
-    g.output("image_features", g.linear_bias(x, w / "mlp" / 2, hidden_size));
+    let x = g.layer_norm(x, w / "ln_q", VISION_EPS);
+    g.output("image_features", t.merged(g, [w / "mlp" / 0, w / "mlp" / 2], x, &tokens, hidden_size));
 }
 
-/// Attention within each frame; q, k and v come from one matrix.
-fn vision_attention<'g>(
-    g: &'g Builder<'g>,
-    c: &VisionConfig,
-    x: Val<'g>,
-    rope: (Val<'g>, Val<'g>),
-    frame: Val<'g>,
-    block: usize,
-) -> Val<'g> {
-    let w = g.weights("visual") / "blocks" / block / "attn";
-    let qkv = g.linear_bias(x, w / "qkv", 3 * c.embed_dim);
-    let part = |i: usize| g.split_heads(g.slice(qkv, 1, i * c.embed_dim, c.embed_dim), c.num_heads);
-    let (q, k, v) = (g.rotary(part(0), rope), g.rotary(part(1), rope), part(2));
-    let y = g.attention(q, k, v, 1.0 / (c.head_dim as f64).sqrt(), Mask::Segments, Some(frame));
-    g.linear_bias(g.merge_heads(y), w / "proj", c.embed_dim)
+pub(super) fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
+    // OpenAI CLIP's statistics.
+    image_processor(files, [0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1], 14)
 }
 
-fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
+/// `Qwen2VLImageProcessor` with these defaults.
+pub(super) fn image_processor(files: &SideFiles, mean: [f32; 3], std: [f32; 3], patch_size: usize) -> Result<Option<Processor>> {
     let Some(image) = &files.preprocessor else { return Ok(None) };
     let file = |e: Error| match e {
         Error::Config { field, message } => {
@@ -351,7 +406,7 @@ fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
     };
     let read = || {
         let c = Section::root(image)?;
-        let patch_size = c.opt_int("patch_size", 1..=1024)?.unwrap_or(14);
+        let patch_size = c.opt_int("patch_size", 1..=1024)?.unwrap_or(patch_size);
         let merge_size = c.opt_int("merge_size", 1..=64)?.unwrap_or(2);
         let (min_pixels, max_pixels) = pixel_budget(&c)?.unwrap_or((56 * 56, 28 * 28 * 1280));
         // Without a file of its own, a video frame gets 128 to 768 tokens (qwen-vl-utils VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS).
@@ -372,9 +427,9 @@ fn processor(_: &Section<'_>, files: &SideFiles) -> Result<Option<Processor>> {
             max_pixels,
             video_min_pixels,
             video_max_pixels,
-            // OpenAI CLIP's statistics, the class defaults.
-            image_mean: rgb("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
-            image_std: rgb("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
+            video_budget_of_clip: false,
+            image_mean: rgb("image_mean", mean)?,
+            image_std: rgb("image_std", std)?,
             rescale_factor: c.positive("rescale_factor")?.unwrap_or(1.0 / 255.0),
             fps: fps.unwrap_or(2.0) as f32,
             resample: match c.get::<u32>("resample")? {

@@ -66,6 +66,9 @@ struct CompileArgs {
     /// Directory of the artifact [default: MODEL's name and the target, in the current directory]
     #[arg(short, long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Directory of LoRA adapters (PEFT) to merge into the weights
+    #[arg(long, value_name = "DIR")]
+    lora: Option<PathBuf>,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -228,7 +231,10 @@ fn compile_to(model: &compile::Model, target: &str, out: &Path) -> Result<compil
 fn compile_command(args: &CompileArgs) -> Result<()> {
     args.target.check()?;
     let dir = checkpoint_dir(&args.model)?;
-    let model = compile::Model::open(&dir)?;
+    let model = match &args.lora {
+        Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
+        None => compile::Model::open(&dir)?,
+    };
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
     if let Some(threads) = args.threads {

@@ -45,6 +45,7 @@ pub(super) const TARGET: Target = Target {
         | Op::Rotary2d(_)
         | Op::Mrope(_)
         | Op::Rope(_)
+        | Op::StretchedPositions(_)
         | Op::Conv2d(_)
         | Op::ResizeWeights(_) => Support::Decompose,
     },

@@ -53,6 +53,7 @@ pub(super) const TARGET: Target = Target {
             | Op::Rotary2d(_)
             | Op::Mrope(_)
             | Op::Rope(_)
+            | Op::StretchedPositions(_)
             | Op::ResizeWeights(_)
             | Op::Moe(_) => Support::Decompose,
         }

@@ -32,28 +32,92 @@ impl OpDef for GridPositions {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
-        let grid = args[0];
-        let images = grid.dim(0);
-        let column = |i: usize| g.reshape(g.slice(grid, 1, i, 1), [images.clone()]);
-        let (t, h, w) = (column(0), column(1), column(2));
-        let before = |x: Val<'g>| g.cumsum(x, 0) - x;
-        let patches = t * h * w;
-        let patch = g.iota(self.rows.clone());
-        // The image of a patch: how many images end at or before it.
-        let ended = g.binary(Binary::Le, g.unsqueeze(g.cumsum(patches, 0), 0), g.unsqueeze(patch, 1));
-        let image = g.reduce(Reduce::Sum, g.cast(ended, DType::I64), &[1]);
-        let of_image = |x: Val<'g>| g.gather(x, image, 0);
-        let (h, w) = (of_image(h), of_image(w));
-        let in_image = patch - of_image(before(patches));
-        let div = |a: Val<'g>, b: Val<'g>| a / b;
-        let rem = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Mod, a, b);
-        let segment = of_image(before(t)) + div(in_image, h * w);
-        let in_frame = rem(in_image, h * w);
+        let Frames { h: _, w, before, in_image, size } = frames(g, args[0], &self.rows);
+        let (segment, in_frame) = (before + in_image / size, g.binary(Binary::Mod, in_image, size));
+        let (div, rem) = (|a: Val<'g>, b: Val<'g>| a / b, |a: Val<'g>, b: Val<'g>| g.binary(Binary::Mod, a, b));
         let (m, block_size) = (int(g, self.merge), int(g, self.merge * self.merge));
         let (block, inner, blocks_per_row) = (div(in_frame, block_size), rem(in_frame, block_size), div(w, m));
         let row = div(block, blocks_per_row) * m + div(inner, m);
         let col = rem(block, blocks_per_row) * m + rem(inner, m);
         Some(vec![row, col, segment])
+    }
+}
+
+/// What `i64[rows]` patches know of their pictures.
+struct Frames<'g> {
+    /// Rows of patches.
+    h: Val<'g>,
+    /// Columns of patches.
+    w: Val<'g>,
+    /// Frames of all pictures before.
+    before: Val<'g>,
+    /// Index of the patch in its picture.
+    in_image: Val<'g>,
+    /// Patches of a frame.
+    size: Val<'g>,
+}
+
+fn frames<'g>(g: &'g Builder<'g>, grid: Val<'g>, rows: &Dim) -> Frames<'g> {
+    let images = grid.dim(0);
+    let column = |i: usize| g.reshape(g.slice(grid, 1, i, 1), [images.clone()]);
+    let (t, h, w) = (column(0), column(1), column(2));
+    let before = |x: Val<'g>| g.cumsum(x, 0) - x;
+    let patches = t * h * w;
+    let patch = g.iota(rows.clone());
+    // The image of a patch: how many images end at or before it.
+    let ended = g.binary(Binary::Le, g.unsqueeze(g.cumsum(patches, 0), 0), g.unsqueeze(patch, 1));
+    let image = g.reduce(Reduce::Sum, g.cast(ended, DType::I64), &[1]);
+    let of_image = |x: Val<'g>| g.gather(x, image, 0);
+    let (h, w) = (of_image(h), of_image(w));
+    let in_image = patch - of_image(before(patches));
+    Frames { h, w, before: of_image(before(t)), in_image, size: h * w }
+}
+
+/// A square table of positions stretched over each picture, corner to corner, with bilinear interpolation (Qwen3-VL):
+/// `table f32[side², width]` and `grid_thw i64[images, 3]` to `f32[rows, width]`, patches in the order of [`GridPositions`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StretchedPositions {
+    /// Number of patches of all images.
+    pub rows: Dim,
+    /// Side of a block.
+    pub merge: usize,
+    /// Side of the table.
+    pub side: usize,
+}
+
+impl OpDef for StretchedPositions {
+    const NAME: &'static str = "stretched_positions";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [table, grid] = operands(args)?;
+        expect_dtype(table, DType::F32, "table")?;
+        expect_dtype(grid, DType::I64, "grid")?;
+        expect(grid.rank() == 2 && grid.shape[1] == 3.into(), || format!("grid must be i64[images, 3], is {grid}"))?;
+        let fits = table.rank() == 2 && table.shape[0] == (self.side * self.side).into();
+        expect(fits && self.side > 0 && self.merge > 0, || format!("table must be f32[{0} * {0}, width], is {table}", self.side))?;
+        Ok(vec![Type::new(DType::F32, [self.rows.clone(), table.shape[1].clone()])])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (table, grid) = (args[0], args[1]);
+        let Frames { h, w, .. } = frames(g, grid, &self.rows);
+        let [row, col, _] = g.grid_positions(grid, self.rows.clone(), self.merge);
+        let last = int(g, self.side - 1);
+        let one = g.literal(Literal::scalar(DType::F32, 1.0));
+        // Two places of the table along an axis, with their weights; the second may be the border again, with weight 0.
+        let taps = |at: Val<'g>, size: Val<'g>| {
+            let steps = g.binary(Binary::Max, g.cast(size, DType::F32) - 1.0, one);
+            let source = g.cast(at, DType::F32) * (self.side - 1) as f64 / steps;
+            let floor = g.unary(Unary::Floor, source);
+            let (first, t) = (g.cast(floor, DType::I64), source - floor);
+            [(first, one - t), (g.binary(Binary::Min, first + int(g, 1), last), t)]
+        };
+        let (rows, columns) = (taps(row, h), taps(col, w));
+        let side = int(g, self.side);
+        let parts = rows.iter().flat_map(|r| columns.iter().map(move |c| (r, c))).map(|((row, a), (column, b))| {
+            g.gather(table, *row * side + *column, 0) * g.unsqueeze(*a * *b, 1)
+        });
+        Some(vec![parts.reduce(|a, b| a + b)?])
     }
 }
 
@@ -175,7 +239,9 @@ impl OpDef for Rope {
 
 /// Multimodal rotary embedding (Qwen2-VL, section 2.1): `position_ids i64[3, batch, seq]` (temporal, height, width) to `cos`
 /// and `sin f32[batch, seq, head_dim/2]`. The first `section[0]` angles follow the temporal position, the next `section[1]`
-/// the height, the rest the width, with the frequencies `theta^(-2i/head_dim)`.
+/// the height, the rest the width, with the frequencies `theta^(-2i/head_dim)`. Interleaved (Qwen3-VL), the kinds take turns:
+/// angle `i` follows the height if `i mod 3` is 1 and `i < 3 section[1]`, the width if it is 2 and `i < 3 section[2]`, else the
+/// temporal position.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Mrope {
     /// Width of a head.
@@ -184,6 +250,9 @@ pub struct Mrope {
     pub theta: f64,
     /// Angles of each kind; sums to `head_dim / 2`.
     pub section: [usize; 3],
+    /// Whether the kinds take turns.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interleaved: bool,
 }
 
 impl OpDef for Mrope {
@@ -202,7 +271,12 @@ impl OpDef for Mrope {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
-        let kinds = self.section.iter().enumerate().flat_map(|(kind, n)| std::iter::repeat_n(kind as f64, *n)).collect();
+        let kinds = if self.interleaved {
+            let kind = |i: usize| if i % 3 > 0 && i < 3 * self.section[i % 3] { i % 3 } else { 0 };
+            (0..self.head_dim / 2).map(|i| kind(i) as f64).collect()
+        } else {
+            self.section.iter().enumerate().flat_map(|(kind, n)| std::iter::repeat_n(kind as f64, *n)).collect()
+        };
         let kind = g.literal(Literal::vector(DType::I64, kinds));
         let positions = g.gather(g.transpose(args[0], &[1, 2, 0]), kind, 2);
         let angles = g.cast(positions, DType::F32) * g.floats(inverse_frequencies(self.theta, self.head_dim));

@@ -174,9 +174,21 @@ pub enum Positions {
         /// Temporal positions per second of a video (Qwen2.5-VL); absent if frames are counted.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tokens_per_second: Option<f64>,
+        /// How the frames of a video stand in a prompt one by one, each with its time (Qwen3-VL); absent if they stand together.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        frame_text: Option<FrameText>,
     },
     /// `[batch, seq]`: each token that is not padding counts.
     Sequential,
+}
+
+/// What becomes of a video's place in a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrameText {
+    /// The place.
+    pub video: String,
+    /// What stands there for each group of frames; `{seconds}` is its time.
+    pub frame: String,
 }
 
 /// How pictures and videos become `pixel_values`.
@@ -273,6 +285,9 @@ pub struct Qwen2VlProcessor {
     pub video_min_pixels: usize,
     /// Pixel budget of a video frame, upper bound.
     pub video_max_pixels: usize,
+    /// Whether the budgets of video frames are for all frames of a video together (Qwen3-VL).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub video_budget_of_clip: bool,
     /// Mean per channel, after `rescale_factor`.
     pub image_mean: [f32; 3],
     /// Standard deviation per channel, after `rescale_factor`.

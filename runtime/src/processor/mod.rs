@@ -43,6 +43,14 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     }
 }
 
+/// Seconds of each group of frames of a video of `frames`: the mean of its first and its last one.
+pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
+    match p {
+        Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
+        Processor::Standard(_) | Processor::Naflex(_) => vec![],
+    }
+}
+
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
 /// in f64, the rest in f32.
 fn channel_tables(rescale_factor: f64, mean: [f32; 3], std: [f32; 3]) -> [[f32; 256]; 3] {

@@ -29,6 +29,34 @@ pub fn smart_resize(height: usize, width: usize, factor: usize, min_pixels: usiz
     })
 }
 
+/// As [`smart_resize`], with a budget for all frames (transformers `video_processing_qwen3_vl.py`).
+fn resize_clip(frames: usize, height: usize, width: usize, p: &Qwen2VlProcessor) -> Result<(usize, usize)> {
+    let factor = p.patch_size * p.merge_size;
+    let (mut height, mut width) = (height, width);
+    if height < factor || width < factor {
+        let scale = (factor as f64 / height as f64).max(factor as f64 / width as f64);
+        (height, width) = ((height as f64 * scale) as usize, (width as f64 * scale) as usize);
+    }
+    let (n, h, w, f) = (frames as f64, height as f64, width as f64, factor as f64);
+    if h.max(w) / h.min(w) > 200.0 {
+        return Err(Error::Input(format!("a video of {width}x{height} is too narrow: one side may be at most 200 times the other")));
+    }
+    let nearest = |x: f64, f: f64| ((x / f).round_ties_even() * f) as usize;
+    let (t_bar, h_bar, w_bar) = (nearest(n, p.temporal_patch_size as f64), nearest(h, f), nearest(w, f));
+    let pixels = t_bar * h_bar * w_bar;
+    Ok(if pixels > p.video_max_pixels {
+        let beta = (n * h * w / p.video_max_pixels as f64).sqrt();
+        let below = |x: f64| factor.max((x / beta / f).floor() as usize * factor);
+        (below(h), below(w))
+    } else if pixels < p.video_min_pixels {
+        let beta = (p.video_min_pixels as f64 / (n * h * w)).sqrt();
+        let above = |x: f64| (x * beta / f).ceil() as usize * factor;
+        (above(h), above(w))
+    } else {
+        (h_bar, w_bar)
+    })
+}
+
 /// Patches of a picture, which stands for `temporal_patch_size` equal frames.
 pub(super) fn image(p: &Qwen2VlProcessor, picture: &Rgb) -> Result<Pixels> {
     patches(p, std::slice::from_ref(picture), p.min_pixels, p.max_pixels)
@@ -39,12 +67,24 @@ pub(super) fn video(p: &Qwen2VlProcessor, frames: &[Rgb]) -> Result<Pixels> {
     patches(p, frames, p.video_min_pixels, p.video_max_pixels)
 }
 
+/// See [`super::times`].
+pub(super) fn times(p: &Qwen2VlProcessor, frames: usize) -> Vec<f64> {
+    let seconds = |frame: usize| frame.min(frames.saturating_sub(1)) as f64 / f64::from(p.fps);
+    let (depth, groups) = (p.temporal_patch_size, frames.div_ceil(p.temporal_patch_size));
+    (0..groups).map(|g| (seconds(g * depth) + seconds(g * depth + depth - 1)) / 2.0).collect()
+}
+
 /// `pixel_values f32[t * h * w, 3 * temporal_patch_size * patch_size²]` and `image_grid_thw i64[1, 3]`: frames (in groups of
 /// `temporal_patch_size`), rows and columns of patches.
 fn patches(p: &Qwen2VlProcessor, frames: &[Rgb], min_pixels: usize, max_pixels: usize) -> Result<Pixels> {
     let first = frames.first().ok_or_else(|| Error::Input("a video needs at least one frame".into()))?;
     let (patch, merge, depth) = (p.patch_size, p.merge_size, p.temporal_patch_size);
-    let (height, width) = smart_resize(first.height(), first.width(), patch * merge, min_pixels, max_pixels)?;
+    let (height, width) = (first.height(), first.width());
+    let (height, width) = if p.video_budget_of_clip && frames.len() > 1 {
+        resize_clip(frames.len(), height, width, p)?
+    } else {
+        smart_resize(height, width, patch * merge, min_pixels, max_pixels)?
+    };
     let table = channel_tables(p.rescale_factor, p.image_mean, p.image_std);
     let resized: Vec<Rgb> = frames.iter().map(|f| resize(f, width, height, p.resample)).collect();
     let (t, h, w) = (frames.len().div_ceil(depth), height / patch, width / patch);
