@@ -219,7 +219,8 @@ impl Model {
             (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        self.copy_side_files(dir.path(), processor.is_some(), &mut warnings)?;
+        let has_template = task.prompt().is_some_and(|p| p.template.is_some());
+        self.copy_side_files(dir.path(), has_template, processor.is_some(), &mut warnings)?;
 
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
         dir.commit(Manifest {
@@ -246,7 +247,7 @@ impl Model {
         })
     }
 
-    fn copy_side_files(&self, dir: &Path, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
+    fn copy_side_files(&self, dir: &Path, has_template: bool, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
             let from = self.checkpoint.dir().join(name);
@@ -260,7 +261,7 @@ impl Model {
             warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
         }
         let in_config = || Ok::<_, Error>(self.checkpoint.json("tokenizer_config.json")?.is_some_and(|c| c.get("chat_template").is_some()));
-        if !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
+        if !has_template && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
             warnings.push(format!("the checkpoint has no chat template; {only_run}"));
         }
         if !has_processor {
@@ -286,7 +287,9 @@ impl Model {
             id => id.as_i64().map(|id| vec![id]),
         };
         let config = self.checkpoint.config();
-        let eos = field("eos_token_id").or_else(|| config.get("eos_token_id")).or_else(|| config.get("text_config")?.get("eos_token_id"));
+        let eos = field("eos_token_id")
+            .or_else(|| config.get("eos_token_id"))
+            .or_else(|| ["text_config", "language_config"].iter().find_map(|part| config.get(part)?.get("eos_token_id")));
         let eos_token_ids = match eos.filter(|v| !v.is_null()) {
             None => vec![],
             Some(v) => ids(v).ok_or_else(|| invalid(format!("`eos_token_id` must be a token id or a list of them, is {v}")))?,

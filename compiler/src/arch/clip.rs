@@ -23,6 +23,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip",
     title: "CLIP",
     reference: "arXiv 2103.00020; transformers CLIPModel",
+    notes: "Hugging Face layout. Both rules for the end of a text (`eos_token_id` 2 of old configs: the largest id; else the first end token), activations as the config says, other picture sizes by a stretched position table. Entries `image`, `text` and `score`. A LiT-style pair is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[

@@ -18,6 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "llava",
     title: "LLaVA 1.5",
     reference: "arXiv 2310.03744; transformers LlavaForConditionalGeneration",
+    notes: "LLaVA 1.5 in the layouts of transformers: feature layer from the config, one or a list of them, both select strategies, MLP projector with the activation and biases of the config, Llama and Vicuna decoders, with grouped heads or without.",
     canonical_name,
     ignored: |name| name.ends_with(".position_ids") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[
@@ -179,7 +180,7 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let text = Decoder::new(&t, Some(&LLAMA))?;
     match text.positions {
         Positions::Plain(_) => Ok(text),
-        Positions::Mrope(_) => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
+        Positions::Mrope { .. } => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
     }
 }
 

@@ -18,6 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "vit",
     title: "ViT",
     reference: "arXiv 2010.11929; transformers ViTForImageClassification, ViTModel",
+    notes: "Classifiers and bare models, with or without pooler; other picture sizes by a stretched position table; labels from the config.",
     canonical_name,
     ignored: |name| name == "vit.embeddings.mask_token",
     presets: &[
