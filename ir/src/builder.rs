@@ -607,6 +607,14 @@ impl<'g> Builder<'g> {
         self.one(Conv2d { stride, padding }, &[x, kernel].into_iter().chain(bias).collect::<Vec<_>>())
     }
 
+    /// See [`BatchNorm`]: with `w / "weight"`, `w / "bias"`, `w / "running_mean"` and `w / "running_var"`.
+    #[track_caller]
+    pub fn batch_norm(&'g self, x: Val<'g>, w: W<'g>, eps: f64) -> Val<'g> {
+        let n = x.dim(1).as_const().unwrap_or(1) as usize;
+        let [weight, bias, mean, var] = ["weight", "bias", "running_mean", "running_var"].map(|name| self.table(w / name, &[n]));
+        self.one(BatchNorm { eps }, &[x, weight, bias, mean, var])
+    }
+
     /// See [`ResizeWeights`].
     #[track_caller]
     pub fn resize_weights(&'g self, size: Val<'g>, rows: impl Into<Dim>, from: usize, filter: Filter) -> Val<'g> {

@@ -111,6 +111,12 @@ struct Media {
     features: Option<Outputs>,
 }
 
+impl Media {
+    fn is_video(&self) -> bool {
+        self.picture.is_none()
+    }
+}
+
 /// Turns of a user and a model. What the turns have in common stays in the cache: a question costs its own tokens only.
 pub struct Conversation<'m> {
     pipeline: &'m mut Pipeline,
@@ -168,7 +174,7 @@ impl Conversation<'_> {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image_among(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
+                    self.add(processor::image(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
                     Content::Image
                 }
                 Part::Video(frames) => {
@@ -181,13 +187,13 @@ impl Conversation<'_> {
         self.messages.push(Message { role: "user".into(), content });
         let text = self.template.render(&self.messages, true)?;
         let rules = self.pipeline.rules().clone();
-        let of = |video: bool| self.media.iter().filter(move |m| m.picture.is_none() == video).map(|m| &m.pixels);
+        let of = |video: bool| self.media.iter().filter(move |m| m.is_video() == video).map(|m| &m.pixels);
         // The frames of a video may stand apart.
         let tokens = |video: bool| {
             let runs = |p: &Pixels| if video { p.clip.runs(&rules).len().max(1) } else { 1 };
             of(video).flat_map(|p| std::iter::repeat_n(p.tokens / runs(p), runs(p))).collect::<Vec<_>>()
         };
-        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.picture.is_none()).map(|m| m.times.clone()).collect();
+        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.is_video()).map(|m| m.times.clone()).collect();
         let text = prompt::with_times(&text, &rules, &times);
         let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
         let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
@@ -231,7 +237,7 @@ impl Conversation<'_> {
         let processor = self.processor()?.clone();
         for m in &mut self.media {
             if let Some(picture) = &m.picture {
-                m.pixels = processor::image_among(&processor, picture, pictures)?;
+                m.pixels = processor::image(&processor, picture, pictures)?;
                 m.features = None;
             }
         }
@@ -250,8 +256,8 @@ impl Conversation<'_> {
             keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
-        // Tiles that a decoder attends to leave its cache all together or not at all.
-        let stale = self.pipeline.attends_to_pictures() && pictures(&ids[..keep]) != pictures(&self.cached);
+        // Where a decoder attends to pictures, tokens that may see none attend to all: new ones change what came before them.
+        let stale = self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached].iter().any(|kept| pictures(kept) != pictures(ids));
         if stale { 0 } else { keep }
     }
 

@@ -22,7 +22,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     reference: "arXiv 2412.10302; github.com/deepseek-ai/DeepSeek-VL2",
     notes: "Dynamic tiling: the global view, a separator, and the tiles put together with newlines; without tiles from three pictures on. \
         Decoders with multi-head or latent attention, with or without a low rank of queries; routed and shared experts, softmax or sigmoid \
-        scores, greedy, group-limited and loss-free routing. The cache holds expanded keys and values.",
+        scores, greedy, group-limited and loss-free routing. The cache holds expanded keys and values. Yarn scaling is not supported.",
     canonical_name: |name| name.into(),
     ignored: |name| name.starts_with("vision.attn_pool.") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[

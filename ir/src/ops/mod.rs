@@ -17,7 +17,7 @@ pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, Route, TopK};
-pub use norm::{LayerNorm, RmsNorm};
+pub use norm::{BatchNorm, LayerNorm, RmsNorm};
 pub use positions::{GridPositions, Mrope, Rope, RopeScaling, Rotary2d, StretchedPositions};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
 pub use tiles::{GridRelative, TileRows};
@@ -139,7 +139,7 @@ ops! {
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
     GridPositions, Rotary2d, Mrope, Rope, StretchedPositions,
-    Conv2d, ResizeWeights, Moe, Route, TileRows, GridRelative,
+    Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
 }
 
 // What type rules share.

@@ -204,13 +204,99 @@ pub struct FrameText {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
+    /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
+    Standard(StandardProcessor),
+    /// `Siglip2ImageProcessor`: as many patches as a budget allows, at the picture's own aspect ratio.
+    Naflex(NaflexProcessor),
+    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
+    Mllama(MllamaProcessor),
     /// `VLMImageProcessor` of DeepSeek-VL: the longer side to one size, then a square around it.
     DeepseekVl(DeepseekVlProcessor),
     /// `DeepseekVLV2Processor`: a global view, and the picture in the best of some sizes cut into tiles.
     #[serde(rename = "deepseek_vl2")]
     DeepseekVl2(DeepseekVl2Processor),
-    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
-    Mllama(MllamaProcessor),
+}
+
+/// Settings of processors that make every picture one size: `pixel_values f32[1, 3, height, width]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandardProcessor {
+    /// First step; absent if pictures keep their size.
+    pub resize: Option<Resize>,
+    /// Second step.
+    pub crop: Option<CenterCrop>,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Tokens that a picture takes in a prompt; 0 for models without prompts.
+    pub tokens: usize,
+}
+
+/// How a picture is made smaller or larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Resize {
+    /// To this size, whatever its shape.
+    Exact {
+        /// Rows.
+        height: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// Its shorter side to this length, the other in proportion, rounded down.
+    ShortestEdge {
+        /// Pixels.
+        edge: usize,
+    },
+}
+
+/// The middle of a picture; what lies outside of it is black.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CenterCrop {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// Where it cannot be in the middle: at the nearest even offset (torchvision), or at the smaller one (transformers).
+    pub nearest_even: bool,
+}
+
+/// Settings of `Siglip2ImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NaflexProcessor {
+    /// Pixels per patch side.
+    pub patch_size: usize,
+    /// Most patches of a picture, and the number to which they are padded.
+    pub max_num_patches: usize,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+}
+
+/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MllamaProcessor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Most tiles of a picture.
+    pub max_image_tiles: usize,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
 }
 
 /// Settings of `VLMImageProcessor`, and of `DeepseekVLImageProcessor` and `DeepseekVLHybridImageProcessor` of transformers.
@@ -259,23 +345,6 @@ pub struct DeepseekVl2Processor {
     pub image_mean: [f32; 3],
     /// Standard deviation per channel.
     pub image_std: [f32; 3],
-}
-
-/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MllamaProcessor {
-    /// Pixels per side of a tile.
-    pub tile_size: usize,
-    /// Most tiles of a picture.
-    pub max_image_tiles: usize,
-    /// Mean per channel, after `rescale_factor`.
-    pub image_mean: [f32; 3],
-    /// Standard deviation per channel, after `rescale_factor`.
-    pub image_std: [f32; 3],
-    /// Usually 1/255.
-    pub rescale_factor: f64,
-    /// Pillow filter of the resize.
-    pub resample: Resample,
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

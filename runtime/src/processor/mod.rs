@@ -3,7 +3,9 @@
 mod deepseek_vl;
 mod deepseek_vl2;
 mod mllama;
+mod naflex;
 mod qwen2_vl;
+mod standard;
 
 pub use qwen2_vl::smart_resize;
 
@@ -21,24 +23,18 @@ pub struct Pixels {
     pub clip: Clip,
 }
 
-/// A picture.
+/// A picture, one of `pictures` of a conversation.
 ///
 /// # Errors
 /// It is of a shape that the processor does not take.
-pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
-    image_among(p, picture, 1)
-}
-
-/// One of `pictures` of a conversation, which may become another tensor than it would alone.
-///
-/// # Errors
-/// As [`image`].
-pub fn image_among(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
+pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     match p {
         Processor::DeepseekVl(p) => deepseek_vl::image(p, picture),
         Processor::DeepseekVl2(p) => deepseek_vl2::image(p, picture, pictures),
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
         Processor::Mllama(p) => mllama::image(p, picture),
+        Processor::Standard(p) => standard::image(p, picture),
+        Processor::Naflex(p) => naflex::image(p, picture),
     }
 }
 
@@ -48,27 +44,22 @@ pub fn image_among(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixe
 /// As [`image`], there are no frames, or the model takes no videos.
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
-        Processor::DeepseekVl(_) | Processor::DeepseekVl2(_) => Err(no_videos()),
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
-        Processor::Mllama(_) => Err(no_videos()),
+        _ => Err(Error::Unsupported("the model takes no videos".into())),
     }
-}
-
-/// Whether pictures become other tensors when a conversation goes from `before` pictures to `after`.
-pub(crate) fn changes(p: &Processor, before: usize, after: usize) -> bool {
-    matches!(p, Processor::DeepseekVl2(_)) && deepseek_vl2::crops(before) != deepseek_vl2::crops(after)
 }
 
 /// Seconds of each group of frames of a video of `frames`: the mean of its first and its last one.
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
-        Processor::Mllama(_) | Processor::DeepseekVl(_) | Processor::DeepseekVl2(_) => vec![],
+        _ => vec![],
     }
 }
 
-fn no_videos() -> Error {
-    Error::Unsupported("the model takes no videos".into())
+/// Whether pictures become other tensors when a conversation goes from `before` pictures to `after`.
+pub(crate) fn changes(p: &Processor, before: usize, after: usize) -> bool {
+    matches!(p, Processor::DeepseekVl2(_)) && deepseek_vl2::crops(before) != deepseek_vl2::crops(after)
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
