@@ -86,6 +86,13 @@ impl<'a> Section<'a> {
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
     }
 
+    /// Takes note of fields that change nothing of this model.
+    pub(super) fn without_effect(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
     /// Whether the field is there, if only to say `null`.
     pub(super) fn mentions(&self, field: &str) -> bool {
         self.fields.contains_key(field)

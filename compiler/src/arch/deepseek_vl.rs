@@ -22,24 +22,28 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "deepseek-vl",
     title: "DeepSeek-VL",
     reference: "arXiv 2403.05525; github.com/deepseek-ai/DeepSeek-VL; transformers DeepseekVLForConditionalGeneration, DeepseekVLHybridForConditionalGeneration",
-    notes: "The 1.3B model (SigLIP-L) and the 7B hybrid (SigLIP-L beside SAM-B with windowed and global attention, decomposed relative positions, neck and high-resolution branch), official (`multi_modality`) and transformers layouts, each with its own way to resize.",
+    notes: "SigLIP-L alone (1.3B) or beside SAM-B (7B): windowed and global attention with decomposed relative positions, both necks, \
+        the bilinear resize and the normalisation that the official hybrid model does inside. Official layout, and that of transformers \
+        with its two inputs. Sizes come from the model's name in the config, or from `params`.",
     canonical_name,
     ignored: |name| {
         let unused = ["vision_model.vision_tower.attn_pool.", "vision_model.high_layer_norm.", "vision_model.low_layer_norm."];
         unused.iter().any(|prefix| name.starts_with(prefix)) || name.ends_with("rotary_emb.inv_freq")
     },
+    // Without SigLIP's pooling (12.6 M), which published files have and nothing uses. With it, 7.34 B is the published figure for the
+    // larger model; for the smaller one none could be confirmed.
     presets: &[
         Preset {
             name: "deepseek-vl-1.3b",
             hub: "deepseek-ai/deepseek-vl-1.3b-chat",
-            parameters: 0,
+            parameters: 1_943_766_016,
             config: || config(false),
             files: || files(false),
         },
         Preset {
             name: "deepseek-vl-7b",
             hub: "deepseek-ai/deepseek-vl-7b-chat",
-            parameters: 0,
+            parameters: 7_331_390_721,
             config: || config(true),
             files: || files(true),
         },
@@ -253,6 +257,7 @@ impl Vision {
         if c.require::<String>("model_type")? != "multi_modality" {
             let vision = c.require_section("vision_config")?;
             vision.only("num_channels", &[json!(3)])?;
+            vision.without_effect(&["vision_use_head"]);
             let high = if c.require::<String>("model_type")? == "deepseek_vl_hybrid" {
                 Some(Sam::transformers(&c.require_section("high_res_vision_config")?)?)
             } else {
@@ -269,6 +274,7 @@ impl Vision {
             }
             Some("HybridVisionTower") => {
                 tower.only("concat_type", &[json!("tuple")])?;
+                tower.without_effect(&["freeze_high", "freeze_low"]);
                 let (low, high) = (tower.require_section("low_res_cfg")?, tower.require_section("high_res_cfg")?);
                 let inside = Inside { low: statistics(&low)?, high: statistics(&high)? };
                 Ok(Self { low: official_tower(&low)?, high: Some(Sam::new(&high)?), inside: Some(inside) })
@@ -318,6 +324,7 @@ fn official_tower(c: &Section<'_>) -> Result<Tower> {
             return Err(Error::config(c.path("model_name"), message));
         }
     };
+    c.without_effect(&["ckpt_path", "output_dim", "select_feature"]);
     // The class leaves out the last layer unless told otherwise.
     Tower::new(c, &sizes, Unary::Gelu)?.cut_to(c, c.get("select_layer")?.unwrap_or(-2))
 }
@@ -349,6 +356,7 @@ impl Aligner {
             None => 2,
             Some(aligner) => {
                 let p = aligner.require_section("params")?;
+                aligner.without_effect(&["cls"]);
                 let kind = if vision.high.is_some() { "low_high_hybrid_split_mlp_gelu" } else { "mlp_gelu" };
                 p.only("projector_type", &[json!(kind)])?;
                 let widths = [
@@ -406,7 +414,8 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
     })?;
     let size = [text.vocab_size, text.hidden_size];
     let embed_graph = graph("embed", weights, |g| nn::embed_masked(g, g.weights("language_model.model.embed_tokens"), size))?;
-    let tied = !weights.contains("language_model.lm_head.weight").unwrap_or(!text.tie_word_embeddings);
+    let tied =
+        !weights.contains("language_model.lm_head.weight").unwrap_or(!c.get("tie_word_embeddings")?.unwrap_or(text.tie_word_embeddings));
     let head = if tied { "language_model.model.embed_tokens" } else { "language_model.lm_head" };
     let decoder_graph = graph("decoder", weights, |g| text.graph(g, g.weights("language_model.model"), g.weights(head)))?;
 

@@ -20,20 +20,35 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "deepseek-vl2",
     title: "DeepSeek-VL2",
     reference: "arXiv 2412.10302; github.com/deepseek-ai/DeepSeek-VL2",
-    notes: "Dynamic tiling with global view, newline and separator embeddings; DeepSeekMoE decoders with shared and routed experts, softmax and sigmoid gates, greedy, group-limited and bias-corrected (no-aux-loss) routing, with multi-head or latent attention. Keys and values are cached expanded. Yarn scaling is not supported.",
+    notes: "Dynamic tiling: the global view, a separator, and the tiles put together with newlines; without tiles from three pictures on. \
+        Decoders with multi-head or latent attention, with or without a low rank of queries; routed and shared experts, softmax or sigmoid \
+        scores, greedy, group-limited and loss-free routing. The cache holds expanded keys and values. Yarn scaling is not supported.",
     canonical_name: |name| name.into(),
     ignored: |name| name.starts_with("vision.attn_pool.") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[
-        Preset { name: "deepseek-vl2-tiny", hub: "deepseek-ai/deepseek-vl2-tiny", parameters: 0, config: || config(&TINY), files },
-        Preset { name: "deepseek-vl2-small", hub: "deepseek-ai/deepseek-vl2-small", parameters: 0, config: || config(&SMALL), files },
-        Preset { name: "deepseek-vl2", hub: "deepseek-ai/deepseek-vl2", parameters: 0, config: || config(&BASE), files },
+        Preset {
+            name: "deepseek-vl2-tiny",
+            hub: "deepseek-ai/deepseek-vl2-tiny",
+            parameters: 3_355_263_088,
+            config: || config(&TINY),
+            files,
+        },
+        Preset {
+            name: "deepseek-vl2-small",
+            hub: "deepseek-ai/deepseek-vl2-small",
+            parameters: 16_175_619_952,
+            config: || config(&SMALL),
+            files,
+        },
+        Preset { name: "deepseek-vl2", hub: "deepseek-ai/deepseek-vl2", parameters: 27_394_163_096, config: || config(&BASE), files },
     ],
     lower,
     processor,
 };
 
-/// Sizes of a published decoder. Those of the vision tower are the same in all. The figures could not be compared with the
-/// published files; the numbers of weights agree with the published ones to the digits given there.
+/// Sizes of a published decoder; those of the vision tower are the same in all. They could not be compared with the published
+/// files. With SigLIP's pooling (15.5 M), which those have and nothing uses, the numbers of weights are 3.37, 16.19 and 27.41 B; the
+/// paper gives 3.37, 16.1 and 27.5 B.
 struct Size {
     hidden_size: usize,
     intermediate_size: usize,
@@ -211,6 +226,9 @@ struct Language {
 impl Language {
     fn new(c: &Section<'_>, root: &str, weights: &Weights<'_>) -> Result<Self> {
         c.only("attention_bias", &[json!(false)])?;
+        // How it was trained and spread over machines, and sizes of parts that a config may describe and not have.
+        c.without_effect(&["aux_loss_alpha", "seq_aux", "ep_size", "lm_head", "rm_head", "n_group", "topk_group"]);
+        c.without_effect(&["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads"]);
         if let Some(rope) = c.section("rope_scaling")? {
             for field in ["type", "rope_type"] {
                 rope.only(field, &[json!("linear"), json!("default")])?;
@@ -466,6 +484,8 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
     vision.only("class_token", &[json!(false)])?;
     vision.only("global_pool", &[json!("map")])?;
     vision.only("ignore_head", &[json!(true)])?;
+    vision.without_effect(&["model_name", "num_classes", "use_checkpoint", "weight_init", "deterministic", "num_recomputing_layers"]);
+    c.without_effect(&["candidate_resolutions"]);
     // What the config leaves out are the sizes of SigLIP-L, whatever its `model_name`.
     let tower = Tower::new(&vision, &timm::LARGE, Unary::GeluTanh)?;
     let language = Language::new(&c.require_section("language_config")?, "language.model", weights)?;

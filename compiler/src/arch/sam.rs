@@ -38,6 +38,7 @@ impl Sam {
     /// From the `high_res_cfg` of the official layout.
     pub(super) fn new(c: &Section<'_>) -> Result<Self> {
         c.only("model_name", &[json!("sam_b_downsample")])?;
+        c.without_effect(&["ckpt_path", "output_dim", "select_feature", "select_layer"]);
         let width = c.opt_int("width", WIDTH)?.unwrap_or(768);
         let sam = Self {
             image_size: c.opt_int("image_size", 1..=1 << 16)?.unwrap_or(1024),
@@ -63,6 +64,7 @@ impl Sam {
             c.only(flag, &[json!(true)])?;
         }
         c.only("num_channels", &[json!(3)])?;
+        c.without_effect(&["num_pos_feats", "scale"]);
         let width = c.opt_int("hidden_size", WIDTH)?.unwrap_or(768);
         let mlp = (width as f64 * c.positive("mlp_ratio")?.unwrap_or(4.0)) as usize;
         let neck = c.opt_int("output_channels", WIDTH)?.unwrap_or(256);
