@@ -14,6 +14,7 @@ mod pytorch;
 mod safetensors_header;
 mod stored;
 pub mod synth;
+pub mod tiktoken;
 pub mod target;
 pub mod weights_writer;
 

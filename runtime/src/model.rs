@@ -58,7 +58,10 @@ impl Model {
         let artifact = Artifact::open(dir)?;
         Ok(Self {
             tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
-            template: ChatTemplate::open(|name| artifact.path(name))?,
+            template: ChatTemplate::open(
+                |name| artifact.path(name),
+                artifact.manifest().task.prompt().and_then(|p| p.template.as_deref()),
+            )?,
             pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
         })
     }
@@ -223,6 +226,10 @@ impl Conversation<'_> {
             keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
+        // Keys of other positions are of no use.
+        if prompt::level(ids.len(), rules) != prompt::level(self.pipeline.prompt_length(), rules) {
+            return 0;
+        }
         // Tiles that a decoder attends to leave its cache all together or not at all.
         let stale = self.pipeline.attends_to_pictures() && pictures(&ids[..keep]) != pictures(&self.cached);
         if stale { 0 } else { keep }

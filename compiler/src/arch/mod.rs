@@ -7,6 +7,7 @@ mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod qwen_vl;
 
 use crate::{Error, Result};
 use config::Section;
@@ -53,7 +54,7 @@ pub struct Preset {
 
 /// All architectures.
 pub static ARCHITECTURES: &[Architecture] =
-    &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE, mllama::ARCHITECTURE];
+    &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE, mllama::ARCHITECTURE, qwen_vl::ARCHITECTURE];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {
@@ -78,6 +79,8 @@ pub struct SideFiles {
     pub tokenizer_config: Option<Value>,
     /// `tokenizer.json`.
     pub tokenizer: Option<Value>,
+    /// `generation_config.json`.
+    pub generation: Option<Value>,
 }
 
 impl SideFiles {

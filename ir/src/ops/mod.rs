@@ -17,7 +17,7 @@ pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, TopK};
 pub use norm::{LayerNorm, RmsNorm};
-pub use positions::{GridPositions, Mrope, Rope, RopeScaling, Rotary2d, StretchedPositions};
+pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
 
 use crate::{Bindings, Builder, DType, Dim, Type, Val, interp::Array};
@@ -136,7 +136,7 @@ ops! {
     // Composites.
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
-    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions,
+    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, NtkRope, LogN,
     Conv2d, ResizeWeights, Moe,
 }
 

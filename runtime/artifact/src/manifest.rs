@@ -187,6 +187,16 @@ pub enum Positions {
     },
     /// `[batch, seq]`: each token that is not padding counts.
     Sequential,
+    /// Places in the sequence, padding included, which the graphs count themselves (Qwen-VL). They take `prompt_length` instead: a
+    /// prompt beyond the trained length changes the rotary frequencies.
+    Absolute {
+        /// Tokens of the training.
+        trained: usize,
+        /// How many kinds of frequencies there are: one more for each time that the trained length is doubled.
+        levels: usize,
+        /// Tokens before and after the placeholders of a picture, which may be of any ids.
+        image_span: [i64; 2],
+    },
 }
 
 /// What becomes of a video's place in a prompt.
@@ -204,6 +214,8 @@ pub struct FrameText {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
+    /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
+    Standard(StandardProcessor),
     /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
     Mllama(MllamaProcessor),
 }
@@ -223,6 +235,54 @@ pub struct MllamaProcessor {
     pub rescale_factor: f64,
     /// Pillow filter of the resize.
     pub resample: Resample,
+}
+
+/// Settings of processors that make every picture one size: `pixel_values f32[1, 3, height, width]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandardProcessor {
+    /// First step; absent if pictures keep their size.
+    pub resize: Option<Resize>,
+    /// Second step.
+    pub crop: Option<CenterCrop>,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Tokens that a picture takes in a prompt; 0 for models without prompts.
+    pub tokens: usize,
+}
+
+/// How a picture is made smaller or larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Resize {
+    /// To this size, whatever its shape.
+    Exact {
+        /// Rows.
+        height: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// Its shorter side to this length, the other in proportion, rounded down.
+    ShortestEdge {
+        /// Pixels.
+        edge: usize,
+    },
+}
+
+/// The middle of a picture; what lies outside of it is black.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CenterCrop {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// Where it cannot be in the middle: at the nearest even offset (torchvision), or at the smaller one (transformers).
+    pub nearest_even: bool,
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

@@ -2,6 +2,7 @@
 
 mod mllama;
 mod qwen2_vl;
+mod standard;
 
 pub use qwen2_vl::smart_resize;
 
@@ -27,6 +28,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
         Processor::Mllama(p) => mllama::image(p, picture),
+        Processor::Standard(p) => standard::image(p, picture),
     }
 }
 
@@ -37,7 +39,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
-        Processor::Mllama(_) => Err(no_videos()),
+        Processor::Standard(_) | Processor::Mllama(_) => Err(no_videos()),
     }
 }
 
@@ -45,7 +47,7 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
-        Processor::Mllama(_) => vec![],
+        Processor::Standard(_) | Processor::Mllama(_) => vec![],
     }
 }
 
