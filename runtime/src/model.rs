@@ -226,12 +226,12 @@ impl Conversation<'_> {
             keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
-        // Keys of other positions are of no use.
+        // Keys at other rotary frequencies are of no use.
         if prompt::level(ids.len(), rules) != prompt::level(self.pipeline.prompt_length(), rules) {
             return 0;
         }
-        // Tiles that a decoder attends to leave its cache all together or not at all.
-        let stale = self.pipeline.attends_to_pictures() && pictures(&ids[..keep]) != pictures(&self.cached);
+        // Where a decoder attends to pictures, tokens that may see none attend to all: new ones change what came before them.
+        let stale = self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached].iter().any(|kept| pictures(kept) != pictures(ids));
         if stale { 0 } else { keep }
     }
 

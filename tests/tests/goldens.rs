@@ -31,6 +31,7 @@ macro_rules! prompts {
 
 prompts! {
     qwen2_vl: "qwen2-vl",
+    llama_3_2_vision: "llama-3.2-vision",
 }
 
 /// Prefill by the reference interpreter.
