@@ -14,8 +14,8 @@ mod pytorch;
 mod safetensors_header;
 mod stored;
 pub mod synth;
-pub mod tiktoken;
 pub mod target;
+pub mod tiktoken;
 pub mod weights_writer;
 
 pub use error::{Error, Result};

@@ -8,8 +8,7 @@ use std::{collections::HashMap, path::Path};
 pub const QWEN: &str = "qwen.tiktoken";
 
 /// Qwen's split of a text into words (`tokenization_qwen.py`).
-const PATTERN: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Qwen's special tokens, from the number of ranks on.
 pub fn qwen_specials() -> Vec<String> {

@@ -3,6 +3,7 @@
 use crate::{
     Engine, Error, Result, Tensor,
     artifact_dir::Artifact,
+    boxes::{self, Region},
     chat::{ChatTemplate, Content, Message},
     cross,
     forward::Tensors,
@@ -125,6 +126,14 @@ impl Conversation<'_> {
     /// Tokens whose keys and values are in the cache: prompts with their placeholders, and answers.
     pub fn tokens(&self) -> &[i64] {
         &self.cached
+    }
+
+    /// Places in the pictures that an answer names.
+    ///
+    /// # Errors
+    /// Its tokens cannot be decoded.
+    pub fn regions(&self, reply: &Reply) -> Result<Vec<Region>> {
+        Ok(boxes::regions(&self.tokenizer.decode_all(&reply.ids)?))
     }
 
     /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as

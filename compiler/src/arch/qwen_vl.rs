@@ -169,8 +169,7 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     for field in ["bf16", "fp16", "fp32", "onnx_safe", "use_flash_attn", "emb_dropout_prob", "attn_dropout_prob", "tokenizer_type"] {
         let _: Option<Value> = c.get(field)?;
     }
-    let (hidden_size, heads, head_dim) =
-        (c.int("hidden_size", WIDTH)?, c.int("num_attention_heads", WIDTH)?, c.int("kv_channels", WIDTH)?);
+    let (hidden_size, heads, head_dim) = (c.int("hidden_size", WIDTH)?, c.int("num_attention_heads", WIDTH)?, c.int("kv_channels", WIDTH)?);
     if head_dim < 4 || head_dim % 2 != 0 {
         return Err(Error::config("kv_channels", format!("{head_dim} must be even, and at least 4")));
     }
