@@ -30,14 +30,14 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         Preset {
             name: "qwen-vl-chat",
             hub: "Qwen/Qwen-VL-Chat",
-            parameters: 0,
+            parameters: 9_656_935_168,
             config,
             files: || vec![("generation_config.json", generation("chatml", 0.3)), tokenizer_config()],
         },
         Preset {
             name: "qwen-vl",
             hub: "Qwen/Qwen-VL",
-            parameters: 0,
+            parameters: 9_656_935_168,
             config,
             files: || vec![("generation_config.json", generation("raw", 0.5)), tokenizer_config()],
         },
@@ -85,6 +85,7 @@ fn config() -> Value {
     })
 }
 
+/// Of the base model `top_p` could not be confirmed.
 fn generation(chat_format: &str, top_p: f64) -> Value {
     json!({"chat_format": chat_format, "do_sample": true, "eos_token_id": 151_643, "max_new_tokens": 512, "max_window_size": 6144,
         "pad_token_id": 151_643, "top_k": 0, "top_p": top_p})
