@@ -6,7 +6,7 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    target,
+    target, tiktoken,
     weights_writer::{TensorSpec, WeightsWriter},
 };
 use prost::Message;
@@ -156,6 +156,7 @@ impl Model {
             processor: json("processor_config.json")?,
             tokenizer_config: json("tokenizer_config.json")?,
             tokenizer: json("tokenizer.json")?,
+            generation: json("generation_config.json")?,
         })
     }
 
@@ -256,6 +257,13 @@ impl Model {
                 copied.push(name);
             }
         }
+        let ranks = self.checkpoint.dir().join(tiktoken::QWEN);
+        if !copied.contains(&"tokenizer.json") && ranks.exists() {
+            let text = fs::read_to_string(&ranks).map_err(Error::io(&ranks))?;
+            let json = tiktoken::qwen_tokenizer(&ranks, &text)?;
+            write_file(&dir.join("tokenizer.json"), json.to_string().as_bytes())?;
+            copied.push("tokenizer.json");
+        }
         let only_run = "only `vlmc run` needs it";
         if !copied.contains(&"tokenizer.json") {
             warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
@@ -294,6 +302,11 @@ impl Model {
             None => vec![],
             Some(v) => ids(v).ok_or_else(|| invalid(format!("`eos_token_id` must be a token id or a list of them, is {v}")))?,
         };
+        let mut eos_token_ids = eos_token_ids;
+        if field("chat_format").is_some_and(|f| f == "chatml") {
+            // Qwen's turns begin and end with the tokens after the end of text (`qwen_generation_utils.py`, get_stop_words_ids).
+            eos_token_ids.extend(eos_token_ids.clone().iter().flat_map(|id| [id + 1, id + 2]));
+        }
         let default = Generation::default();
         Ok(Generation {
             eos_token_ids,

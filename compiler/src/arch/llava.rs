@@ -180,7 +180,9 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let text = Decoder::new(&t, Some(&LLAMA))?;
     match text.positions {
         Positions::Plain(_) => Ok(text),
-        Positions::Mrope { .. } => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
+        Positions::Mrope { .. } | Positions::Absolute { .. } => {
+            Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here"))
+        }
     }
 }
 
