@@ -104,7 +104,8 @@ fn grid_positions() {
 #[test]
 fn rotary_embeddings() {
     let positions = [3, 0, 5, 1, 2, 8];
-    let out = run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3], false)).to_vec()).unwrap();
+    let out =
+        run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [1, 2, 3], false)).to_vec()).unwrap();
     for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
         close(out, &[1, 2, 6], |i| {
             let kind = [0, 1, 1, 2, 2, 2][i[2]];

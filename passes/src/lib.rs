@@ -75,7 +75,7 @@ impl From<BuildError> for PassError {
 pub fn pipeline(target: &Target) -> Vec<Pass> {
     let mut passes = vec![weights::STORAGE];
     if target.given_masks {
-        passes.push(masks::GIVEN);
+        passes.extend([masks::GIVEN, masks::ONE_KEY]);
     }
     passes.extend([legalize::LEGALIZE, clean::FOLD, clean::CSE, clean::DCE]);
     passes

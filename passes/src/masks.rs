@@ -2,7 +2,7 @@
 
 use crate::{Contract, Pass, map_graphs};
 use vlmc_ir::{
-    Op,
+    Bindings, DType, Literal, Op,
     ops::{Attention, Mask, causal_mask, segment_mask},
     rewrite,
 };
@@ -33,6 +33,36 @@ pub(crate) const GIVEN: Pass = Pass {
                     Mask::Segments => segment_mask(g, args[3]),
                 };
                 Some(vec![g.attention(args[0], args[1], args[2], *scale, Mask::Given, Some(given))])
+            })
+            .map_err(Into::into)
+        })
+    },
+};
+
+/// Attention of graphs in which there may be no keys (no pictures to attend to) gets one more, which nobody sees: runtimes of
+/// other people refuse to attend to nothing.
+pub(crate) const ONE_KEY: Pass = Pass {
+    name: "one-key",
+    summary: "a hidden key where attention may have none, for targets that need one",
+    contract: Contract::Close,
+    run: |_, program| {
+        let least: Bindings = program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect();
+        map_graphs(program, |graph| {
+            rewrite(graph, |g, node, args| {
+                let Op::Attention(Attention { scale, mask: Mask::Given }) = &node.op else { return None };
+                let axis = args[1].ty().rank() - 2;
+                let t = args[1].dim(axis);
+                let last = args[3].ty().rank() - 1;
+                if t.eval(&least) != Ok(0) || args[3].dim(last) != t {
+                    return None;
+                }
+                let hidden = if args[3].ty().dtype == DType::F32 { f64::from(f32::MIN) } else { 0.0 };
+                let longer = [(args[1], axis, 0.0), (args[2], axis, 0.0), (args[3], last, hidden)].map(|(x, axis, fill)| {
+                    let mut one = x.ty();
+                    one.shape[axis] = 1.into();
+                    g.concat(&[x, g.broadcast(g.literal(Literal::scalar(one.dtype, fill)), one.shape)], axis)
+                });
+                Some(vec![g.attention(args[0], longer[0], longer[1], *scale, Mask::Given, Some(longer[2]))])
             })
             .map_err(Into::into)
         })

@@ -16,10 +16,10 @@ pub trait Engine {
     /// range; the states belong to another batch size.
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>>;
 
-    /// Number of positions in the states.
+    /// Number of positions in the states that grow with the text.
     fn past(&self) -> usize;
 
-    /// Keeps the first `len` positions of the states; 0 starts anew, possibly with another batch size.
+    /// Keeps the first `len` positions of the states that grow with the text, and all of others; 0 starts anew, possibly with another batch size.
     ///
     /// # Errors
     /// `len` is more than [`Self::past`].

@@ -4,6 +4,7 @@ mod artifact_dir;
 mod binding;
 pub mod chat;
 mod cpu;
+mod cross;
 mod engine;
 mod error;
 mod forward;

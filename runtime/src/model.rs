@@ -4,6 +4,7 @@ use crate::{
     Engine, Error, Result, Tensor,
     artifact_dir::Artifact,
     chat::{ChatTemplate, Content, Message},
+    cross,
     forward::Tensors,
     generate::{GenerateOptions, Reply, Start, generate},
     image::Rgb,
@@ -186,10 +187,13 @@ impl Conversation<'_> {
         let columns: Vec<i64> = positions.chunks_exact(ids.len()).flat_map(|row| &row[keep..]).copied().collect();
         let features = self.features(&ids, keep, &rules)?;
         let axes = self.pipeline.position_axes(1, fresh.len());
-        let inputs = Tensors::from([
+        let mut inputs = Tensors::from([
             ("input_ids".into(), Tensor::new([1, fresh.len()], fresh.to_vec())?),
             ("position_ids".into(), Tensor::new(axes, columns)?),
         ]);
+        if self.pipeline.attends_to_pictures() {
+            inputs.insert(cross::MASK.into(), self.cross_mask(&ids, keep, &rules)?);
+        }
         let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
         let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
@@ -214,10 +218,24 @@ impl Conversation<'_> {
     fn keep(&self, ids: &[i64], rules: &PromptRules) -> usize {
         let common = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
         let placeholder = |i: usize| Some(ids[i]) == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
+        let mut keep = common;
         if common > 0 && placeholder(common) && placeholder(common - 1) {
-            return (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
+            keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
-        common
+        let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
+        // Tiles that a decoder attends to leave its cache all together or not at all.
+        let stale = self.pipeline.attends_to_pictures() && pictures(&ids[..keep]) != pictures(&self.cached);
+        if stale { 0 } else { keep }
+    }
+
+    /// Which of the tokens `ids[keep..]` may see which tiles of all pictures, for a decoder that attends to them.
+    fn cross_mask(&self, ids: &[i64], keep: usize, rules: &PromptRules) -> Result<Tensor> {
+        let tiles: Vec<usize> = self.media.iter().map(|m| m.pixels.clip.grid.iter().product::<i64>() as usize).collect();
+        let max_tiles = match self.pipeline.engine().manifest().processor {
+            Some(Processor::Mllama(ref p)) => p.max_image_tiles,
+            _ => 0,
+        };
+        cross::mask(ids, keep, rules.image_token_id.unwrap_or(-1), &tiles, max_tiles)
     }
 
     /// Features of the pictures and videos whose placeholders are among `ids[keep..]`.

@@ -159,7 +159,7 @@ impl Engine for OrtEngine {
 
     fn past(&self) -> usize {
         let states = self.manifest.entries.iter().zip(&self.entries).flat_map(|(e, l)| e.states.iter().zip(&l.states));
-        states.map(|(s, v)| shape_of(v)[s.axis]).next().unwrap_or(0)
+        states.filter(|(s, _)| s.follows_text()).map(|(s, v)| shape_of(v)[s.axis]).next().unwrap_or(0)
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {
@@ -173,7 +173,7 @@ impl Engine for OrtEngine {
             }
             for (state, value) in entry.states.iter().zip(&mut loaded.states) {
                 let shape = shape_of(value);
-                if shape[state.axis] == len {
+                if shape[state.axis] == len || !state.follows_text() {
                     continue;
                 }
                 let (outer, inner): (usize, usize) = (shape[..state.axis].iter().product(), shape[state.axis + 1..].iter().product());

@@ -2,7 +2,9 @@
 //! token embeddings, `decoder` makes logits. What one entry gives and a later one takes under the same name is passed on.
 
 use crate::{
-    Engine, Error, Result, Tensor, forward,
+    Engine, Error, Result, Tensor,
+    cross::{self, Cross},
+    forward,
     forward::Tensors,
     prompt::{self, Clip, Grid},
 };
@@ -45,6 +47,8 @@ pub struct Pipeline {
     mask: Vec<Vec<i64>>,
     /// Position of each row's next token.
     next: Vec<i64>,
+    /// The pictures that the decoder attends to, if it does.
+    cross: Cross,
 }
 
 impl Pipeline {
@@ -56,7 +60,7 @@ impl Pipeline {
         let manifest = engine.manifest();
         let rules = manifest.task.prompt().cloned();
         let rules = rules.ok_or_else(|| Error::Unsupported(format!("a model of type {} answers no prompts", manifest.architecture)))?;
-        Ok(Self { engine, rules, mask: vec![], next: vec![] })
+        Ok(Self { engine, rules, mask: vec![], next: vec![], cross: Cross::default() })
     }
 
     /// The engine.
@@ -81,6 +85,7 @@ impl Pipeline {
     pub fn clear(&mut self) -> Result<()> {
         self.mask.clear();
         self.next.clear();
+        self.cross.clear();
         self.engine.truncate(0)
     }
 
@@ -89,6 +94,9 @@ impl Pipeline {
     /// # Errors
     /// There are fewer.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
+        if len == 0 {
+            return self.clear();
+        }
         self.engine.truncate(len)?;
         self.mask.iter_mut().for_each(|m| m.truncate(len));
         Ok(())
@@ -201,7 +209,20 @@ impl Pipeline {
             Scored::Last => vec![seq as i64 - 1],
         };
         let rows: Vec<Vec<i64>> = mask.chunks_exact(seq).map(<[i64]>::to_vec).collect();
-        self.decode(embeds, positions, rows, logit_positions, next)
+        let states = features.image.iter().flatten().find(|(n, _)| n == cross::STATES).map(|(_, t)| t);
+        let pictures = self.pictures(states.or(inputs.get(cross::STATES)), inputs.get(cross::MASK), [batch, seq])?;
+        self.decode([embeds, pictures].concat(), positions, rows, logit_positions, next)
+    }
+
+    /// What the decoder takes of pictures besides embeddings.
+    fn pictures(&self, states: Option<&Tensor>, mask: Option<&Tensor>, shape: [usize; 2]) -> Result<Outputs> {
+        let decoder = self.entry("decoder")?;
+        if Cross::is_of(decoder) { Ok(self.cross.inputs(decoder, states, mask, shape)?.into()) } else { Ok(vec![]) }
+    }
+
+    /// Whether the decoder attends to pictures instead of having them among its tokens.
+    pub(crate) fn attends_to_pictures(&self) -> bool {
+        self.entry("decoder").is_ok_and(Cross::is_of)
     }
 
     /// One more token for each sequence: `f32[batch, vocab]`.
@@ -218,7 +239,8 @@ impl Pipeline {
         let axes = self.position_axes(batch, 1);
         let positions = Tensor::new(axes.clone(), self.next.repeat(axes.iter().product::<usize>() / batch))?;
         let next = self.next.iter().map(|n| n + 1).collect();
-        let logits = self.decode(embeds, positions, vec![vec![1]; batch], vec![0], next)?;
+        let pictures = self.pictures(None, None, [batch, 1])?;
+        let logits = self.decode([embeds, pictures].concat(), positions, vec![vec![1]; batch], vec![0], next)?;
         let vocab = logits.shape()[2];
         Tensor::new([batch, vocab], logits.data().clone())
     }
@@ -242,6 +264,9 @@ impl Pipeline {
 
     /// Embeddings of a prompt: rows of features in prompt order, because pictures and videos may alternate.
     fn embed(&mut self, ids: &Tensor, images_mask: Option<&Tensor>, features: &Features) -> Result<Outputs> {
+        if self.attends_to_pictures() {
+            return self.run_embed(ids, vec![0; ids.data().len()], &vec![]);
+        }
         let ids_of = ids.i64()?;
         let images = match images_mask {
             Some(m) if m.shape() == ids.shape() => m.i64()?.to_vec(),
@@ -358,6 +383,9 @@ impl Pipeline {
         let out = self.engine.run("decoder", &feed)?;
         self.mask.iter_mut().zip(new).for_each(|(m, n)| m.extend(n));
         self.next = next;
+        if let Some((_, mask)) = given.iter().find(|(n, _)| n == cross::MASK) {
+            self.cross.advance(mask)?;
+        }
         out.into_iter().next().ok_or_else(|| Error::Input("the artifact's 'decoder' has no output".into()))
     }
 }

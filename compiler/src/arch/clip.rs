@@ -23,6 +23,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip",
     title: "CLIP",
     reference: "arXiv 2103.00020; transformers CLIPModel",
+    notes: "Entries `image`, `text` and `score`; embeddings have length 1. Texts are taken at the first end-of-text, or in old files \
+        (`eos_token_id` 2) at the largest id; the activation is the config's. Pictures of any size, with interpolated positions.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[
@@ -43,10 +45,8 @@ struct Size {
     projection_dim: usize,
 }
 
-const BASE: Size =
-    Size { vision: [768, 12, 12, 3072], image_size: 224, patch_size: 32, text: [512, 12, 8, 2048], projection_dim: 512 };
-const LARGE: Size =
-    Size { vision: [1024, 24, 16, 4096], image_size: 224, patch_size: 14, text: [768, 12, 12, 3072], projection_dim: 768 };
+const BASE: Size = Size { vision: [768, 12, 12, 3072], image_size: 224, patch_size: 32, text: [512, 12, 8, 2048], projection_dim: 512 };
+const LARGE: Size = Size { vision: [1024, 24, 16, 4096], image_size: 224, patch_size: 14, text: [768, 12, 12, 3072], projection_dim: 768 };
 
 /// `config.json` as published on the hub.
 fn config(p: &Size) -> Value {

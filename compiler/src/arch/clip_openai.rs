@@ -24,6 +24,9 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip-openai",
     title: "CLIP (OpenAI's layout, with ResNets)",
     reference: "arXiv 2103.00020; openai/CLIP, open_clip CLIP",
+    notes: "State dicts in OpenAI's own layout, as safetensors or `.pt`, without a `config.json`: the sizes follow from the tensors, \
+        and `open_clip_config.json`, if it is there, tells the activation, heads and preprocessing. ViTs, and ResNets with attention \
+        pooling. Towers of timm or transformers inside open_clip are not supported.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| {
         matches!(name, "input_resolution" | "context_length" | "vocab_size" | "attn_mask") || name.ends_with(".num_batches_tracked")
@@ -240,7 +243,8 @@ impl ResNet {
         let y = relu(g, self.conv(g, y, w / "conv2", w / "bn2", [planes, 3], 1));
         let y = self.conv(g, average(g, y, stride), w / "conv3", w / "bn3", [4 * planes, 1], 1);
         let same = stride == 1 && x.dim(1) == (4 * planes).into();
-        let shortcut = if same { x } else { self.conv(g, average(g, x, stride), w / "downsample" / 0, w / "downsample" / 1, [4 * planes, 1], 1) };
+        let shortcut =
+            if same { x } else { self.conv(g, average(g, x, stride), w / "downsample" / 0, w / "downsample" / 1, [4 * planes, 1], 1) };
         relu(g, y + shortcut)
     }
 
@@ -327,7 +331,9 @@ fn processor(c: &Section<'_>, _: &SideFiles) -> Result<Option<Processor>> {
     let resample = match p.get::<String>("interpolation")?.as_deref() {
         None | Some("bicubic") => Resample::Bicubic,
         Some("bilinear") => Resample::Bilinear,
-        Some(other) => return Err(Error::config(p.path("interpolation"), format!("'{other}' is not supported; supported: bicubic, bilinear"))),
+        Some(other) => {
+            return Err(Error::config(p.path("interpolation"), format!("'{other}' is not supported; supported: bicubic, bilinear")));
+        }
     };
     Ok(Some(Processor::Standard(StandardProcessor {
         resize: Some(Resize::ShortestEdge { edge: image_size }),

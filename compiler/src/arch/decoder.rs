@@ -129,6 +129,17 @@ impl Decoder {
     /// layers and the norm, `head` that of the last matrix. With deepstack also `deepstack_embeds f32[batch, seq, levels * hidden]`:
     /// what is added to the outputs of the first layers.
     pub(super) fn graph<'g>(&self, g: &'g Builder<'g>, w: W<'g>, head: W<'g>) {
+        self.graph_of(g, w, head, |i, w, x, rope, mask| self.layer(g, w, i, x, rope, mask));
+    }
+
+    /// [`Self::graph`] with layers of another kind: `layer(i, w, x, rope, attention_mask)`.
+    pub(super) fn graph_of<'g>(
+        &self,
+        g: &'g Builder<'g>,
+        w: W<'g>,
+        head: W<'g>,
+        layer: impl Fn(usize, W<'g>, Val<'g>, (Val<'g>, Val<'g>), Val<'g>) -> Val<'g>,
+    ) {
         let [batch, seq, past, scored] = ["batch", "seq", "past", "scored"].map(Dim::symbol);
         let mut x = g.input("inputs_embeds", DType::F32, [batch.clone(), seq.clone(), self.hidden_size.into()]);
         let position_ids = match self.positions {
@@ -143,7 +154,7 @@ impl Decoder {
         let _scope = g.scope(w.path());
         let rope = self.rope(g, position_ids);
         for i in 0..self.num_hidden_layers {
-            x = self.layer(g, w / "layers" / i, i, x, rope, attention_mask);
+            x = layer(i, w / "layers" / i, x, rope, attention_mask);
             if let Some(deep) = deep.filter(|_| i < self.deepstack) {
                 x = x + g.slice(deep, 2, i * self.hidden_size, self.hidden_size);
             }

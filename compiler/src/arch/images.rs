@@ -27,13 +27,8 @@ pub(super) struct Defaults {
 }
 
 /// `CLIPImageProcessor`.
-pub(super) const CLIP: Defaults = Defaults {
-    resize: Resize::ShortestEdge { edge: 224 },
-    crop: Some(224),
-    resample: Resample::Bicubic,
-    mean: CLIP_MEAN,
-    std: CLIP_STD,
-};
+pub(super) const CLIP: Defaults =
+    Defaults { resize: Resize::ShortestEdge { edge: 224 }, crop: Some(224), resample: Resample::Bicubic, mean: CLIP_MEAN, std: CLIP_STD };
 
 /// Reads `preprocessor_config.json`, if there is one, with `read`; its errors name the file.
 pub(super) fn read(files: &SideFiles, read: impl FnOnce(&Section<'_>) -> Result<Processor>) -> Result<Option<Processor>> {
@@ -85,9 +80,7 @@ pub(super) fn resample(c: &Section<'_>, default: Resample) -> Result<Resample> {
         Some(3) => Ok(Resample::Bicubic),
         Some(2) => Ok(Resample::Bilinear),
         Some(1) => Ok(Resample::Lanczos),
-        Some(n) => {
-            Err(Error::config("resample", format!("{n} is not supported; supported: 1 (lanczos), 2 (bilinear), 3 (bicubic)")))
-        }
+        Some(n) => Err(Error::config("resample", format!("{n} is not supported; supported: 1 (lanczos), 2 (bilinear), 3 (bicubic)"))),
     }
 }
 

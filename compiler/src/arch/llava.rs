@@ -5,9 +5,7 @@ use super::{
     clip::{VISION_DEFAULTS, Vision, VisionDefaults},
     config::Section,
     decoder::{Decoder, LLAMA, Positions},
-    graph, images,
-    nn,
-    symbol,
+    graph, images, nn, symbol,
 };
 use crate::{Error, Result};
 use serde_json::{Value, json};
@@ -20,6 +18,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "llava",
     title: "LLaVA 1.5",
     reference: "arXiv 2310.03744; transformers LlavaForConditionalGeneration",
+    notes: "A CLIP tower of which one layer or several, with or without the class token, go through a projector into a Llama decoder; \
+        what the config leaves out follows its classes. Old and new layouts of transformers; not that of the original repository.",
     canonical_name,
     ignored: |name| name.ends_with(".position_ids") || name.ends_with("rotary_emb.inv_freq"),
     presets: &[
@@ -165,7 +165,8 @@ impl Config {
         let chosen: Vec<_> = self.states.iter().map(|i| seen(states[*i])).collect();
         let x = if let [one] = chosen[..] { one } else { g.concat(&chosen, 2) };
         let x = g.reshape(x, [&Dim::symbol("images") * tokens, (v.encoder.width * chosen.len()).into()]);
-        let linear = |x: Val<'g>, name: &str| if self.bias { g.linear_bias(x, w / name, hidden_size) } else { g.linear(x, w / name, hidden_size) };
+        let linear =
+            |x: Val<'g>, name: &str| if self.bias { g.linear_bias(x, w / name, hidden_size) } else { g.linear(x, w / name, hidden_size) };
         g.output("image_features", linear(g.unary(self.act, linear(x, "linear_1")), "linear_2"));
     }
 }
@@ -180,7 +181,7 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let text = Decoder::new(&t, Some(&LLAMA))?;
     match text.positions {
         Positions::Plain(_) => Ok(text),
-        Positions::Mrope(_) => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
+        Positions::Mrope { .. } => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
     }
 }
 

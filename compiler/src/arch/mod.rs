@@ -13,6 +13,7 @@ mod config;
 mod decoder;
 mod images;
 mod llava;
+mod mllama;
 mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
@@ -69,6 +70,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     qwen2_vl::ARCHITECTURE,
     qwen2_5_vl::ARCHITECTURE,
     qwen3_vl::ARCHITECTURE,
+    mllama::ARCHITECTURE,
     vit::ARCHITECTURE,
     clip::ARCHITECTURE,
     clip_openai::ARCHITECTURE,

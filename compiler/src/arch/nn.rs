@@ -210,7 +210,14 @@ pub(super) fn picture_symbols(patch: usize) -> Vec<Symbol> {
 
 /// A convolution whose stride is its kernel, at `w`: patches of `pixels f32[n, channels, height, width]` to `f32[n, rows *
 /// columns, width]`. Also gives `rows` and `columns`.
-pub(super) fn patch_embedding<'g>(g: &'g Builder<'g>, w: W<'g>, pixels: Val<'g>, patch: usize, width: usize, bias: bool) -> (Val<'g>, Dim, Dim) {
+pub(super) fn patch_embedding<'g>(
+    g: &'g Builder<'g>,
+    w: W<'g>,
+    pixels: Val<'g>,
+    patch: usize,
+    width: usize,
+    bias: bool,
+) -> (Val<'g>, Dim, Dim) {
     let channels = pixels.dim(1).as_const().unwrap_or(1) as usize;
     let (x, rows, columns) = patchify(g, pixels, patch);
     let kernel = g.weight_as(w / "weight", &[width, channels, patch, patch], &[width, channels * patch * patch]);

@@ -18,6 +18,10 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "qwen2.5-vl",
     title: "Qwen2.5-VL",
     reference: "arXiv 2502.13923; transformers Qwen2_5_VLForConditionalGeneration",
+    notes: "What Qwen2-VL has, with windows and full attention in the tower (windows are segments of one attention, so partial ones need no \
+        padding) and temporal positions that follow a video's time (`second_per_grid_ts`). Positions as in the paper: each modality \
+        starts at the previous one's maximum plus 1; transformers 5.x starts earlier after long videos: give `position_ids` to have \
+        its numbers.",
     canonical_name: qwen2_vl::canonical_name,
     ignored: qwen2_vl::ignored,
     presets: &[
@@ -71,8 +75,7 @@ const B32: Size = Size {
     vision_intermediate_size: 3456,
     ..B7
 };
-const B72: Size =
-    Size { hidden_size: 8192, intermediate_size: 29568, num_hidden_layers: 80, num_attention_heads: 64, ..B32 };
+const B72: Size = Size { hidden_size: 8192, intermediate_size: 29568, num_hidden_layers: 80, num_attention_heads: 64, ..B32 };
 
 /// `config.json` as published on the hub.
 fn config(p: &Size) -> Value {

@@ -215,7 +215,13 @@ pub(super) struct Tower {
 
 impl Tower {
     /// From `vision_config`, whose field `width` is the tower's width, and `out` that of the decoder.
-    pub(super) fn new(c: &Section<'_>, width_field: &str, out_field: &str, text_hidden_size: usize, patch_size: Option<usize>) -> Result<Self> {
+    pub(super) fn new(
+        c: &Section<'_>,
+        width_field: &str,
+        out_field: &str,
+        text_hidden_size: usize,
+        patch_size: Option<usize>,
+    ) -> Result<Self> {
         let (width, heads) = (c.int(width_field, WIDTH)?, c.int("num_heads", WIDTH)?);
         let head_dim = nn::head_dim(c, width_field, width, "num_heads", heads)?;
         if !head_dim.is_multiple_of(4) {
@@ -287,7 +293,14 @@ impl Tower {
     }
 
     /// Patches to tokens: the `merge²` patches of each, side by side, through two layers.
-    pub(super) fn merged<'g>(&self, g: &'g Builder<'g>, [first, second]: [W<'g>; 2], x: Val<'g>, tokens: &Dim, hidden_size: usize) -> Val<'g> {
+    pub(super) fn merged<'g>(
+        &self,
+        g: &'g Builder<'g>,
+        [first, second]: [W<'g>; 2],
+        x: Val<'g>,
+        tokens: &Dim,
+        hidden_size: usize,
+    ) -> Val<'g> {
         let merged = self.width * self.merge_area();
         let x = g.reshape(x, [tokens.clone(), merged.into()]);
         g.linear_bias(g.unary(Unary::Gelu, g.linear_bias(x, first, merged)), second, hidden_size)

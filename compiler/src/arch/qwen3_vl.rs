@@ -19,6 +19,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "qwen3-vl",
     title: "Qwen3-VL",
     reference: "arXiv 2511.21631; transformers Qwen3VLForConditionalGeneration",
+    notes: "The dense sizes: interleaved M-RoPE, deepstack features added after the first decoder layers, a position table stretched over \
+        each picture's grid, and videos as frames with their times in the prompt. The mixture-of-experts sizes are not supported.",
     canonical_name: qwen2_vl::canonical_name,
     ignored: qwen2_vl::ignored,
     presets: &[

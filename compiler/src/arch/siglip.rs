@@ -14,7 +14,10 @@ use super::{
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::borrow::Cow;
-use vlmc_artifact::{NaflexProcessor, Processor, Resample, Resize, Task, TextRules, program::{Binary, Unary}};
+use vlmc_artifact::{
+    NaflexProcessor, Processor, Resample, Resize, Task, TextRules,
+    program::{Binary, Unary},
+};
 use vlmc_ir::{
     Builder, DType, Dim, Literal, Val, W, Weights,
     ops::{Filter, Mask},
@@ -25,6 +28,9 @@ pub(super) const SIGLIP: Architecture = Architecture {
     alias: "siglip",
     title: "SigLIP, SigLIP 2 (fixed size)",
     reference: "arXiv 2303.15343, 2502.14786; transformers SiglipModel",
+    notes: "Entries `image`, `text` and `score`, whose logits have a scale and a bias and give probabilities by a sigmoid. Texts are \
+        padded to the full length, and the padding is seen, as in training. The SigLIP 2 checkpoints of fixed size are this \
+        architecture. A pair of locked-image tuning (LiT) is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[
@@ -42,7 +48,12 @@ pub(super) const SIGLIP: Architecture = Architecture {
         preset!("siglip2-base-patch16-512", "google/siglip2-base-patch16-512", 0, &Size { vocab_size: GEMMA, image_size: 512, ..BASE }),
         preset!("siglip2-large-patch16-256", "google/siglip2-large-patch16-256", 0, &Size { vocab_size: GEMMA, ..LARGE }),
         preset!("siglip2-large-patch16-384", "google/siglip2-large-patch16-384", 0, &Size { vocab_size: GEMMA, image_size: 384, ..LARGE }),
-        preset!("siglip2-so400m-patch14-224", "google/siglip2-so400m-patch14-224", 0, &Size { vocab_size: GEMMA, image_size: 224, ..SO400M }),
+        preset!(
+            "siglip2-so400m-patch14-224",
+            "google/siglip2-so400m-patch14-224",
+            0,
+            &Size { vocab_size: GEMMA, image_size: 224, ..SO400M }
+        ),
         preset!("siglip2-so400m-patch14-384", "google/siglip2-so400m-patch14-384", 0, &Size { vocab_size: GEMMA, ..SO400M }),
         preset!(
             "siglip2-so400m-patch16-256",
@@ -72,6 +83,8 @@ pub(super) const SIGLIP2: Architecture = Architecture {
     alias: "siglip2",
     title: "SigLIP 2 (NaFlex)",
     reference: "arXiv 2502.14786; transformers Siglip2Model",
+    notes: "Pictures as patches at their own aspect ratio, padded to a batch; the position table is resized to each in the graph \
+        (bilinear, antialiased). Texts and scores as in SigLIP.",
     presets: &[
         preset!("siglip2-base-patch16-naflex", "google/siglip2-base-patch16-naflex", 0, &Size { naflex: true, vocab_size: GEMMA, ..BASE }),
         preset!(
@@ -99,8 +112,7 @@ struct Size {
     naflex: bool,
 }
 
-const BASE: Size =
-    Size { tower: [768, 12, 12, 3072], vocab_size: 32000, text_context: 64, image_size: 224, patch_size: 16, naflex: false };
+const BASE: Size = Size { tower: [768, 12, 12, 3072], vocab_size: 32000, text_context: 64, image_size: 224, patch_size: 16, naflex: false };
 const LARGE: Size = Size { tower: [1024, 24, 16, 4096], image_size: 256, ..BASE };
 const SO400M: Size = Size { tower: [1152, 27, 16, 4304], image_size: 384, patch_size: 14, ..BASE };
 

@@ -114,9 +114,10 @@ impl OpDef for StretchedPositions {
         };
         let (rows, columns) = (taps(row, h), taps(col, w));
         let side = int(g, self.side);
-        let parts = rows.iter().flat_map(|r| columns.iter().map(move |c| (r, c))).map(|((row, a), (column, b))| {
-            g.gather(table, *row * side + *column, 0) * g.unsqueeze(*a * *b, 1)
-        });
+        let parts = rows
+            .iter()
+            .flat_map(|r| columns.iter().map(move |c| (r, c)))
+            .map(|((row, a), (column, b))| g.gather(table, *row * side + *column, 0) * g.unsqueeze(*a * *b, 1));
         Some(vec![parts.reduce(|a, b| a + b)?])
     }
 }

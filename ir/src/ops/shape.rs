@@ -293,7 +293,13 @@ impl OpDef for ReduceOp {
 
     fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let count: usize = self.axes.iter().map(|a| args[0].shape()[*a]).product();
-        expect(self.f == Reduce::Sum || count > 0, || format!("'{}' of no elements", self.mnemonic()))?;
+        let defined = match self.f {
+            Reduce::Sum => true,
+            // Of no floats it is -inf.
+            Reduce::Max => count > 0 || args[0].dtype() == DType::F32,
+            Reduce::Mean => count > 0,
+        };
+        expect(defined, || format!("'{}' of no elements", self.mnemonic()))?;
         fn fold<T: Clone>(x: &ArrayD<T>, axes: &[usize], init: T, f: fn(&T, &T) -> T) -> ArrayD<T> {
             axes.iter().rev().fold(x.clone(), |x, a| x.fold_axis(Axis(*a), init.clone(), f))
         }

@@ -1,6 +1,6 @@
 //! `manifest.json`: the one file that says what an artifact holds and how to feed it.
 
-use crate::{DType, Dim, Symbol};
+use crate::{DType, Dim, NaflexProcessor, StandardProcessor, Symbol};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -85,6 +85,13 @@ pub struct State {
     pub shape: Vec<Dim>,
     /// Axis that grows.
     pub axis: usize,
+}
+
+impl State {
+    /// Whether it grows with the text. Others grow with pictures (keys and values of cross-attention).
+    pub fn follows_text(&self) -> bool {
+        self.shape.get(self.axis) == Some(&Dim::symbol("past"))
+    }
 }
 
 /// A callable graph.
@@ -197,75 +204,29 @@ pub struct FrameText {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
+    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
+    Mllama(MllamaProcessor),
     /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
     Standard(StandardProcessor),
     /// `Siglip2ImageProcessor`: as many patches as a budget allows, at the picture's own aspect ratio.
     Naflex(NaflexProcessor),
 }
 
-/// Settings of processors that make every picture one size: `pixel_values f32[1, 3, height, width]`.
+/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StandardProcessor {
-    /// First step; absent if pictures keep their size.
-    pub resize: Option<Resize>,
-    /// Second step.
-    pub crop: Option<CenterCrop>,
-    /// Pillow filter of the resize.
-    pub resample: Resample,
+pub struct MllamaProcessor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Most tiles of a picture.
+    pub max_image_tiles: usize,
     /// Mean per channel, after `rescale_factor`.
     pub image_mean: [f32; 3],
     /// Standard deviation per channel, after `rescale_factor`.
     pub image_std: [f32; 3],
     /// Usually 1/255.
     pub rescale_factor: f64,
-    /// Tokens that a picture takes in a prompt; 0 for models without prompts.
-    pub tokens: usize,
-}
-
-/// How a picture is made smaller or larger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Resize {
-    /// To this size, whatever its shape.
-    Exact {
-        /// Rows.
-        height: usize,
-        /// Columns.
-        width: usize,
-    },
-    /// Its shorter side to this length, the other in proportion, rounded down.
-    ShortestEdge {
-        /// Pixels.
-        edge: usize,
-    },
-}
-
-/// The middle of a picture; what lies outside of it is black.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CenterCrop {
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-    /// Where it cannot be in the middle: at the nearest even offset (torchvision), or at the smaller one (transformers).
-    pub nearest_even: bool,
-}
-
-/// Settings of `Siglip2ImageProcessor`; names as in `preprocessor_config.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct NaflexProcessor {
-    /// Pixels per patch side.
-    pub patch_size: usize,
-    /// Most patches of a picture, and the number to which they are padded.
-    pub max_num_patches: usize,
     /// Pillow filter of the resize.
     pub resample: Resample,
-    /// Mean per channel, after `rescale_factor`.
-    pub image_mean: [f32; 3],
-    /// Standard deviation per channel, after `rescale_factor`.
-    pub image_std: [f32; 3],
-    /// Usually 1/255.
-    pub rescale_factor: f64,
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

@@ -187,14 +187,21 @@ impl Engine for CpuEngine {
     }
 
     fn past(&self) -> usize {
-        self.functions.iter().flat_map(|f| &f.states).map(State::len).next().unwrap_or(0)
+        let states = self.functions.iter().flat_map(|f| self.manifest.entries[f.entry].states.iter().zip(&f.states));
+        states.filter(|(declared, _)| declared.follows_text()).map(|(_, s)| s.len()).next().unwrap_or(0)
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {
         if len > self.past() {
             return Err(Error::Input(format!("cannot keep {len} positions of {}", self.past())));
         }
-        self.functions.iter_mut().flat_map(|f| &mut f.states).for_each(|s| s.truncate(len));
+        for f in &mut self.functions {
+            for (declared, state) in self.manifest.entries[f.entry].states.iter().zip(&mut f.states) {
+                if len == 0 || declared.follows_text() {
+                    state.truncate(len);
+                }
+            }
+        }
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod mllama;
 mod naflex;
 mod qwen2_vl;
 mod standard;
@@ -27,6 +28,7 @@ pub struct Pixels {
 pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
+        Processor::Mllama(p) => mllama::image(p, picture),
         Processor::Standard(p) => standard::image(p, picture),
         Processor::Naflex(p) => naflex::image(p, picture),
     }
@@ -39,7 +41,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
-        Processor::Standard(_) | Processor::Naflex(_) => Err(Error::Unsupported("the model takes no videos".into())),
+        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => Err(no_videos()),
     }
 }
 
@@ -47,8 +49,12 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
-        Processor::Standard(_) | Processor::Naflex(_) => vec![],
+        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => vec![],
     }
+}
+
+fn no_videos() -> Error {
+    Error::Unsupported("the model takes no videos".into())
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product

@@ -9,7 +9,7 @@ use proto::{
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use vlmc_artifact::{
-    DimFunction,
+    Bindings, DimFunction,
     program::{Binary, Reduce, Unary},
 };
 use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
@@ -32,6 +32,7 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
                 dims: BTreeMap::new(),
                 masks: HashMap::new(),
                 stored: BTreeSet::new(),
+                least: program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect(),
             };
             e.run().map_err(|why| Error::Backend(format!("{}: {why}", g.name)))?;
             let model = ModelProto {
@@ -60,6 +61,8 @@ struct Emitter<'a> {
     /// Masks so far, by their `bool` tensors, as what is added to scores.
     masks: HashMap<ValueId, String>,
     stored: BTreeSet<String>,
+    /// The least values of the symbols.
+    least: Bindings,
 }
 
 fn data_type(d: DType) -> i32 {
@@ -270,7 +273,8 @@ impl Emitter<'_> {
         if let Some((1, symbol)) = d.as_scaled_symbol() {
             // An input that has a multiple of it.
             let g = self.graph;
-            let dims = g.inputs.iter().flat_map(|p| &g.ty(p.value).shape);
+            let ports = g.inputs.iter().map(|p| p.value).chain(g.states.iter().map(|s| s.past));
+            let dims = ports.flat_map(|v| &g.ty(v).shape);
             let found = dims.filter_map(|x| x.as_scaled_symbol().filter(|(_, s)| *s == symbol).map(|(c, _)| (c, x.clone()))).next();
             let (factor, multiple) = found.ok_or_else(|| format!("no input tells the value of '{symbol}'"))?;
             let (multiple, factor) = (self.dim(&multiple)?, self.constant(&[1], &[factor]));
@@ -401,8 +405,8 @@ impl Emitter<'_> {
                 self.named("Identity", &[&v], &out, vec![]);
             }
             Op::Reshape(o) => {
-                let shape = self.reshape_to(&ty(0).shape, &o.shape, &out)?;
-                self.named("Reshape", &[x[0], &shape], &out, vec![]);
+                let (shape, attributes) = self.reshape_to(&ty(0).shape, &o.shape, &out)?;
+                self.named("Reshape", &[x[0], &shape], &out, attributes);
             }
             Op::Transpose(o) => self.named("Transpose", &x, &out, vec![ints("perm", o.perm.iter().copied())]),
             Op::Broadcast(o) => {
@@ -506,8 +510,9 @@ impl Emitter<'_> {
         self.named("Squeeze", &[&y, &axes], out, vec![]);
     }
 
-    /// The shape operand of a Reshape: dims that stay where they are as 0, a single other symbolic one as -1, else computed.
-    fn reshape_to(&mut self, from: &[Dim], to: &[Dim], hint: &str) -> Emitted<String> {
+    /// The shape operand of a Reshape, and attributes: dims that stay where they are as 0, a single other symbolic one as -1, else
+    /// computed.
+    fn reshape_to(&mut self, from: &[Dim], to: &[Dim], hint: &str) -> Emitted<(String, Vec<AttributeProto>)> {
         let mut symbolic = vec![];
         let mut known: Vec<i64> = vec![];
         for (i, d) in to.iter().enumerate() {
@@ -521,8 +526,10 @@ impl Emitter<'_> {
             });
         }
         if symbolic.len() > 1 {
-            return self.shape(to, hint);
+            // A computed 0 is a length, where one could come.
+            let empty = to.iter().any(|d| d.eval(&self.least) == Ok(0));
+            return Ok((self.shape(to, hint)?, if empty { vec![int("allowzero", 1)] } else { vec![] }));
         }
-        Ok(self.constant(&[known.len()], &known))
+        Ok((self.constant(&[known.len()], &known), vec![]))
     }
 }
