@@ -74,6 +74,11 @@ impl<'a> Section<'a> {
         out
     }
 
+    /// Fields that say again what others or the tensors say.
+    pub(super) fn ignore(&self, fields: &[&str]) {
+        fields.iter().for_each(|f| drop(self.value(f)));
+    }
+
     /// Path of a field, for error messages.
     pub(super) fn path(&self, field: &str) -> String {
         if self.path.is_empty() || !self.fields.contains_key(field) { field.into() } else { format!("{}.{field}", self.path) }
