@@ -72,7 +72,7 @@ pub(crate) enum Weights {
 }
 
 #[derive(Debug)]
-struct Shard {
+pub(crate) struct Shard {
     name: String,
     path: PathBuf,
     file: File,
@@ -80,7 +80,7 @@ struct Shard {
 }
 
 #[derive(Debug)]
-struct Tensor {
+pub(crate) struct Tensor {
     shard: usize,
     stored: Stored,
 }
@@ -229,6 +229,12 @@ impl WeightSource for Checkpoint {
             Weights::Files { tensors, .. } => tensors,
         };
         let Some(Tensor { stored, .. }) = tensors.get(name) else {
+            if let Some(prefix) = foreign_prefix(name, tensors.keys()) {
+                return Err(format!(
+                    "tensor '{name}' is missing, but there is '{prefix}{name}': the names seem to have the prefix '{prefix}', as in a \
+                     model that was wrapped for training; save the model inside, or rename the tensors"
+                ));
+            }
             let near: Vec<_> = nearest(name, tensors.keys()).iter().map(|n| format!("'{n}'")).collect();
             return Err(match near.len() {
                 0 => format!("tensor '{name}' is missing; the checkpoint has no tensors"),
@@ -350,6 +356,11 @@ impl Weights {
         }
         Ok(self)
     }
+}
+
+/// What stands before `name` in a name that ends with it as a whole.
+fn foreign_prefix<'a>(name: &str, mut names: impl Iterator<Item = &'a String>) -> Option<&'a str> {
+    names.find_map(|n| n.strip_suffix(name).filter(|prefix| prefix.ends_with('.')))
 }
 
 /// The `weight_map` of an index: tensor to shard.

@@ -132,12 +132,20 @@ fn help_says_what_there_is() {
 #[test]
 fn damaged_checkpoints_are_refused() {
     type Damage<'a> = &'a dyn Fn(&Path);
-    let cases: [(&str, Damage<'_>); 16] = [
+    let cases: [(&str, Damage<'_>); 17] = [
         ("no tensor entry", &|d| edit_header(d, |h| _ = h["model.layers.1.mlp.up_proj.weight"].take())),
         ("missing tensor", &|d| {
             edit_header(d, |h| {
                 let t = h.as_object_mut().unwrap().remove("model.layers.1.mlp.up_proj.weight").unwrap();
                 h["model.layers.1.mlp.up_project.weight"] = t;
+            });
+        }),
+        ("wrapped for training", &|d| {
+            edit_header(d, |h| {
+                let wrapped = |(k, v): (&String, &serde_json::Value)| {
+                    (if k == "__metadata__" { k.clone() } else { format!("module.{k}") }, v.clone())
+                };
+                *h = h.as_object().unwrap().iter().map(wrapped).collect();
             });
         }),
         ("wrong shape", &|d| edit_header(d, |h| h["model.norm.weight"]["shape"] = serde_json::json!([32, 2]))),
@@ -274,7 +282,6 @@ fn graphs_as_text() {
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.json");
     fs::write(&config, serde_json::to_vec(&(vlmc::synth::preset("qwen2-vl-2b").unwrap().config)()).unwrap()).unwrap();
-    insta::assert_snapshot!("ir_2b", stdout(&vlmc(&["dump", text(&config)])));
     insta::assert_snapshot!(
         "ir_tiny_onnx_cpu",
         stdout(&vlmc(&["dump", text(&fixture("qwen2-vl")), "--target", "onnx-cpu", "--after", "dce"]))

@@ -406,6 +406,9 @@ fn chosen(features: &Tensor, mask: &Tensor) -> Result<Tensor> {
     if mask.len() != rows {
         return Err(Error::Input(format!("'images_emb_mask' has {} elements for {rows} features", mask.len())));
     }
+    if mask.iter().all(|m| *m != 0) {
+        return Ok(features.clone());
+    }
     let width = features.shape().last().copied().unwrap_or(0);
     let kept = features.f32()?.chunks_exact(width.max(1)).zip(mask).filter(|(_, m)| **m != 0);
     let kept: Vec<f32> = kept.flat_map(|(row, _)| row).copied().collect();

@@ -20,12 +20,19 @@ impl Tokenizer {
         Ok(Self(inner))
     }
 
-    /// Ids of a text, in which special tokens are recognised.
+    /// Ids of a text, in which special tokens are recognised. The tokenizer's own special tokens are added, unless the text has the
+    /// first of them already, as templates write it.
     ///
     /// # Errors
     /// The tokenizer cannot encode the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        let encoding = self.0.encode(text, true).map_err(|e| Error::Input(format!("the prompt cannot be tokenized: {e}")))?;
+        let encode = |add| self.0.encode(text, add).map_err(|e| Error::Input(format!("the prompt cannot be tokenized: {e}")));
+        let mut encoding = encode(true)?;
+        if let ([1, ..], [first, second, ..]) = (encoding.get_special_tokens_mask(), encoding.get_ids())
+            && first == second
+        {
+            encoding = encode(false)?;
+        }
         Ok(encoding.get_ids().iter().map(|i| i64::from(*i)).collect())
     }
 

@@ -42,7 +42,7 @@ pub fn load(path: &Path) -> BTreeMap<String, Array> {
 }
 
 /// Tensors of a golden that are results; all others of a case are inputs.
-const RESULTS: [&str; 25] = [
+const RESULTS: [&str; 27] = [
     "logits",
     "image_features",
     "video_features",
@@ -68,6 +68,8 @@ const RESULTS: [&str; 25] = [
     "text_features",
     "eos2_text_features",
     "vision_hidden_states_m2",
+    "loss",
+    "distillation_loss",
 ];
 
 /// Cases of a fixture that answers prompts.
@@ -215,7 +217,7 @@ pub fn answers_agree(name: &str, target: &str) {
 /// What the runtime's processor makes of the pictures of a case, whose tensors' names begin with `case`, is what the reference's
 /// made.
 fn pixels_agree(processor: &Processor, pictures: &[vlmc_runtime::image::Rgb], golden: &Tensors, case: &str) {
-    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p).unwrap_or_else(|e| panic!("{e}"))).collect();
+    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p, pictures.len()).unwrap_or_else(|e| panic!("{e}"))).collect();
     let mut compared = 0;
     for name in made.iter().flat_map(|p| p.inputs.keys()).collect::<std::collections::BTreeSet<_>>() {
         // Qwen-VL's pictures are shared by its cases.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::{fs, path::Path};
+use vlmc::compile::{Model, Options};
 use vlmc_runtime::artifact::Task;
 use vlmc_tests::{compile, difference, exec_case, fixture, floats, forward_agrees, load, pictures_agree};
 
@@ -75,4 +76,40 @@ fn labels_are_those_of_the_config() {
     let Task::Classify { labels } = &artifact.manifest().task else { panic!("{:?}", artifact.manifest().task) };
     assert_eq!(labels.len(), 7);
     assert_eq!(labels[3], "LABEL_3");
+}
+
+/// Losses of given logits (`fixtures/gen/losses.py`): CLIP's, with and without a teacher, and SigLIP's.
+fn losses_agree(target: &str) {
+    let golden = load(&fixture("losses").join("golden.safetensors"));
+    let dir = tempfile::tempdir().unwrap();
+    for (name, cases) in [("clip", &["clip"][..]), ("siglip", &["siglip", "siglip_far"])] {
+        let artifact = dir.path().join(name);
+        let model = Model::open(&fixture(name)).unwrap().with_loss();
+        model.compile(&Options { target, out: &artifact, progress: &|_, _| {} }).unwrap();
+        for case in cases {
+            let out = exec_case(&fixture("losses"), &artifact, case, &["logits_per_image"], 0);
+            assert_eq!(out.len(), if name == "clip" { 2 } else { 1 }, "{case}");
+            for (loss, got) in out {
+                let reference = floats(&golden, &format!("{case}/{loss}")).unwrap();
+                let (difference, largest) = difference(got.f32().unwrap(), reference);
+                assert!(difference <= 1e-6 * largest.max(1.0), "{case}/{loss} differs by {difference}");
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_on_cpu() {
+    losses_agree("cpu");
+}
+
+#[test]
+fn losses_on_onnx_cpu() {
+    losses_agree("onnx-cpu");
+}
+
+#[test]
+fn only_pairs_have_a_loss() {
+    let error = Model::open(&fixture("vit")).unwrap().with_loss().lower().err().unwrap().to_string();
+    assert_eq!(error, "model 'vit': has no loss: only pairs of towers, such as CLIP and SigLIP, have one");
 }

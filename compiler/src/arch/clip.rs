@@ -23,8 +23,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip",
     title: "CLIP",
     reference: "arXiv 2103.00020; transformers CLIPModel",
-    notes: "Entries `image`, `text` and `score`; embeddings have length 1. Texts are taken at the first end-of-text, or in old files \
-        (`eos_token_id` 2) at the largest id; the activation is the config's. Pictures of any size, with interpolated positions.",
+    notes: "Hugging Face layout. Both rules for the end of a text (`eos_token_id` 2 of old configs: the largest id; else the first end token), activations as the config says, other picture sizes by a stretched position table. Entries `image`, `text` and `score`. A LiT-style pair is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[

@@ -24,9 +24,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip-openai",
     title: "CLIP (OpenAI's layout, with ResNets)",
     reference: "arXiv 2103.00020; openai/CLIP, open_clip CLIP",
-    notes: "State dicts in OpenAI's own layout, as safetensors or `.pt`, without a `config.json`: the sizes follow from the tensors, \
-        and `open_clip_config.json`, if it is there, tells the activation, heads and preprocessing. ViTs, and ResNets with attention \
-        pooling. Towers of timm or transformers inside open_clip are not supported.",
+    notes: "OpenAI's state dicts, which have no config: sizes follow from the shapes. The vision transformer with joint projections, and ModifiedResNet (RN50, RN101, RN50x4, x16, x64) with attention pooling and batch norms as scales and shifts. Safetensors, or `.pt` files including TorchScript archives; also open_clip repositories.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| {
         matches!(name, "input_resolution" | "context_length" | "vocab_size" | "attn_mask") || name.ends_with(".num_batches_tracked")

@@ -76,7 +76,9 @@ impl<'a> Section<'a> {
 
     /// Fields that say again what others or the tensors say.
     pub(super) fn ignore(&self, fields: &[&str]) {
-        fields.iter().for_each(|f| drop(self.value(f)));
+        for field in fields {
+            self.value(field);
+        }
     }
 
     /// Path of a field, for error messages.
@@ -91,6 +93,11 @@ impl<'a> Section<'a> {
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
     }
 
+    /// Whether the field is there, if only to say `null`.
+    pub(super) fn mentions(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// The object `field`, if it is there.
     pub(super) fn section(&self, field: &str) -> Result<Option<Section<'a>>> {
         let Some(value) = self.value(field) else { return Ok(None) };
@@ -103,6 +110,12 @@ impl<'a> Section<'a> {
         static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
         let empty = || Section { path: field.into(), fields: &EMPTY, outer: None, read: self.read.clone() };
         Ok(self.section(field)?.unwrap_or_else(empty))
+    }
+
+    /// The object `field`.
+    pub(super) fn require_section(&self, field: &str) -> Result<Section<'a>> {
+        let path = if self.path.is_empty() { field.into() } else { format!("{}.{field}", self.path) };
+        self.section(field)?.ok_or_else(|| Error::config(path, "is missing"))
     }
 
     /// The object `field` with this one as a fallback; this one if it is not there.

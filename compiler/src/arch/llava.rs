@@ -18,8 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "llava",
     title: "LLaVA 1.5",
     reference: "arXiv 2310.03744; transformers LlavaForConditionalGeneration",
-    notes: "A CLIP tower of which one layer or several, with or without the class token, go through a projector into a Llama decoder; \
-        what the config leaves out follows its classes. Old and new layouts of transformers; not that of the original repository.",
+    notes: "LLaVA 1.5 in the layouts of transformers: feature layer from the config, one or a list of them, both select strategies, MLP projector with the activation and biases of the config, Llama and Vicuna decoders, with grouped heads or without.",
     canonical_name,
     ignored,
     // The published 7 063 427 072 and 13 351 494 656 less the last layer of the tower and its norm, which nothing reads.

@@ -28,9 +28,7 @@ pub(super) const SIGLIP: Architecture = Architecture {
     alias: "siglip",
     title: "SigLIP, SigLIP 2 (fixed size)",
     reference: "arXiv 2303.15343, 2502.14786; transformers SiglipModel",
-    notes: "Entries `image`, `text` and `score`, whose logits have a scale and a bias and give probabilities by a sigmoid. Texts are \
-        padded to the full length, and the padding is seen, as in training. The SigLIP 2 checkpoints of fixed size are this \
-        architecture. A pair of locked-image tuning (LiT) is the same two towers.",
+    notes: "SigLIP, and SigLIP 2 of fixed resolution: attention-pool head, sigmoid scores with scale and bias, padded texts that attend as they were trained. Other picture sizes by a stretched position table. A LiT-style pair is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[
@@ -109,8 +107,8 @@ pub(super) const SIGLIP2: Architecture = Architecture {
     alias: "siglip2",
     title: "SigLIP 2 (NaFlex)",
     reference: "arXiv 2502.14786; transformers Siglip2Model",
-    notes: "Pictures as patches at their own aspect ratio, padded to a batch; the position table is resized to each in the graph \
-        (bilinear, antialiased). Texts and scores as in SigLIP.",
+    notes: "NaFlex: pictures at their own aspect ratio in a budget of patches, the position table resized for each, padding masked in \
+        the blocks and the head.",
     presets: &[
         preset!(
             "siglip2-base-patch16-naflex",

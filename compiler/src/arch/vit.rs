@@ -18,8 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "vit",
     title: "ViT",
     reference: "arXiv 2010.11929; transformers ViTForImageClassification, ViTModel",
-    notes: "Classifiers, with their labels, and the bare model, with or without a pooler. Pictures of any size: positions are \
-        interpolated in the graph (bicubic), which changes nothing at the size of the checkpoint. Old and new layouts.",
+    notes: "Classifiers and bare models, with or without pooler; other picture sizes by a stretched position table; labels from the config.",
     canonical_name,
     ignored: |name| name == "vit.embeddings.mask_token",
     presets: &[

@@ -47,7 +47,10 @@ pub(super) const TARGET: Target = Target {
         | Op::Rope(_)
         | Op::StretchedPositions(_)
         | Op::Conv2d(_)
-        | Op::ResizeWeights(_) => Support::Decompose,
+        | Op::ResizeWeights(_)
+        | Op::Route(_)
+        | Op::TileRows(_)
+        | Op::GridRelative(_) => Support::Decompose,
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },

@@ -55,6 +55,9 @@ pub(super) const TARGET: Target = Target {
             | Op::Rope(_)
             | Op::StretchedPositions(_)
             | Op::ResizeWeights(_)
+            | Op::Route(_)
+            | Op::TileRows(_)
+            | Op::GridRelative(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },

@@ -377,7 +377,7 @@ impl<'a> Parser<'a> {
         let name = self.plain_name()?;
         self.expect("(")?;
         let args = self.list(")", |p| p.operand(scope))?;
-        let attributes = if self.eat("{") { self.attributes()? } else { Map::new() };
+        let attributes = if self.eat("{") { self.attributes(0)? } else { Map::new() };
         let op = Op::parse(&name, &attributes).or_else(|m| self.fail_at(op_at, m))?;
         let known = op.attributes();
         if let Some(other) = attributes.keys().find(|k| !known.contains_key(*k)) {
@@ -391,14 +391,14 @@ impl<'a> Parser<'a> {
         Ok(NodeText { at: self.since(start), scope: scope.clone(), outs, op, args, types })
     }
 
-    fn attributes(&mut self) -> Result<Map<String, Value>> {
+    fn attributes(&mut self, depth: usize) -> Result<Map<String, Value>> {
         let mut map = Map::new();
         self.list("}", |p| {
             let start = p.start();
             let key = p.plain_name()?;
             p.expect("=")?;
             let value_at = p.start();
-            let value = p.value(0)?;
+            let value = p.value(depth)?;
             let dims = match &value {
                 Value::Array(list) => list.iter().filter_map(Value::as_str).collect(),
                 v => v.as_str().into_iter().collect::<Vec<_>>(),
@@ -418,6 +418,10 @@ impl<'a> Parser<'a> {
             Some('[') => {
                 self.expect("[")?;
                 self.list("]", |p| p.value(depth + 1)).map(Value::Array)
+            }
+            Some('{') => {
+                self.expect("{")?;
+                self.attributes(depth + 1).map(Value::Object)
             }
             Some('"') => self.quoted(),
             _ => {

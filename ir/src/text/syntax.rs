@@ -290,6 +290,9 @@ impl Display for Attribute<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Value::Array(list) => write!(f, "[{}]", List(&list.iter().map(Attribute).collect::<Vec<_>>())),
+            Value::Object(map) => {
+                write!(f, "{{{}}}", map.iter().map(|(k, v)| format!("{k}={}", Attribute(v))).collect::<Vec<_>>().join(", "))
+            }
             Value::String(s) => {
                 let safe = s.chars().all(|c| c.is_ascii_alphanumeric() || "_ +*(),-".contains(c)) && bare_end(s) == s.len();
                 let bare = safe && s.matches('(').count() == s.matches(')').count() && bare_value(s).is_ok_and(|v| v == *self.0);
