@@ -578,6 +578,19 @@ impl<'g> Builder<'g> {
         (cos, sin)
     }
 
+    /// See [`NtkRope`]: cos and sin.
+    #[track_caller]
+    pub fn ntk_rope(&'g self, op: NtkRope, position_ids: Val<'g>, prompt_length: Val<'g>) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(op, &[position_ids, prompt_length]);
+        (cos, sin)
+    }
+
+    /// See [`LogN`].
+    #[track_caller]
+    pub fn log_n(&'g self, position_ids: Val<'g>, trained: usize) -> Val<'g> {
+        self.one(LogN { trained }, &[position_ids])
+    }
+
     /// See [`StretchedPositions`]: the table `[side², width]` over pictures of `rows` patches.
     #[track_caller]
     pub fn stretched_positions(&'g self, table: Val<'g>, grid: Val<'g>, rows: impl Into<Dim>, merge: usize, side: usize) -> Val<'g> {

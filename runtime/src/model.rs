@@ -3,6 +3,7 @@
 use crate::{
     Engine, Error, Result, Tensor,
     artifact_dir::Artifact,
+    boxes::{self, Region},
     chat::{ChatTemplate, Content, Message},
     cross,
     forward::Tensors,
@@ -137,6 +138,14 @@ impl Conversation<'_> {
         &self.cached
     }
 
+    /// Places in the pictures that an answer names.
+    ///
+    /// # Errors
+    /// Its tokens cannot be decoded.
+    pub fn regions(&self, reply: &Reply) -> Result<Vec<Region>> {
+        Ok(boxes::regions(&self.tokenizer.decode_all(&reply.ids)?))
+    }
+
     /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as
     /// before.
     ///
@@ -256,6 +265,10 @@ impl Conversation<'_> {
             keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
+        // Keys at other rotary frequencies are of no use.
+        if prompt::level(ids.len(), rules) != prompt::level(self.pipeline.prompt_length(), rules) {
+            return 0;
+        }
         // Where a decoder attends to pictures, tokens that may see none attend to all: new ones change what came before them.
         let stale = self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached].iter().any(|kept| pictures(kept) != pictures(ids));
         if stale { 0 } else { keep }

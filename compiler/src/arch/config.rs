@@ -74,6 +74,13 @@ impl<'a> Section<'a> {
         out
     }
 
+    /// Fields that say again what others or the tensors say.
+    pub(super) fn ignore(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
     /// Path of a field, for error messages.
     pub(super) fn path(&self, field: &str) -> String {
         if self.path.is_empty() || !self.fields.contains_key(field) { field.into() } else { format!("{}.{field}", self.path) }

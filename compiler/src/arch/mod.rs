@@ -20,6 +20,7 @@ mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod qwen_vl;
 mod sam;
 mod siglip;
 mod timm;
@@ -74,6 +75,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     qwen2_vl::ARCHITECTURE,
     qwen2_5_vl::ARCHITECTURE,
     qwen3_vl::ARCHITECTURE,
+    qwen_vl::ARCHITECTURE,
     llava::ARCHITECTURE,
     mllama::ARCHITECTURE,
     deepseek_vl::ARCHITECTURE,
@@ -108,6 +110,8 @@ pub struct SideFiles {
     pub tokenizer_config: Option<Value>,
     /// `tokenizer.json`.
     pub tokenizer: Option<Value>,
+    /// `generation_config.json`.
+    pub generation: Option<Value>,
 }
 
 impl SideFiles {

@@ -39,7 +39,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         preset!(
             "vit-large-patch32-224-in21k",
             "google/vit-large-patch32-224-in21k",
-            306_559_488,
+            306_560_000,
             &Size { classifier: false, patch_size: 32, ..LARGE16 }
         ),
         preset!("vit-huge-patch14-224-in21k", "google/vit-huge-patch14-224-in21k", 632_404_480, &HUGE14),
@@ -173,6 +173,8 @@ impl Config {
         let pools = !classifies && weights.contains("vit.pooler.dense.weight").unwrap_or(true);
         if pools {
             c.only("pooler_act", &[json!("tanh")])?;
+        } else {
+            c.ignore(&["pooler_act", "pooler_output_size"]);
         }
         Ok(Self {
             encoder: Encoder {

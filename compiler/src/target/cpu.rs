@@ -46,6 +46,8 @@ pub(super) const TARGET: Target = Target {
         | Op::Mrope(_)
         | Op::Rope(_)
         | Op::StretchedPositions(_)
+        | Op::NtkRope(_)
+        | Op::LogN(_)
         | Op::Conv2d(_)
         | Op::ResizeWeights(_)
         | Op::Route(_)

@@ -54,6 +54,8 @@ pub(super) const TARGET: Target = Target {
             | Op::Mrope(_)
             | Op::Rope(_)
             | Op::StretchedPositions(_)
+            | Op::NtkRope(_)
+            | Op::LogN(_)
             | Op::ResizeWeights(_)
             | Op::Route(_)
             | Op::TileRows(_)

@@ -187,6 +187,16 @@ pub enum Positions {
     },
     /// `[batch, seq]`: each token that is not padding counts.
     Sequential,
+    /// Places in the sequence, padding included, which the graphs count themselves (Qwen-VL). They take `prompt_length` instead: a
+    /// prompt beyond the trained length changes the rotary frequencies.
+    Absolute {
+        /// Tokens of the training.
+        trained: usize,
+        /// How many kinds of frequencies there are: one more for each time that the trained length is doubled.
+        levels: usize,
+        /// Tokens before and after the placeholders of a picture, which may be of any ids.
+        image_span: [i64; 2],
+    },
 }
 
 /// What becomes of a video's place in a prompt.
