@@ -7,7 +7,7 @@ use crate::{
     back::{self, Stored},
     checkpoint::Checkpoint,
     target, tiktoken,
-    weights_writer::{TensorSpec, WeightsWriter},
+    weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
 use prost::Message;
 use serde_json::Value;
@@ -125,7 +125,7 @@ impl Model {
         let (program, task, unknown) =
             self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
-        let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n)).collect();
+        let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n) && !n.starts_with(PAD)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
         Ok(Lowered { program, task, unused, unknown })
     }
