@@ -6,7 +6,7 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    target, tiktoken,
+    loss, target, tiktoken,
     weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
 use prost::Message;
@@ -35,6 +35,7 @@ const SIDE_FILES: [&str; 4] =
 pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
+    with_loss: bool,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -90,8 +91,8 @@ impl Model {
     /// # Errors
     /// As [`Self::open`], or the adapters do not fit.
     pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
-        let Self { architecture, checkpoint } = Self::open(dir)?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)? })
+        let Self { architecture, checkpoint, with_loss } = Self::open(dir)?;
+        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss })
     }
 
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
@@ -104,7 +105,13 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)? })
+        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?, with_loss: false })
+    }
+
+    /// The model with the losses of its kind as entries, which only pairs of towers have.
+    #[must_use]
+    pub fn with_loss(self) -> Self {
+        Self { with_loss: true, ..self }
     }
 
     /// The frontend.
@@ -122,8 +129,11 @@ impl Model {
     /// # Errors
     /// The config or a tensor does not fit.
     pub fn lower(&self) -> Result<Lowered> {
-        let (program, task, unknown) =
+        let (mut program, task, unknown) =
             self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
+        if self.with_loss {
+            loss::add(&mut program, &task)?;
+        }
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
         let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n) && !n.starts_with(PAD)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
@@ -221,7 +231,7 @@ impl Model {
         })?;
         let weight_bytes = writer.finish()?.bytes;
         let has_template = task.prompt().is_some_and(|p| p.template.is_some());
-        self.copy_side_files(dir.path(), [processor.is_some(), has_template], &mut warnings)?;
+        self.copy_side_files(dir.path(), has_template, processor.is_some(), &mut warnings)?;
 
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
         dir.commit(Manifest {
@@ -248,7 +258,7 @@ impl Model {
         })
     }
 
-    fn copy_side_files(&self, dir: &Path, [has_processor, has_template]: [bool; 2], warnings: &mut Vec<String>) -> Result<()> {
+    fn copy_side_files(&self, dir: &Path, has_template: bool, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
             let from = self.checkpoint.dir().join(name);
@@ -295,7 +305,9 @@ impl Model {
             id => id.as_i64().map(|id| vec![id]),
         };
         let config = self.checkpoint.config();
-        let eos = field("eos_token_id").or_else(|| config.get("eos_token_id")).or_else(|| config.get("text_config")?.get("eos_token_id"));
+        let eos = field("eos_token_id")
+            .or_else(|| config.get("eos_token_id"))
+            .or_else(|| ["text_config", "language_config"].iter().find_map(|part| config.get(part)?.get("eos_token_id")));
         let eos_token_ids = match eos.filter(|v| !v.is_null()) {
             None => vec![],
             Some(v) => ids(v).ok_or_else(|| invalid(format!("`eos_token_id` must be a token id or a list of them, is {v}")))?,

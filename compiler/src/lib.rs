@@ -10,6 +10,7 @@ mod error;
 pub mod exec;
 pub mod hub;
 mod lora;
+mod loss;
 mod pytorch;
 mod safetensors_header;
 mod stored;

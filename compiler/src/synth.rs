@@ -69,7 +69,9 @@ impl WeightSource for Recorder {
 /// The config does not fit its architecture.
 pub fn parameters(config: &Value) -> Result<u64> {
     let tensors = tensors(config)?;
-    Ok(tensors.iter().map(|t| t.shape.iter().map(|d| *d as u64).product::<u64>()).sum())
+    // Running statistics of batch norms are no parameters, and published figures do not count them.
+    let is_statistic = |t: &&TensorSpec| t.name.ends_with("running_mean") || t.name.ends_with("running_var");
+    Ok(tensors.iter().filter(|t| !is_statistic(t)).map(|t| t.shape.iter().map(|d| *d as u64).product::<u64>()).sum())
 }
 
 /// The tensors of the checkpoint of a config, in the order in which the model has them.
@@ -135,7 +137,7 @@ pub fn synth(name: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + S
 fn fill(writer: &WeightsWriter, t: &TensorSpec, seed: u64, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
     let elements: usize = t.shape.iter().product();
     let name = t.name.bytes().fold(seed, |h, b| mix(h ^ u64::from(b)));
-    let is_norm = t.shape.len() == 1 && t.name.ends_with("weight");
+    let is_norm = t.shape.len() == 1 && (t.name.ends_with("weight") || t.name.ends_with("running_var"));
     let (centre, deviation) = if is_norm { (1.0, 0.05) } else { (0.0, 0.02) };
     (0..elements.div_ceil(TILE)).into_par_iter().try_for_each(|tile| {
         let range = tile * TILE..elements.min((tile + 1) * TILE);

@@ -357,15 +357,16 @@ impl Pipeline {
         Ok((Tensor::new(self.position_axes(batch, seq), p.ids)?, p.next))
     }
 
-    /// With given positions, decoding goes on after the largest.
+    /// With given positions, decoding goes on after those of the last token, as transformers' `generate` does. By the rule of
+    /// [`prompt::positions`] they are the largest; by others an earlier video may have larger ones.
     fn next_after(&self, positions: &Tensor, mask: &[i64], batch: usize, seq: usize) -> Result<Vec<i64>> {
         let p = positions.i64()?;
         let kinds = p.len() / (batch * seq);
-        let largest = |row: usize| {
-            let live = (0..kinds).flat_map(|k| (0..seq).map(move |i| (k, i))).filter(|(_, i)| mask[row * seq + i] != 0);
-            live.map(|(k, i)| p[(k * batch + row) * seq + i]).max().map_or(0, |m| m + 1)
+        let last = |row: usize| {
+            let column = (0..seq).rev().find(|i| mask[row * seq + i] != 0)?;
+            (0..kinds).map(|k| p[(k * batch + row) * seq + column] + 1).max()
         };
-        Ok((0..batch).map(largest).collect())
+        Ok((0..batch).map(|row| last(row).unwrap_or(0)).collect())
     }
 
     fn decode(
@@ -414,6 +415,9 @@ fn chosen(features: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (rows, mask) = (prompt_rows(features), mask.i64()?);
     if mask.len() != rows {
         return Err(Error::Input(format!("'images_emb_mask' has {} elements for {rows} features", mask.len())));
+    }
+    if mask.iter().all(|m| *m != 0) {
+        return Ok(features.clone());
     }
     let width = features.shape().last().copied().unwrap_or(0);
     let kept = features.f32()?.chunks_exact(width.max(1)).zip(mask).filter(|(_, m)| **m != 0);

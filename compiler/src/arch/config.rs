@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::{cell::RefCell, collections::BTreeSet, ops::RangeInclusive, rc::Rc};
+use std::{cell::RefCell, collections::BTreeSet, ops::RangeInclusive, rc::Rc, sync::LazyLock};
 
 /// Fields that change nothing of what a model computes: metadata, training, and what follows from the weights.
 const HARMLESS: &[&str] = &[
@@ -74,6 +74,13 @@ impl<'a> Section<'a> {
         out
     }
 
+    /// Fields that say again what others or the tensors say.
+    pub(super) fn ignore(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
     /// Path of a field, for error messages.
     pub(super) fn path(&self, field: &str) -> String {
         if self.path.is_empty() || !self.fields.contains_key(field) { field.into() } else { format!("{}.{field}", self.path) }
@@ -86,11 +93,36 @@ impl<'a> Section<'a> {
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
     }
 
+    /// Takes note of fields that change nothing of this model.
+    pub(super) fn without_effect(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
+    /// Whether the field is there, if only to say `null`.
+    pub(super) fn mentions(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// The object `field`, if it is there.
     pub(super) fn section(&self, field: &str) -> Result<Option<Section<'a>>> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let fields = value.as_object().ok_or_else(|| Error::config(self.path(field), format!("must be an object, is {value}")))?;
         Ok(Some(Section { path: self.path(field), fields, outer: None, read: self.read.clone() }))
+    }
+
+    /// The object `field`; one without fields if it is not there.
+    pub(super) fn section_or_empty(&self, field: &str) -> Result<Section<'a>> {
+        static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        let empty = || Section { path: field.into(), fields: &EMPTY, outer: None, read: self.read.clone() };
+        Ok(self.section(field)?.unwrap_or_else(empty))
+    }
+
+    /// The object `field`.
+    pub(super) fn require_section(&self, field: &str) -> Result<Section<'a>> {
+        let path = if self.path.is_empty() { field.into() } else { format!("{}.{field}", self.path) };
+        self.section(field)?.ok_or_else(|| Error::config(path, "is missing"))
     }
 
     /// The object `field` with this one as a fallback; this one if it is not there.

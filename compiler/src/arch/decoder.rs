@@ -77,6 +77,11 @@ pub(super) const LLAMA: Defaults = Defaults {
 impl Decoder {
     /// From a config in which only what `defaults` has may be missing; without `defaults`, nothing may.
     pub(super) fn new(c: &Section<'_>, defaults: Option<&Defaults>) -> Result<Self> {
+        Self::with_head_dim(c, defaults, c.opt_int("head_dim", WIDTH)?)
+    }
+
+    /// As [`Self::new`], with a width of heads that the config has under a name of its own.
+    pub(super) fn with_head_dim(c: &Section<'_>, defaults: Option<&Defaults>, head_dim: Option<usize>) -> Result<Self> {
         c.only("use_sliding_window", &[json!(false)])?;
         if let Some(types) = c.get::<Vec<Value>>("layer_types")?
             && let Some(other) = types.iter().find(|t| **t != json!("full_attention"))
@@ -89,7 +94,7 @@ impl Decoder {
         };
         let hidden_size = int("hidden_size", WIDTH, |d| d.hidden_size)?;
         let heads = int("num_attention_heads", WIDTH, |d| d.num_attention_heads)?;
-        let head_dim = match c.opt_int("head_dim", WIDTH)? {
+        let head_dim = match head_dim {
             Some(d) => d,
             None => nn::head_dim(c, "hidden_size", hidden_size, "num_attention_heads", heads)?,
         };

@@ -38,6 +38,7 @@ pub(super) const TARGET: Target = Target {
         | Op::Rotary(_)
         | Op::Attention(_) => Support::Native,
         Op::SplitHeads(_)
+        | Op::BatchNorm(_)
         | Op::MergeHeads(_)
         | Op::MergeFeatures(_)
         | Op::GridPositions(_)
@@ -45,10 +46,14 @@ pub(super) const TARGET: Target = Target {
         | Op::Mrope(_)
         | Op::Rope(_)
         | Op::StretchedPositions(_)
+        | Op::WindowOrder(_)
         | Op::NtkRope(_)
         | Op::LogN(_)
         | Op::Conv2d(_)
-        | Op::ResizeWeights(_) => Support::Decompose,
+        | Op::ResizeWeights(_)
+        | Op::Route(_)
+        | Op::TileRows(_)
+        | Op::GridRelative(_) => Support::Decompose,
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },

@@ -46,6 +46,7 @@ pub(super) const TARGET: Target = Target {
             | Op::Rotary(_)
             | Op::Attention(_) => Support::Native,
             Op::SplitHeads(_)
+            | Op::BatchNorm(_)
             | Op::MergeHeads(_)
             | Op::MergeFeatures(_)
             | Op::GridPositions(_)
@@ -53,9 +54,13 @@ pub(super) const TARGET: Target = Target {
             | Op::Mrope(_)
             | Op::Rope(_)
             | Op::StretchedPositions(_)
+            | Op::WindowOrder(_)
             | Op::NtkRope(_)
             | Op::LogN(_)
             | Op::ResizeWeights(_)
+            | Op::Route(_)
+            | Op::TileRows(_)
+            | Op::GridRelative(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },

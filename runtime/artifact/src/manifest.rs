@@ -216,25 +216,15 @@ pub enum Processor {
     Qwen2Vl(Qwen2VlProcessor),
     /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
     Standard(StandardProcessor),
+    /// `Siglip2ImageProcessor`: as many patches as a budget allows, at the picture's own aspect ratio.
+    Naflex(NaflexProcessor),
     /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
     Mllama(MllamaProcessor),
-}
-
-/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MllamaProcessor {
-    /// Pixels per side of a tile.
-    pub tile_size: usize,
-    /// Most tiles of a picture.
-    pub max_image_tiles: usize,
-    /// Mean per channel, after `rescale_factor`.
-    pub image_mean: [f32; 3],
-    /// Standard deviation per channel, after `rescale_factor`.
-    pub image_std: [f32; 3],
-    /// Usually 1/255.
-    pub rescale_factor: f64,
-    /// Pillow filter of the resize.
-    pub resample: Resample,
+    /// `VLMImageProcessor` of DeepSeek-VL: the longer side to one size, then a square around it.
+    DeepseekVl(DeepseekVlProcessor),
+    /// `DeepseekVLV2Processor`: a global view, and the picture in the best of some sizes cut into tiles.
+    #[serde(rename = "deepseek_vl2")]
+    DeepseekVl2(DeepseekVl2Processor),
 }
 
 /// Settings of processors that make every picture one size: `pixel_values f32[1, 3, height, width]`.
@@ -283,6 +273,88 @@ pub struct CenterCrop {
     pub width: usize,
     /// Where it cannot be in the middle: at the nearest even offset (torchvision), or at the smaller one (transformers).
     pub nearest_even: bool,
+}
+
+/// Settings of `Siglip2ImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NaflexProcessor {
+    /// Pixels per patch side.
+    pub patch_size: usize,
+    /// Most patches of a picture, and the number to which they are padded.
+    pub max_num_patches: usize,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+}
+
+/// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MllamaProcessor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Most tiles of a picture.
+    pub max_image_tiles: usize,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+}
+
+/// Settings of `VLMImageProcessor`, and of `DeepseekVLImageProcessor` and `DeepseekVLHybridImageProcessor` of transformers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVlProcessor {
+    /// What the picture becomes.
+    pub first: DeepseekVlView,
+    /// A smaller copy of that, if the model takes both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<DeepseekVlView>,
+    /// Shortest side of a resized picture.
+    pub min_size: usize,
+    /// Whether the shorter side is rounded (transformers) or truncated.
+    pub round: bool,
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Tokens that a picture takes.
+    pub tokens: usize,
+}
+
+/// A square that a picture is fitted into.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVlView {
+    /// Pixels per side.
+    pub size: usize,
+    /// Colour beside the picture.
+    pub background: [u8; 3],
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel.
+    pub image_std: [f32; 3],
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+}
+
+/// Settings of `DeepseekVLV2Processor`; names as in `processor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVl2Processor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Tokens per side of a tile.
+    pub tile_side: usize,
+    /// Sizes (width, height) that pictures are fitted into before they are cut, in multiples of `tile_size`.
+    pub candidate_resolutions: Vec<[usize; 2]>,
+    /// Mean per channel, of values from 0 to 1.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel.
+    pub image_std: [f32; 3],
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.
