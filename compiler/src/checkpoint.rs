@@ -34,8 +34,16 @@ pub const PYTORCH_WEIGHTS: &str = "pytorch_model.bin";
 /// File name of the table that says which shard of those has which tensor.
 pub const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
 
-/// Names of unsharded weights and of their index, in the order of preference.
-pub(crate) const LAYOUTS: [(&str, &str); 2] = [(WEIGHTS, INDEX), (PYTORCH_WEIGHTS, PYTORCH_INDEX)];
+/// File name of open_clip's configuration.
+pub const OPEN_CLIP_CONFIG: &str = "open_clip_config.json";
+
+/// Names of unsharded weights and of their index, in the order of preference; the last are open_clip's.
+pub(crate) const LAYOUTS: [(&str, &str); 4] = [
+    (WEIGHTS, INDEX),
+    (PYTORCH_WEIGHTS, PYTORCH_INDEX),
+    ("open_clip_model.safetensors", "open_clip_model.safetensors.index.json"),
+    ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.bin.index.json"),
+];
 
 /// Longest JSON file that is read: twice the index of the largest models.
 const MAX_JSON: u64 = 16 << 20;
@@ -80,7 +88,8 @@ struct Tensor {
 impl Checkpoint {
     /// Opens a directory with `config.json` and weights: `model.safetensors`, or `model.safetensors.index.json` and the shards
     /// that it names, or `pytorch_model.bin`, or `pytorch_model.bin.index.json` and its shards, or one other PyTorch file. The
-    /// first of these wins, as in `from_pretrained`. No code in a PyTorch file is ever run.
+    /// first of these wins, as in `from_pretrained`. No code in a PyTorch file is ever run. Without `config.json`, OpenAI's layout
+    /// of CLIP tells the configuration by its tensors, and `open_clip_config.json` completes it.
     ///
     /// # Errors
     /// A file is missing, malformed or truncated; shards contradict one another or the index; a PyTorch file has more in it
@@ -90,7 +99,14 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(Error::file(dir, "is not a directory"));
         }
-        let (config, config_sha256) = read_config(&dir.join(CONFIG))?;
+        let config = dir.join(CONFIG);
+        if !config.exists() && has_weights(&dir) {
+            // Only the layout of OpenAI has no such file.
+            let weights = Weights::find(&dir)?;
+            let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
+            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() });
+        }
+        let (config, config_sha256) = read_config(&config)?;
         let weights = Weights::find(&dir)?;
         Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() })
     }
@@ -290,6 +306,16 @@ impl Weights {
         Self::open(dir, &BTreeSet::from([sole_pytorch_file(dir)?]))
     }
 
+    /// The configuration that names and shapes tell, with the digest of its text; `None` if they tell nothing.
+    fn inferred_config(&self, dir: &Path) -> Result<Option<(Value, String)>> {
+        let Self::Files { tensors, .. } = self else { return Ok(None) };
+        let shapes = tensors.iter().map(|(n, t)| (n.as_str(), t.stored.shape.as_slice())).collect();
+        let path = dir.join(OPEN_CLIP_CONFIG);
+        let open_clip = read_small(&path)?.map(|bytes| parse(&path, &bytes)).transpose()?;
+        let config = crate::arch::inferred_config(&shapes, open_clip.as_ref())?;
+        Ok(config.map(|config| (digest::sha256(config.to_string().as_bytes()), config)).map(|(sha256, config)| (config, sha256)))
+    }
+
     /// Opens the files of these names.
     pub(crate) fn open(dir: &Path, names: &BTreeSet<String>) -> Result<Self> {
         let (mut shards, mut tensors) = (Vec::<Shard>::with_capacity(names.len()), BTreeMap::<String, Tensor>::new());
@@ -359,6 +385,12 @@ pub(crate) fn shards_of_index(json: &[u8]) -> Result<BTreeMap<String, String>, S
 /// True if joining it to a directory names an entry of that directory.
 pub(crate) fn is_file_name(name: &str) -> bool {
     !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\\']) && !name.chars().any(char::is_control)
+}
+
+/// Whether a directory has a file that may hold weights.
+fn has_weights(dir: &Path) -> bool {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
+    names.into_iter().any(|n| [".safetensors", ".bin", ".pt", ".pth"].iter().any(|e| n.ends_with(e)))
 }
 
 /// The only file in a directory without usual names that can be PyTorch weights, e.g. `ViT-B-32.pt`.

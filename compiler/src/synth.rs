@@ -135,7 +135,7 @@ pub fn synth(name: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + S
 fn fill(writer: &WeightsWriter, t: &TensorSpec, seed: u64, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
     let elements: usize = t.shape.iter().product();
     let name = t.name.bytes().fold(seed, |h, b| mix(h ^ u64::from(b)));
-    let is_norm = t.shape.len() == 1 && t.name.ends_with("weight");
+    let is_norm = t.shape.len() == 1 && (t.name.ends_with("weight") || t.name.ends_with("running_var"));
     let (centre, deviation) = if is_norm { (1.0, 0.05) } else { (0.0, 0.02) };
     (0..elements.div_ceil(TILE)).into_par_iter().try_for_each(|tile| {
         let range = tile * TILE..elements.min((tile + 1) * TILE);

@@ -601,9 +601,18 @@ impl<'g> Builder<'g> {
     #[track_caller]
     pub fn conv2d(&'g self, x: Val<'g>, w: W<'g>, [out, side]: [usize; 2], stride: usize, padding: usize, bias: bool) -> Val<'g> {
         let Some(channels) = x.dim(1).as_const() else { return self.fail("conv2d: the number of channels must be known") };
-        let kernel = self.weight(w / "weight", &[out, channels as usize, side, side]);
-        let bias = bias.then(|| self.weight(w / "bias", &[out]));
+        // Some targets run convolutions as arithmetic.
+        let kernel = self.table(w / "weight", &[out, channels as usize, side, side]);
+        let bias = bias.then(|| self.table(w / "bias", &[out]));
         self.one(Conv2d { stride, padding }, &[x, kernel].into_iter().chain(bias).collect::<Vec<_>>())
+    }
+
+    /// See [`BatchNorm`]: with `w / "weight"`, `w / "bias"`, `w / "running_mean"` and `w / "running_var"`.
+    #[track_caller]
+    pub fn batch_norm(&'g self, x: Val<'g>, w: W<'g>, eps: f64) -> Val<'g> {
+        let n = x.dim(1).as_const().unwrap_or(1) as usize;
+        let [weight, bias, mean, var] = ["weight", "bias", "running_mean", "running_var"].map(|name| self.table(w / name, &[n]));
+        self.one(BatchNorm { eps }, &[x, weight, bias, mean, var])
     }
 
     /// See [`ResizeWeights`].

@@ -18,7 +18,17 @@ pub(crate) const GIVEN: Pass = Pass {
                 let Op::Attention(Attention { scale, mask }) = &node.op else { return None };
                 let queries = args[0].dim(args[0].ty().rank() - 2);
                 let given = match mask {
-                    Mask::Full | Mask::Given => return None,
+                    Mask::Full => return None,
+                    // One row for all queries: runtimes of other people want as many as there are.
+                    Mask::Given => {
+                        let mut shape = args[3].ty().shape;
+                        let row = shape.len().checked_sub(2)?;
+                        if shape[row] == queries {
+                            return None;
+                        }
+                        shape[row] = queries;
+                        g.broadcast(args[3], shape)
+                    }
                     Mask::Causal => causal_mask(g, args[3], &queries),
                     Mask::Segments => segment_mask(g, args[3]),
                 };

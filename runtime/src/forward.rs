@@ -60,7 +60,12 @@ pub fn forward(engine: &mut dyn Engine, given: &Tensors) -> Result<Tensors> {
     let mut out = Tensors::new();
     let mut missing = vec![];
     for e in &entries {
-        let find = |port: &Port| given.get(&port.name).or_else(|| out.get(&port.name));
+        // A text without a mask has no padding.
+        let full = given.get("input_ids").map(|ids| Tensor::new(ids.shape(), vec![1i64; ids.shape().iter().product()])).transpose()?;
+        let find = |port: &Port| {
+            let named = given.get(&port.name).or_else(|| out.get(&port.name));
+            named.or(full.as_ref().filter(|_| port.name == "attention_mask"))
+        };
         if let Some(port) = e.inputs.iter().find(|p| find(p).is_none()) {
             missing.push(format!("'{}' for {}", port.name, e.name));
             continue;

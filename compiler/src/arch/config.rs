@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::{cell::RefCell, collections::BTreeSet, ops::RangeInclusive, rc::Rc};
+use std::{cell::RefCell, collections::BTreeSet, ops::RangeInclusive, rc::Rc, sync::LazyLock};
 
 /// Fields that change nothing of what a model computes: metadata, training, and what follows from the weights.
 const HARMLESS: &[&str] = &[
@@ -91,6 +91,13 @@ impl<'a> Section<'a> {
         let Some(value) = self.value(field) else { return Ok(None) };
         let fields = value.as_object().ok_or_else(|| Error::config(self.path(field), format!("must be an object, is {value}")))?;
         Ok(Some(Section { path: self.path(field), fields, outer: None, read: self.read.clone() }))
+    }
+
+    /// The object `field`; one without fields if it is not there.
+    pub(super) fn section_or_empty(&self, field: &str) -> Result<Section<'a>> {
+        static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        let empty = || Section { path: field.into(), fields: &EMPTY, outer: None, read: self.read.clone() };
+        Ok(self.section(field)?.unwrap_or_else(empty))
     }
 
     /// The object `field` with this one as a fallback; this one if it is not there.

@@ -1,14 +1,28 @@
 //! Architectures. One file each; a new one gets a line in [`ARCHITECTURES`].
 
+/// A preset whose `config` and `files` follow from a size.
+macro_rules! preset {
+    ($name:literal, $hub:literal, $parameters:literal, $size:expr) => {
+        Preset { name: $name, hub: $hub, parameters: $parameters, config: || config($size), files: || files($size) }
+    };
+}
+
+mod clip;
+mod clip_openai;
 mod config;
 mod decoder;
+mod images;
+mod llava;
 mod mllama;
 mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod siglip;
+mod vit;
 
 use crate::{Error, Result};
+pub(crate) use clip_openai::inferred_config;
 use config::Section;
 use serde_json::Value;
 use std::{borrow::Cow, ops::RangeInclusive};
@@ -52,8 +66,18 @@ pub struct Preset {
 }
 
 /// All architectures.
-pub static ARCHITECTURES: &[Architecture] =
-    &[qwen2_vl::ARCHITECTURE, qwen2_5_vl::ARCHITECTURE, qwen3_vl::ARCHITECTURE, mllama::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[
+    qwen2_vl::ARCHITECTURE,
+    qwen2_5_vl::ARCHITECTURE,
+    qwen3_vl::ARCHITECTURE,
+    mllama::ARCHITECTURE,
+    vit::ARCHITECTURE,
+    clip::ARCHITECTURE,
+    clip_openai::ARCHITECTURE,
+    siglip::SIGLIP,
+    siglip::SIGLIP2,
+    llava::ARCHITECTURE,
+];
 
 /// What a frontend makes of a config and its weights.
 pub struct Lowered {

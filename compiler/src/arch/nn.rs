@@ -114,6 +114,8 @@ pub(super) fn resized_positions<'g>(g: &'g Builder<'g>, table: Val<'g>, from: us
 pub(super) enum Qkv {
     /// Three layers of these names.
     Split([&'static str; 3]),
+    /// Three layers of these names, without biases.
+    Unbiased([&'static str; 3]),
     /// One layer of that name, the three one after the other.
     Fused(&'static str),
     /// As `torch.nn.MultiheadAttention` has them: `in_proj_weight` and `in_proj_bias` under that name.
@@ -180,6 +182,7 @@ impl Encoder {
         };
         match self.names.qkv {
             Qkv::Split(names) => names.map(|name| g.linear_bias(x, w / name, self.width)),
+            Qkv::Unbiased(names) => names.map(|name| g.linear(x, w / name, self.width)),
             Qkv::Fused(name) => thirds(g.linear_bias(x, w / name, 3 * self.width)),
             Qkv::InProj(name) => thirds(in_proj(g, w / name, x, self.width, 0..3)),
         }
@@ -198,4 +201,55 @@ pub(super) fn in_proj<'g>(g: &'g Builder<'g>, w: W<'g>, x: Val<'g>, width: usize
 pub(super) fn normalized<'g>(g: &'g Builder<'g>, x: Val<'g>) -> Val<'g> {
     let axis = x.ty().rank() - 1;
     x / g.unsqueeze(g.unary(Unary::Sqrt, g.reduce(Reduce::Sum, x * x, &[axis])), axis)
+}
+
+/// Symbols of a model that sees pictures of any size.
+pub(super) fn picture_symbols(patch: usize) -> Vec<Symbol> {
+    vec![symbol("images", 1..=4096), symbol("height", patch..=16384), symbol("width", patch..=16384)]
+}
+
+/// A convolution whose stride is its kernel, at `w`: patches of `pixels f32[n, channels, height, width]` to `f32[n, rows *
+/// columns, width]`. Also gives `rows` and `columns`.
+pub(super) fn patch_embedding<'g>(
+    g: &'g Builder<'g>,
+    w: W<'g>,
+    pixels: Val<'g>,
+    patch: usize,
+    width: usize,
+    bias: bool,
+) -> (Val<'g>, Dim, Dim) {
+    let channels = pixels.dim(1).as_const().unwrap_or(1) as usize;
+    let (x, rows, columns) = patchify(g, pixels, patch);
+    let kernel = g.weight_as(w / "weight", &[width, channels, patch, patch], &[width, channels * patch * patch]);
+    let bias = bias.then(|| g.weight(w / "bias", &[width]));
+    (g.linear_with(x, kernel, bias), rows, columns)
+}
+
+/// `patches f32[n, rows * columns, width]` with a class token before them, and with positions: `class` has `width` elements,
+/// `positions f32[1 + from², width]` are those of the token and of a square grid.
+pub(super) fn with_class_token<'g>(
+    g: &'g Builder<'g>,
+    (patches, rows, columns): (Val<'g>, Dim, Dim),
+    class: Val<'g>,
+    positions: Val<'g>,
+    from: usize,
+) -> Val<'g> {
+    let (n, width) = (patches.dim(0), patches.dim(2));
+    let class = g.broadcast(g.reshape(class, [1.into(), 1.into(), width.clone()]), vec![n, 1.into(), width]);
+    let x = g.concat(&[class, patches], 1);
+    if rows == from.into() && columns == from.into() {
+        return x + positions;
+    }
+    let grid = resized_positions(g, g.slice(positions, 0, 1, from * from), from, &rows, &columns, Filter::Bicubic);
+    x + g.concat(&[g.slice(positions, 0, 0, 1), grid], 0)
+}
+
+/// `image_size` and `patch_size`: a square of at least one patch.
+pub(super) fn square_grid(c: &Section<'_>, image_size: usize, patch_size: usize) -> Result<(usize, usize)> {
+    let side = |field: &str, default: usize| Ok::<_, Error>(c.opt_int(field, 1..=16384)?.unwrap_or(default));
+    let (image, patch) = (side("image_size", image_size)?, side("patch_size", patch_size)?);
+    if patch > image {
+        return Err(Error::config(c.path("patch_size"), format!("{patch} is more than {} {image}", c.path("image_size"))));
+    }
+    Ok((image, patch))
 }

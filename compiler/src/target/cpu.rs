@@ -38,6 +38,7 @@ pub(super) const TARGET: Target = Target {
         | Op::Rotary(_)
         | Op::Attention(_) => Support::Native,
         Op::SplitHeads(_)
+        | Op::BatchNorm(_)
         | Op::MergeHeads(_)
         | Op::MergeFeatures(_)
         | Op::GridPositions(_)

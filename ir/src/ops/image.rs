@@ -86,7 +86,8 @@ pub enum Filter {
 }
 
 /// The matrix that resizes an axis: `size i64[]` to `f32[rows, from]`, whose first `size` rows are the weights of the `from`
-/// elements for each of `size` new ones; the rows after them repeat the last. As torch's `interpolate` with
+/// elements for each of `size` new ones; the rows after them repeat the last. Of several sizes, `i64[n]`, it makes as many
+/// matrices, `f32[n, rows, from]`. As torch's `interpolate` with
 /// `align_corners=False`: element `i` is centred at `(i + 1/2) from / size - 1/2`, and beyond the border stands the border.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResizeWeights {
@@ -104,21 +105,27 @@ impl OpDef for ResizeWeights {
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [size] = operands(args)?;
         expect_dtype(size, DType::I64, "size")?;
-        expect(size.rank() == 0, || format!("size must be i64[], is {size}"))?;
+        expect(size.rank() <= 1, || format!("size must be i64[] or i64[n], is {size}"))?;
         expect(self.from > 0, || "there must be something to resize".into())?;
-        Ok(vec![Type::new(DType::F32, [self.rows.clone(), self.from.into()])])
+        let mut shape = size.shape.clone();
+        shape.extend([self.rows.clone(), self.from.into()]);
+        Ok(vec![Type { dtype: DType::F32, shape }])
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        // One axis for the rows after that of several sizes.
+        let lead = args[0].ty().rank();
         let size = g.cast(args[0], DType::F32);
+        let size = if lead == 0 { size } else { g.unsqueeze(size, lead) };
         let scalar = |v: f64| g.literal(Literal::scalar(DType::F32, v));
         let (zero, one) = (scalar(0.0), scalar(1.0));
         let (min, max) = (|a, b| g.binary(Binary::Min, a, b), |a, b| g.binary(Binary::Max, a, b));
         // How many old elements a new one stands for.
         let scale = scalar(self.from as f64) / size;
         let row = min(g.cast(g.iota(self.rows.clone()), DType::F32), size - 1.0);
-        let centre = g.unsqueeze((row + 0.5) * scale, 1);
+        let centre = g.unsqueeze((row + 0.5) * scale, lead + 1);
         let column = g.unsqueeze(g.cast(g.iota(self.from), DType::F32), 0);
+        let scale = if lead == 0 { scale } else { g.unsqueeze(scale, lead + 1) };
         let triangle = |x: Val<'g>| max(one - g.unary(Unary::Abs, x), zero);
         Some(vec![match self.filter {
             Filter::BilinearAntialias => {
@@ -128,7 +135,7 @@ impl OpDef for ResizeWeights {
                 let end = min(g.cast(g.cast(centre + width + 0.5, DType::I64), DType::F32), scalar(self.from as f64));
                 let inside = g.binary(Binary::And, g.binary(Binary::Le, first, column), g.binary(Binary::Lt, column, end));
                 let weights = triangle((column - centre + 0.5) / width) * g.cast(inside, DType::F32);
-                weights / g.unsqueeze(g.reduce(Reduce::Sum, weights, &[1]), 1)
+                weights / g.unsqueeze(g.reduce(Reduce::Sum, weights, &[lead + 1]), lead + 1)
             }
             Filter::Bilinear => {
                 let source = min(max(centre - 0.5, zero), scalar(self.from as f64 - 1.0));

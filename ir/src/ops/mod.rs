@@ -16,7 +16,7 @@ pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, TopK};
-pub use norm::{LayerNorm, RmsNorm};
+pub use norm::{BatchNorm, LayerNorm, RmsNorm};
 pub use positions::{GridPositions, Mrope, Rope, RopeScaling, Rotary2d, StretchedPositions};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
 
@@ -138,6 +138,7 @@ ops! {
     SplitHeads, MergeHeads, Rotary, Attention,
     GridPositions, Rotary2d, Mrope, Rope, StretchedPositions,
     Conv2d, ResizeWeights, Moe,
+    BatchNorm,
 }
 
 // What type rules share.

@@ -1,4 +1,4 @@
-//! Normalisations over the last axis.
+//! Normalisations.
 
 use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, operands};
 use crate::{Builder, DType, Type, Val};
@@ -63,5 +63,39 @@ impl OpDef for RmsNorm {
         let x = args[0];
         let y = x / g.unary(Unary::Sqrt, mean_last(g, x * x) + self.eps);
         Some(vec![y * g.cast(args[1], DType::F32)])
+    }
+}
+
+/// `x f32[n, c, h, w]` and `weight`, `bias`, `mean`, `var` `[c]` to `(x - mean) / sqrt(var + eps) * weight + bias` per channel
+/// (Ioffe and Szegedy, 2015, at inference).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BatchNorm {
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl OpDef for BatchNorm {
+    const NAME: &'static str = "batch_norm";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, vectors @ ..] = args else { return Err("takes 5 operands, got 0".into()) };
+        let [weight, bias, mean, var] = operands(vectors).map_err(|_| format!("takes 5 operands, got {}", args.len()))?;
+        expect(x.rank() == 4, || format!("x must be [n, c, h, w], is {x}"))?;
+        expect_dtype(x, DType::F32, "x")?;
+        for (t, what) in [(weight, "weight"), (bias, "bias"), (mean, "mean"), (var, "var")] {
+            expect_float(t, what)?;
+            expect_shape(t, &x.shape[1..2], what)?;
+        }
+        expect(self.eps.is_finite() && self.eps >= 0.0, || format!("eps must be a finite number of at least 0, is {}", self.eps))?;
+        Ok(vec![x.clone()])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let x = args[0];
+        let [weight, bias, mean, var] = [1, 2, 3, 4].map(|i| g.cast(args[i], DType::F32));
+        let scale = weight / g.unary(Unary::Sqrt, var + self.eps);
+        let shift = bias - mean * scale;
+        let per_channel = |v: Val<'g>| g.reshape(v, [x.dim(1), 1.into(), 1.into()]);
+        Some(vec![x * per_channel(scale) + per_channel(shift)])
     }
 }

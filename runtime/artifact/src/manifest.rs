@@ -1,6 +1,6 @@
 //! `manifest.json`: the one file that says what an artifact holds and how to feed it.
 
-use crate::{DType, Dim, Symbol};
+use crate::{DType, Dim, NaflexProcessor, StandardProcessor, Symbol};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -206,6 +206,10 @@ pub enum Processor {
     Qwen2Vl(Qwen2VlProcessor),
     /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
     Mllama(MllamaProcessor),
+    /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
+    Standard(StandardProcessor),
+    /// `Siglip2ImageProcessor`: as many patches as a budget allows, at the picture's own aspect ratio.
+    Naflex(NaflexProcessor),
 }
 
 /// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.

@@ -1,7 +1,9 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
 mod mllama;
+mod naflex;
 mod qwen2_vl;
+mod standard;
 
 pub use qwen2_vl::smart_resize;
 
@@ -27,6 +29,8 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
         Processor::Mllama(p) => mllama::image(p, picture),
+        Processor::Standard(p) => standard::image(p, picture),
+        Processor::Naflex(p) => naflex::image(p, picture),
     }
 }
 
@@ -37,7 +41,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
-        Processor::Mllama(_) => Err(no_videos()),
+        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => Err(no_videos()),
     }
 }
 
@@ -45,7 +49,7 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
-        Processor::Mllama(_) => vec![],
+        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => vec![],
     }
 }
 
