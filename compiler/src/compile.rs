@@ -219,7 +219,7 @@ impl Model {
             (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        self.copy_side_files(dir.path(), processor.is_some(), &mut warnings)?;
+        self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
 
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
         dir.commit(Manifest {
@@ -246,7 +246,7 @@ impl Model {
         })
     }
 
-    fn copy_side_files(&self, dir: &Path, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
+    fn copy_side_files(&self, dir: &Path, task: &Task, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
             let from = self.checkpoint.dir().join(name);
@@ -255,12 +255,12 @@ impl Model {
                 copied.push(name);
             }
         }
-        let only_run = "only `vlmc run` needs it";
-        if !copied.contains(&"tokenizer.json") {
+        let only_run = if task.prompt().is_some() { "only `vlmc run` needs it" } else { "only `vlmc run` and `vlmc embed` need it" };
+        if !matches!(task, Task::Classify { .. }) && !copied.contains(&"tokenizer.json") {
             warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
         }
         let in_config = || Ok::<_, Error>(self.checkpoint.json("tokenizer_config.json")?.is_some_and(|c| c.get("chat_template").is_some()));
-        if !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
+        if task.prompt().is_some() && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
             warnings.push(format!("the checkpoint has no chat template; {only_run}"));
         }
         if !has_processor {

@@ -15,6 +15,7 @@ mod safetensors_header;
 mod stored;
 pub mod synth;
 pub mod target;
+pub mod vectors;
 pub mod weights_writer;
 
 pub use error::{Error, Result};

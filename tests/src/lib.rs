@@ -33,6 +33,7 @@ pub fn load(path: &Path) -> BTreeMap<String, Array> {
             Dtype::F16 => floats(map(t.data(), |b| f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => floats(map(t.data(), |b| bf16::from_le_bytes(b).to_f32())),
             Dtype::I64 => ints(map(t.data(), i64::from_le_bytes)),
+            Dtype::I32 => ints(map(t.data(), |b| i64::from(i32::from_le_bytes(b)))),
             Dtype::U8 | Dtype::BOOL => ints(map(t.data(), |[b]| i64::from(b))),
             other => panic!("{}: tensors of {other:?} are not expected", path.display()),
         }
