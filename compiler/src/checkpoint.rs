@@ -72,7 +72,7 @@ pub(crate) enum Weights {
 }
 
 #[derive(Debug)]
-struct Shard {
+pub(crate) struct Shard {
     name: String,
     path: PathBuf,
     file: File,
@@ -80,7 +80,7 @@ struct Shard {
 }
 
 #[derive(Debug)]
-struct Tensor {
+pub(crate) struct Tensor {
     shard: usize,
     stored: Stored,
 }

@@ -6,7 +6,7 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    target,
+    loss, target, tiktoken,
     weights_writer::{TensorSpec, WeightsWriter},
 };
 use prost::Message;
@@ -35,6 +35,7 @@ const SIDE_FILES: [&str; 4] =
 pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
+    with_loss: bool,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -90,8 +91,8 @@ impl Model {
     /// # Errors
     /// As [`Self::open`], or the adapters do not fit.
     pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
-        let Self { architecture, checkpoint } = Self::open(dir)?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)? })
+        let Self { architecture, checkpoint, with_loss } = Self::open(dir)?;
+        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss })
     }
 
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
@@ -104,7 +105,13 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)? })
+        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?, with_loss: false })
+    }
+
+    /// The model with the losses of its kind as entries, which only pairs of towers have.
+    #[must_use]
+    pub fn with_loss(self) -> Self {
+        Self { with_loss: true, ..self }
     }
 
     /// The frontend.
@@ -122,8 +129,11 @@ impl Model {
     /// # Errors
     /// The config or a tensor does not fit.
     pub fn lower(&self) -> Result<Lowered> {
-        let (program, task, unknown) =
+        let (mut program, task, unknown) =
             self.architecture.lower(self.checkpoint.config(), Weights::new(&self.checkpoint), &self.side_files()?)?;
+        if self.with_loss {
+            loss::add(&mut program, &task)?;
+        }
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
         let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
@@ -156,6 +166,7 @@ impl Model {
             processor: json("processor_config.json")?,
             tokenizer_config: json("tokenizer_config.json")?,
             tokenizer: json("tokenizer.json")?,
+            generation: json("generation_config.json")?,
         })
     }
 
@@ -255,12 +266,20 @@ impl Model {
                 copied.push(name);
             }
         }
+        let ranks = self.checkpoint.dir().join(tiktoken::QWEN);
+        if !copied.contains(&"tokenizer.json") && ranks.exists() {
+            let text = fs::read_to_string(&ranks).map_err(Error::io(&ranks))?;
+            let json = tiktoken::qwen_tokenizer(&ranks, &text)?;
+            write_file(&dir.join("tokenizer.json"), json.to_string().as_bytes())?;
+            copied.push("tokenizer.json");
+        }
         let only_run = if task.prompt().is_some() { "only `vlmc run` needs it" } else { "only `vlmc run` and `vlmc embed` need it" };
         if !matches!(task, Task::Classify { .. }) && !copied.contains(&"tokenizer.json") {
             warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
         }
         let in_config = || Ok::<_, Error>(self.checkpoint.json("tokenizer_config.json")?.is_some_and(|c| c.get("chat_template").is_some()));
-        if task.prompt().is_some() && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
+        let wants_template = task.prompt().is_some_and(|p| p.template.is_none());
+        if wants_template && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
             warnings.push(format!("the checkpoint has no chat template; {only_run}"));
         }
         if !has_processor {
@@ -286,11 +305,18 @@ impl Model {
             id => id.as_i64().map(|id| vec![id]),
         };
         let config = self.checkpoint.config();
-        let eos = field("eos_token_id").or_else(|| config.get("eos_token_id")).or_else(|| config.get("text_config")?.get("eos_token_id"));
+        let eos = field("eos_token_id")
+            .or_else(|| config.get("eos_token_id"))
+            .or_else(|| ["text_config", "language_config"].iter().find_map(|part| config.get(part)?.get("eos_token_id")));
         let eos_token_ids = match eos.filter(|v| !v.is_null()) {
             None => vec![],
             Some(v) => ids(v).ok_or_else(|| invalid(format!("`eos_token_id` must be a token id or a list of them, is {v}")))?,
         };
+        let mut eos_token_ids = eos_token_ids;
+        if field("chat_format").is_some_and(|f| f == "chatml") {
+            // Qwen's turns begin and end with the tokens after the end of text (`qwen_generation_utils.py`, get_stop_words_ids).
+            eos_token_ids.extend(eos_token_ids.clone().iter().flat_map(|id| [id + 1, id + 2]));
+        }
         let default = Generation::default();
         Ok(Generation {
             eos_token_ids,

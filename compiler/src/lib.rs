@@ -10,11 +10,13 @@ mod error;
 pub mod exec;
 pub mod hub;
 mod lora;
+mod loss;
 mod pytorch;
 mod safetensors_header;
 mod stored;
 pub mod synth;
 pub mod target;
+pub mod tiktoken;
 pub mod vectors;
 pub mod weights_writer;
 

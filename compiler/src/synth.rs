@@ -69,7 +69,9 @@ impl WeightSource for Recorder {
 /// The config does not fit its architecture.
 pub fn parameters(config: &Value) -> Result<u64> {
     let tensors = tensors(config)?;
-    Ok(tensors.iter().map(|t| t.shape.iter().map(|d| *d as u64).product::<u64>()).sum())
+    // Running statistics of batch norms are no parameters, and published figures do not count them.
+    let is_statistic = |t: &&TensorSpec| t.name.ends_with("running_mean") || t.name.ends_with("running_var");
+    Ok(tensors.iter().filter(|t| !is_statistic(t)).map(|t| t.shape.iter().map(|d| *d as u64).product::<u64>()).sum())
 }
 
 /// The tensors of the checkpoint of a config, in the order in which the model has them.

@@ -249,41 +249,38 @@ impl<'g> Builder<'g> {
     /// The checkpoint tensor at `w`, which must have shape `stored`, seen as `shape` (same number of rows).
     #[track_caller]
     pub fn weight_as(&'g self, w: W<'g>, stored: &[usize], shape: &[usize]) -> Val<'g> {
-        let name = w.path();
-        let dtype = match self.weights.map(|weights| weights.source.resolve(&name, stored)) {
-            Some(Ok(dtype)) if dtype.is_float() => dtype,
-            Some(Ok(dtype)) => return self.fail(format!("tensor '{name}' has dtype {dtype}, but a weight must be f32, f16 or bf16")),
-            Some(Err(message)) => return self.fail(message),
-            None => return self.fail(format!("no checkpoint to take '{name}' from")),
-        };
-        let mut recipe = Recipe::Source(name.to_string());
-        if stored != shape {
-            recipe = Recipe::Reshape(Box::new(recipe), shape.into());
+        match self.source(w, stored) {
+            Ok(mut def) => {
+                if stored != shape {
+                    def = WeightDef { recipe: Recipe::Reshape(Box::new(def.recipe), shape.into()), shape: shape.into(), ..def };
+                }
+                self.define(&w.path(), def)
+            }
+            Err(message) => self.fail(message),
         }
-        let def = WeightDef { dtype, shape: shape.into(), recipe };
-        if let Some(weights) = self.weights {
-            weights.table.borrow_mut().insert(name.to_string(), def);
-        }
-        self.weight_value(&name, Type::new(dtype, shape.iter().copied()))
     }
 
     /// The checkpoint tensor at `w`, which must have `shape`, in f32 whatever its type: for tables that take part in arithmetic
     /// (position embeddings, scalars) rather than in matrix products.
     #[track_caller]
     pub fn table(&'g self, w: W<'g>, shape: &[usize]) -> Val<'g> {
-        self.weight(w, shape);
-        self.redefine(&format!("{}.f32", w.path()), &w.path(), |def| def.cast(DType::F32))
+        match self.source(w, shape) {
+            Ok(def) if def.dtype == DType::F32 => self.define(&w.path(), def),
+            Ok(def) => self.define(&format!("{}.f32", w.path()), def.cast(DType::F32)),
+            Err(message) => self.fail(message),
+        }
     }
 
     /// The checkpoint matrix `[k, n]` at `w` as the weight `[n, k]` of a linear layer.
     #[track_caller]
     pub fn transposed(&'g self, w: W<'g>, [k, n]: [usize; 2]) -> Val<'g> {
-        self.weight(w, &[k, n]);
-        self.redefine(&format!("{}.T", w.path()), &w.path(), |def| WeightDef {
-            dtype: def.dtype,
-            shape: vec![n, k],
-            recipe: Recipe::Transpose(Box::new(def.recipe.clone()), k),
-        })
+        match self.source(w, &[k, n]) {
+            Ok(def) => {
+                let def = WeightDef { shape: vec![n, k], recipe: Recipe::Transpose(Box::new(def.recipe), k), ..def };
+                self.define(&format!("{}.T", w.path()), def)
+            }
+            Err(message) => self.fail(message),
+        }
     }
 
     /// The checkpoint tensors at `w / i / part` for `i` in `0..count`, each of `shape`, as one `[count, ...shape]` named
@@ -291,33 +288,36 @@ impl<'g> Builder<'g> {
     #[track_caller]
     pub fn stacked(&'g self, w: W<'g>, part: &str, count: usize, shape: &[usize]) -> Val<'g> {
         let one: Vec<usize> = std::iter::once(1).chain(shape.iter().copied()).collect();
-        let paths: Vec<W<'g>> = (0..count).map(|i| w / i / part).collect();
-        for w in &paths {
-            self.weight(*w, shape);
-        }
-        let Some(weights) = self.weights else { return self.fail("no checkpoint to take weights from") };
-        let (name, mut parts, mut dtype) = ((w / part).path(), vec![], DType::F32);
-        for w in paths {
-            if let Some(def) = weights.table.borrow_mut().remove(&*w.path()) {
-                dtype = def.dtype;
-                parts.push((def.dtype, Recipe::Reshape(Box::new(def.recipe), one.clone())));
-            }
-        }
-        let cast = |(d, recipe)| if d == dtype { recipe } else { Recipe::Cast(Box::new(recipe), dtype) };
-        let recipe = Recipe::Concat(parts.into_iter().map(cast).collect());
+        let parts: Vec<WeightDef> = match (0..count).map(|i| self.source(w / i / part, shape)).collect() {
+            Ok(parts) => parts,
+            Err(message) => return self.fail(message),
+        };
+        let dtype = parts.first().map_or(DType::F32, |def| def.dtype);
+        let recipe = |def: WeightDef| {
+            let recipe = Recipe::Reshape(Box::new(def.recipe), one.clone());
+            if def.dtype == dtype { recipe } else { Recipe::Cast(Box::new(recipe), dtype) }
+        };
+        let recipe = Recipe::Concat(parts.into_iter().map(recipe).collect());
         let shape: Vec<usize> = std::iter::once(count).chain(shape.iter().copied()).collect();
-        weights.table.borrow_mut().insert(name.to_string(), WeightDef { dtype, shape: shape.clone(), recipe });
-        self.weight_value(&name, Type::new(dtype, shape))
+        self.define(&(w / part).path(), WeightDef { dtype, shape, recipe })
     }
 
-    /// The weight `name`, made from the definition of the weight `of`.
-    #[track_caller]
-    fn redefine(&'g self, name: &str, of: &str, make: impl FnOnce(&WeightDef) -> WeightDef) -> Val<'g> {
-        let Some(weights) = self.weights else { return self.fail("no checkpoint to take weights from") };
-        let made = weights.table.borrow().get(of).map(make);
-        let Some(def) = made else { return self.fail("no weight to make another one from") };
+    /// The checkpoint tensor at `w` as it is.
+    fn source(&'g self, w: W<'g>, shape: &[usize]) -> Result<WeightDef, String> {
+        let name = w.path();
+        let weights = self.weights.ok_or_else(|| format!("no checkpoint to take '{name}' from"))?;
+        match weights.source.resolve(&name, shape)? {
+            dtype if dtype.is_float() => Ok(WeightDef { dtype, shape: shape.into(), recipe: Recipe::Source(name.to_string()) }),
+            dtype => Err(format!("tensor '{name}' has dtype {dtype}, but a weight must be f32, f16 or bf16")),
+        }
+    }
+
+    /// The weight `name` of the program's table.
+    fn define(&'g self, name: &str, def: WeightDef) -> Val<'g> {
         let ty = Type::new(def.dtype, def.shape.iter().copied());
-        weights.table.borrow_mut().insert(name.into(), def);
+        if let Some(weights) = self.weights {
+            weights.table.borrow_mut().insert(name.into(), def);
+        }
         self.weight_value(name, ty)
     }
 
@@ -578,6 +578,19 @@ impl<'g> Builder<'g> {
         (cos, sin)
     }
 
+    /// See [`NtkRope`]: cos and sin.
+    #[track_caller]
+    pub fn ntk_rope(&'g self, op: NtkRope, position_ids: Val<'g>, prompt_length: Val<'g>) -> (Val<'g>, Val<'g>) {
+        let [cos, sin] = self.apply(op, &[position_ids, prompt_length]);
+        (cos, sin)
+    }
+
+    /// See [`LogN`].
+    #[track_caller]
+    pub fn log_n(&'g self, position_ids: Val<'g>, trained: usize) -> Val<'g> {
+        self.one(LogN { trained }, &[position_ids])
+    }
+
     /// See [`StretchedPositions`]: the table `[side², width]` over pictures of `rows` patches.
     #[track_caller]
     pub fn stretched_positions(&'g self, table: Val<'g>, grid: Val<'g>, rows: impl Into<Dim>, merge: usize, side: usize) -> Val<'g> {
@@ -631,6 +644,13 @@ impl<'g> Builder<'g> {
     #[track_caller]
     pub fn moe(&'g self, x: Val<'g>, experts: Val<'g>, weights: Val<'g>, [gate, up, down]: [Val<'g>; 3], act: Unary) -> Val<'g> {
         self.one(Moe { act }, &[x, experts, weights, gate, up, down])
+    }
+
+    /// See [`Route`]: experts and their weights.
+    #[track_caller]
+    pub fn route(&'g self, route: Route, logits: Val<'g>, bias: Option<Val<'g>>) -> (Val<'g>, Val<'g>) {
+        let [experts, weights] = self.apply(route, &[logits].into_iter().chain(bias).collect::<Vec<_>>());
+        (experts, weights)
     }
 
     /// `new` appended to a state.

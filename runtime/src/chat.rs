@@ -63,11 +63,12 @@ impl ChatTemplate {
     }
 
     /// The template of a model directory: `chat_template.jinja`, `chat_template.json` or the `chat_template` of
-    /// `tokenizer_config.json` (text, or a list of which the one named `default` is taken). `path` finds files by name.
+    /// `tokenizer_config.json` (text, or a list of which the one named `default` is taken), or else `fallback`. `path` finds files by
+    /// name.
     ///
     /// # Errors
     /// A file cannot be read or is not what its name says.
-    pub fn open(path: impl Fn(&str) -> Option<std::path::PathBuf>) -> Result<Option<Self>> {
+    pub fn open(path: impl Fn(&str) -> Option<std::path::PathBuf>, fallback: Option<&str>) -> Result<Option<Self>> {
         let json = |name: &str| {
             path(name)
                 .map(|p| {
@@ -83,7 +84,7 @@ impl ChatTemplate {
                 None => config.as_ref().and_then(template),
             },
         };
-        Ok(source.map(|source| {
+        Ok(source.or_else(|| fallback.map(String::from)).map(|source| {
             let mut chat = Self::new(&source);
             for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
                 let token = config.as_ref().and_then(|c| c.get(name)).and_then(|t| t.as_str().or_else(|| t.get("content")?.as_str()));

@@ -2,6 +2,7 @@
 
 mod artifact_dir;
 mod binding;
+pub mod boxes;
 pub mod chat;
 mod cpu;
 mod cross;

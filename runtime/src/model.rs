@@ -3,6 +3,7 @@
 use crate::{
     Engine, Error, Result, Tensor,
     artifact_dir::Artifact,
+    boxes::{self, Region},
     chat::{ChatTemplate, Content, Message},
     cross,
     forward::Tensors,
@@ -58,7 +59,10 @@ impl Model {
         let artifact = Artifact::open(dir)?;
         Ok(Self {
             tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
-            template: ChatTemplate::open(|name| artifact.path(name))?,
+            template: ChatTemplate::open(
+                |name| artifact.path(name),
+                artifact.manifest().task.prompt().and_then(|p| p.template.as_deref()),
+            )?,
             pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
         })
     }
@@ -88,6 +92,7 @@ impl Model {
         Ok(Conversation {
             messages: system.map(text).into_iter().collect(),
             media: vec![],
+            made_for: 0,
             cached: vec![],
             pipeline: &mut self.pipeline,
             tokenizer,
@@ -99,11 +104,18 @@ impl Model {
 /// A picture or video of a conversation.
 struct Media {
     pixels: Pixels,
-    is_video: bool,
+    /// The picture, absent for a video.
+    picture: Option<Rgb>,
     /// Seconds of each group of frames of a video.
     times: Vec<f64>,
     /// Made when they are first needed.
     features: Option<Outputs>,
+}
+
+impl Media {
+    fn is_video(&self) -> bool {
+        self.picture.is_none()
+    }
 }
 
 /// Turns of a user and a model. What the turns have in common stays in the cache: a question costs its own tokens only.
@@ -114,6 +126,8 @@ pub struct Conversation<'m> {
     messages: Vec<Message>,
     /// In prompt order.
     media: Vec<Media>,
+    /// How many pictures the conversation had when tensors were made of them.
+    made_for: usize,
     /// Tokens whose keys and values are in the cache.
     cached: Vec<i64>,
 }
@@ -122,6 +136,14 @@ impl Conversation<'_> {
     /// Tokens whose keys and values are in the cache: prompts with their placeholders, and answers.
     pub fn tokens(&self) -> &[i64] {
         &self.cached
+    }
+
+    /// Places in the pictures that an answer names.
+    ///
+    /// # Errors
+    /// Its tokens cannot be decoded.
+    pub fn regions(&self, reply: &Reply) -> Result<Vec<Region>> {
+        Ok(boxes::regions(&self.tokenizer.decode_all(&reply.ids)?))
     }
 
     /// Says `parts` and gives the model's answer, whose text is given out as it comes. After an error the conversation is as
@@ -150,17 +172,23 @@ impl Conversation<'_> {
 
     fn answer(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
         let since = Instant::now();
+        let new = parts.iter().filter(|p| matches!(p, Part::Image(_))).count();
+        let pictures = self.media.iter().filter(|m| m.picture.is_some()).count() + new;
+        if pictures > 0 && processor::changes(self.processor()?, self.made_for, pictures) {
+            self.process_again(pictures)?;
+        }
+        self.made_for = pictures;
         let mut content = vec![];
         for part in parts {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image(self.processor()?, picture)?, false, vec![]);
+                    self.add(processor::image(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
                     Content::Image
                 }
                 Part::Video(frames) => {
                     let times = processor::times(self.processor()?, frames.len());
-                    self.add(processor::video(self.processor()?, frames)?, true, times);
+                    self.add(processor::video(self.processor()?, frames)?, None, times);
                     Content::Video
                 }
             });
@@ -168,13 +196,13 @@ impl Conversation<'_> {
         self.messages.push(Message { role: "user".into(), content });
         let text = self.template.render(&self.messages, true)?;
         let rules = self.pipeline.rules().clone();
-        let of = |video: bool| self.media.iter().filter(move |m| m.is_video == video).map(|m| &m.pixels);
+        let of = |video: bool| self.media.iter().filter(move |m| m.is_video() == video).map(|m| &m.pixels);
         // The frames of a video may stand apart.
         let tokens = |video: bool| {
             let runs = |p: &Pixels| if video { p.clip.runs(&rules).len().max(1) } else { 1 };
             of(video).flat_map(|p| std::iter::repeat_n(p.tokens / runs(p), runs(p))).collect::<Vec<_>>()
         };
-        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.is_video).map(|m| m.times.clone()).collect();
+        let times: Vec<Vec<f64>> = self.media.iter().filter(|m| m.is_video()).map(|m| m.times.clone()).collect();
         let text = prompt::with_times(&text, &rules, &times);
         let clips = |video: bool| of(video).map(|p| p.clip).collect::<Vec<Clip>>();
         let ids = prompt::expand(&self.tokenizer.encode(&text)?, &rules, &tokens(false), &tokens(true))?;
@@ -209,8 +237,22 @@ impl Conversation<'_> {
         self.pipeline.engine().manifest().processor.as_ref().ok_or_else(missing)
     }
 
-    fn add(&mut self, pixels: Pixels, is_video: bool, times: Vec<f64>) {
-        self.media.push(Media { pixels, is_video, times, features: None });
+    fn add(&mut self, pixels: Pixels, picture: Option<Rgb>, times: Vec<f64>) {
+        self.media.push(Media { pixels, picture, times, features: None });
+    }
+
+    /// Makes other tensors of the pictures so far, as suits a conversation of that many.
+    fn process_again(&mut self, pictures: usize) -> Result<()> {
+        let processor = self.processor()?.clone();
+        for m in &mut self.media {
+            if let Some(picture) = &m.picture {
+                m.pixels = processor::image(&processor, picture, pictures)?;
+                m.features = None;
+            }
+        }
+        // What stands in the cache are the features of the other tensors.
+        self.cached.clear();
+        Ok(())
     }
 
     /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
@@ -223,6 +265,10 @@ impl Conversation<'_> {
             keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
+        // Keys at other rotary frequencies are of no use.
+        if prompt::level(ids.len(), rules) != prompt::level(self.pipeline.prompt_length(), rules) {
+            return 0;
+        }
         // Where a decoder attends to pictures, tokens that may see none attend to all: new ones change what came before them.
         let stale = self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached].iter().any(|kept| pictures(kept) != pictures(ids));
         if stale { 0 } else { keep }
@@ -243,7 +289,7 @@ impl Conversation<'_> {
         let mut out = Features::default();
         for (video, token, slot) in [(false, rules.image_token_id, &mut out.image), (true, rules.video_token_id, &mut out.video)] {
             let mut skip = ids[..keep].iter().filter(|i| Some(**i) == token).count();
-            for m in self.media.iter_mut().filter(|m| m.is_video == video) {
+            for m in self.media.iter_mut().filter(|m| m.picture.is_none() == video) {
                 if skip >= m.pixels.tokens {
                     skip -= m.pixels.tokens;
                     continue;

@@ -47,6 +47,8 @@ pub struct Pipeline {
     mask: Vec<Vec<i64>>,
     /// Position of each row's next token.
     next: Vec<i64>,
+    /// Tokens of the first prompt, which may decide the frequencies of positions.
+    prompt_length: usize,
     /// The pictures that the decoder attends to, if it does.
     cross: Cross,
 }
@@ -63,7 +65,7 @@ impl Pipeline {
             let (kind, does) = (&manifest.architecture, manifest.task.purpose());
             Error::Unsupported(format!("the model (of type {kind}) {does}; it cannot answer prompts"))
         })?;
-        Ok(Self { engine, rules, mask: vec![], next: vec![], cross: Cross::default() })
+        Ok(Self { engine, rules, mask: vec![], next: vec![], prompt_length: 0, cross: Cross::default() })
     }
 
     /// The engine.
@@ -79,6 +81,11 @@ impl Pipeline {
     /// Positions in the cache.
     pub fn past(&self) -> usize {
         self.engine.past()
+    }
+
+    /// Tokens of the prompt that the cache began with.
+    pub(crate) fn prompt_length(&self) -> usize {
+        self.prompt_length
     }
 
     /// Forgets all sequences.
@@ -197,6 +204,7 @@ impl Pipeline {
         if past == 0 {
             self.mask = vec![vec![]; batch];
             self.next = vec![0; batch];
+            self.prompt_length = seq;
         } else if self.mask.len() != batch {
             return Err(Error::Input(format!("the cache is of {} sequences, the batch of {batch}", self.mask.len())));
         }
@@ -276,7 +284,7 @@ impl Pipeline {
             Some(m) => {
                 return Err(Error::Input(format!("'images_seq_mask' must be {:?} like 'input_ids', is {:?}", ids.shape(), m.shape())));
             }
-            None => ids_of.iter().map(|i| i64::from(Some(*i) == self.rules.image_token_id)).collect(),
+            None => prompt::images(ids_of, ids.shape()[1], &self.rules).into_iter().map(i64::from).collect(),
         };
         let videos: Vec<i64> = ids_of.iter().map(|i| i64::from(Some(*i) == self.rules.video_token_id)).collect();
         let rows = |outputs: &Option<Outputs>| outputs.as_ref().and_then(|o| o.first()).map_or(0, |(_, t)| prompt_rows(t));
@@ -325,7 +333,7 @@ impl Pipeline {
     pub(crate) fn position_axes(&self, batch: usize, seq: usize) -> Vec<usize> {
         match self.rules.positions {
             Positions::Mrope { .. } => vec![3, batch, seq],
-            Positions::Sequential => vec![batch, seq],
+            Positions::Sequential | Positions::Absolute { .. } => vec![batch, seq],
         }
     }
 
@@ -352,15 +360,16 @@ impl Pipeline {
         Ok((Tensor::new(self.position_axes(batch, seq), p.ids)?, p.next))
     }
 
-    /// With given positions, decoding goes on after the largest.
+    /// With given positions, decoding goes on after those of the last token, as transformers' `generate` does. By the rule of
+    /// [`prompt::positions`] they are the largest; by others an earlier video may have larger ones.
     fn next_after(&self, positions: &Tensor, mask: &[i64], batch: usize, seq: usize) -> Result<Vec<i64>> {
         let p = positions.i64()?;
         let kinds = p.len() / (batch * seq);
-        let largest = |row: usize| {
-            let live = (0..kinds).flat_map(|k| (0..seq).map(move |i| (k, i))).filter(|(_, i)| mask[row * seq + i] != 0);
-            live.map(|(k, i)| p[(k * batch + row) * seq + i]).max().map_or(0, |m| m + 1)
+        let last = |row: usize| {
+            let column = (0..seq).rev().find(|i| mask[row * seq + i] != 0)?;
+            (0..kinds).map(|k| p[(k * batch + row) * seq + column] + 1).max()
         };
-        Ok((0..batch).map(largest).collect())
+        Ok((0..batch).map(|row| last(row).unwrap_or(0)).collect())
     }
 
     fn decode(
@@ -379,6 +388,7 @@ impl Pipeline {
         let mask: Vec<i64> = self.mask.iter().zip(&new).flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
         given.push(("position_ids".into(), positions));
         given.push(("attention_mask".into(), Tensor::new([batch, past + seq], mask)?));
+        given.push(("prompt_length".into(), Tensor::new([1], vec![self.prompt_length as i64])?));
         given.push(("logit_positions".into(), Tensor::new([logit_positions.len()], logit_positions)?));
         let takes = &self.entry("decoder")?.inputs;
         let feed: Vec<(&str, &Tensor)> =
@@ -408,6 +418,9 @@ fn chosen(features: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (rows, mask) = (prompt_rows(features), mask.i64()?);
     if mask.len() != rows {
         return Err(Error::Input(format!("'images_emb_mask' has {} elements for {rows} features", mask.len())));
+    }
+    if mask.iter().all(|m| *m != 0) {
+        return Ok(features.clone());
     }
     let width = features.shape().last().copied().unwrap_or(0);
     let kept = features.f32()?.chunks_exact(width.max(1)).zip(mask).filter(|(_, m)| **m != 0);

@@ -162,6 +162,29 @@ pub fn with_times(text: &str, rules: &PromptRules, times: &[Vec<f64>]) -> String
     out
 }
 
+/// Which of `ids i64[batch, seq]` stand for pictures.
+pub fn images(ids: &[i64], seq: usize, rules: &PromptRules) -> Vec<bool> {
+    let Positions::Absolute { image_span: [start, end], .. } = rules.positions else {
+        return ids.iter().map(|i| Some(*i) == rules.image_token_id).collect();
+    };
+    let mut out = Vec::with_capacity(ids.len());
+    for row in ids.chunks(seq.max(1)) {
+        let mut depth = 0;
+        for id in row {
+            depth -= i64::from(*id == end);
+            out.push(depth > 0);
+            depth += i64::from(*id == start);
+        }
+    }
+    out
+}
+
+/// How often the trained length is doubled before a prompt fits, where that decides the frequencies of its positions.
+pub(crate) fn level(prompt: usize, rules: &PromptRules) -> usize {
+    let Positions::Absolute { trained, levels, .. } = rules.positions else { return 0 };
+    (0..levels.saturating_sub(1)).take_while(|n| trained.saturating_mul(1 << n.min(&63)) < prompt).count()
+}
+
 /// Replaces each single placeholder by as many as its picture or video takes tokens.
 ///
 /// # Errors

@@ -62,6 +62,15 @@ impl Tokenizer {
         self.0.decode(&ids, true).map_err(|e| Error::Input(format!("tokens cannot be decoded: {e}")))
     }
 
+    /// Text of ids, special tokens included.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_all(&self, ids: &[i64]) -> Result<String> {
+        let ids: Vec<u32> = ids.iter().filter_map(|i| u32::try_from(*i).ok()).collect();
+        self.0.decode(&ids, false).map_err(|e| Error::Input(format!("tokens cannot be decoded: {e}")))
+    }
+
     /// Text of one token as it stands in the vocabulary.
     pub fn token(&self, id: i64) -> Option<String> {
         self.0.id_to_token(u32::try_from(id).ok()?)

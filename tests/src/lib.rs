@@ -10,7 +10,7 @@ use std::{
 };
 use vlmc::compile::{Model, Options};
 use vlmc_ir::interp::Array;
-use vlmc_runtime::{Artifact, Part, open_engine, processor};
+use vlmc_runtime::{Artifact, Part, artifact::Processor, open_engine, processor};
 
 /// A directory of `fixtures/`.
 pub fn fixture(name: &str) -> PathBuf {
@@ -42,7 +42,7 @@ pub fn load(path: &Path) -> BTreeMap<String, Array> {
 }
 
 /// Tensors of a golden that are results; all others of a case are inputs.
-const RESULTS: [&str; 22] = [
+const RESULTS: [&str; 27] = [
     "logits",
     "image_features",
     "video_features",
@@ -65,6 +65,11 @@ const RESULTS: [&str; 22] = [
     "vision_pooler_output",
     "text_pooler_output",
     "text_last_hidden_state",
+    "text_features",
+    "eos2_text_features",
+    "vision_hidden_states_m2",
+    "loss",
+    "distillation_loss",
 ];
 
 /// Cases of a fixture that answers prompts.
@@ -125,7 +130,7 @@ pub fn check_case(case: &str, golden: &Tensors, out: &Tensors) {
     for name in ["image_features", "video_features", "cross_attention_states"] {
         if let Some(reference) = floats(golden, &format!("{case}/{name}")) {
             let got = floats(out, name).unwrap_or_else(|| panic!("{case}: there is no {name}"));
-            assert_close(&rows(got), &rows(reference), &format!("{case}: {name}"));
+            assert_close(&rows(got), &rows(reference), &format!("{case}{name}"));
         }
     }
     if let Some(ids) = out.get("generated_ids") {
@@ -186,7 +191,8 @@ pub fn answers_agree(name: &str, target: &str) {
                 Part::Text(part["text"].as_str().expect("a text").into())
             });
         }
-        pixels_agree(&model, &pictures, &tensors, case["case"].as_str().expect("a case"));
+        let prefix = format!("{}/", case["case"].as_str().expect("a case"));
+        pixels_agree(model.manifest().processor.as_ref().expect("a processor"), &pictures, &tensors, &prefix);
         let mut streamed = String::new();
         let mut conversation = model.conversation(None).unwrap_or_else(|e| panic!("{e}"));
         let reply = conversation.send(&parts, &options, &mut |t| streamed.push_str(t)).unwrap_or_else(|e| panic!("{e}"));
@@ -208,30 +214,62 @@ pub fn answers_agree(name: &str, target: &str) {
     assert!(asked > 0, "no example");
 }
 
-/// What the runtime's processor makes of the pictures of a case is what the reference's made.
-fn pixels_agree(model: &vlmc_runtime::Model, pictures: &[vlmc_runtime::image::Rgb], golden: &Tensors, case: &str) {
-    let processor = model.manifest().processor.as_ref().expect("a processor");
-    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p).unwrap_or_else(|e| panic!("{e}"))).collect();
+/// What the runtime's processor makes of the pictures of a case, whose tensors' names begin with `case`, is what the reference's
+/// made.
+fn pixels_agree(processor: &Processor, pictures: &[vlmc_runtime::image::Rgb], golden: &Tensors, case: &str) {
+    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p, pictures.len()).unwrap_or_else(|e| panic!("{e}"))).collect();
     let mut compared = 0;
     for name in made.iter().flat_map(|p| p.inputs.keys()).collect::<std::collections::BTreeSet<_>>() {
         // Qwen-VL's pictures are shared by its cases.
-        let Some(reference) = golden.get(&format!("{case}/{name}")) else { continue };
+        let Some(reference) = golden.get(&format!("{case}{name}")) else { continue };
         let of = || made.iter().map(|p| &p.inputs[name]);
         match reference {
             Array::F32(reference) => {
                 let got: Vec<f32> = of().flat_map(|t| t.f32().expect("floats")).copied().collect();
-                assert_eq!(got.len(), reference.len(), "{case}: {name}");
+                assert_eq!(got.len(), reference.len(), "{case}{name}");
                 let largest = got.iter().zip(reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
-                assert!(got.iter().all(|v| v.is_finite()) && largest <= 1e-6, "{case}: {name} differs by {largest}");
+                assert!(got.iter().all(|v| v.is_finite()) && largest <= 1e-6, "{case}{name} differs by {largest}");
             }
             _ => {
                 let got: Vec<i64> = of().flat_map(|t| t.i64().expect("integers")).copied().collect();
-                assert!(got.iter().eq(reference.i64().expect("integers")), "{case}: {name}");
+                assert!(got.iter().eq(reference.i64().expect("integers")), "{case}{name}");
             }
         }
         compared += 1;
     }
     assert!(compared > 0, "{case}: nothing to compare");
+}
+
+/// A model without prompts gives what the golden has, within `tolerance`, for the inputs without a case and those of `cases`.
+pub fn forward_agrees(name: &str, target: &str, cases: &[&str], tolerance: f32) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (fixture, artifact) = (fixture(name), dir.path().join("artifact"));
+    compile(&fixture, target, &artifact);
+    let golden = load(&fixture.join("golden.safetensors"));
+    for case in [&[""], cases].concat() {
+        let prefix = if case.is_empty() { String::new() } else { format!("{case}/") };
+        let mut compared = 0;
+        for (name, got) in exec_case(&fixture, &artifact, case, &[], 0) {
+            let Some(reference) = floats(&golden, &format!("{prefix}{name}")) else { continue };
+            let (difference, _) = difference(got.f32().expect("floats"), reference);
+            assert!(difference <= tolerance, "{prefix}{name} differs by {difference}");
+            compared += 1;
+        }
+        assert!(compared > 0, "{case}: nothing to compare");
+    }
+}
+
+/// The processor of a model without prompts makes the golden's pixels of the golden's pictures.
+pub fn pictures_agree(name: &str) {
+    let dir = fixture(name);
+    let processor = Model::open(&dir).and_then(|m| m.processor()).unwrap_or_else(|e| panic!("{e}")).expect("a processor");
+    let names = golden_json(&dir)["pictures"].as_array().expect("names of pictures").clone();
+    let read = |name: &serde_json::Value| {
+        let file = fixture("pictures").join(format!("{}.png", name.as_str().expect("a name")));
+        vlmc_runtime::image::read(&file).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let pictures: Vec<_> = names.iter().map(read).collect();
+    pixels_agree(&processor, &pictures, &load(&dir.join("golden.safetensors")), "");
 }
 
 /// Compiles a fixture.

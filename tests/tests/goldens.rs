@@ -31,6 +31,8 @@ macro_rules! prompts {
 
 prompts! {
     qwen2_vl: "qwen2-vl",
+    llava: "llava-1.5",
+    llava_gqa: "llava-llama3-gqa",
     llama_3_2_vision: "llama-3.2-vision",
 }
 

@@ -141,7 +141,7 @@ fn tokens_are_those_of_the_reference() {
 #[test]
 fn prompts_are_those_of_the_reference() {
     let dir = fixture("qwen2-vl");
-    let template = ChatTemplate::open(|name| Some(dir.join(name)).filter(|p| p.is_file())).unwrap().unwrap();
+    let template = ChatTemplate::open(|name| Some(dir.join(name)).filter(|p| p.is_file()), None).unwrap().unwrap();
     let part = |p: &Value| match p["type"].as_str() {
         Some("image") => Content::Image,
         Some("video") => Content::Video,

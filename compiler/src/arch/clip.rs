@@ -23,8 +23,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip",
     title: "CLIP",
     reference: "arXiv 2103.00020; transformers CLIPModel",
-    notes: "Entries `image`, `text` and `score`; embeddings have length 1. Texts are taken at the first end-of-text, or in old files \
-        (`eos_token_id` 2) at the largest id; the activation is the config's. Pictures of any size, with interpolated positions.",
+    notes: "Hugging Face layout. Both rules for the end of a text (`eos_token_id` 2 of old configs: the largest id; else the first end token), activations as the config says, other picture sizes by a stretched position table. Entries `image`, `text` and `score`. A LiT-style pair is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[
@@ -119,6 +118,8 @@ pub(super) const VISION_DEFAULTS: VisionDefaults = VisionDefaults([768, 12, 12, 
 
 impl Vision {
     pub(super) fn new(c: &Section<'_>, defaults: &VisionDefaults) -> Result<Self> {
+        // Only the whole model projects, to the width that is named beside the towers.
+        c.ignore(&["projection_dim", "vocab_size"]);
         let VisionDefaults([width, layers, heads, mlp, image_size, patch_size]) = *defaults;
         let (image_size, patch_size) = nn::square_grid(c, image_size, patch_size)?;
         Ok(Self {
@@ -292,8 +293,9 @@ pub(super) fn pad_token_id(c: &Section<'_>, files: &SideFiles, default: i64) -> 
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
     c.only("quantization_config", &[])?;
-    let vision = Vision::new(&c.section_or_empty("vision_config")?, &VISION_DEFAULTS)?;
-    let t = c.section_or_empty("text_config")?;
+    c.ignore(&["logit_scale_init_value", "text_config_dict", "vision_config_dict"]);
+    let (v, t) = (c.section_or_empty("vision_config")?, c.section_or_empty("text_config")?);
+    let vision = Vision::new(&v, &VISION_DEFAULTS)?;
     let text = Text {
         encoder: encoder(&t, [512, 8, 2048], Unary::QuickGelu, 1e-5)?,
         layers: t.opt_int("num_hidden_layers", LAYERS)?.unwrap_or(12),
@@ -307,6 +309,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
         },
         names: TEXT_NAMES,
     };
+    t.ignore(&["projection_dim"]);
     let embed = c.opt_int("projection_dim", WIDTH)?.unwrap_or(512);
     Ok(Lowered {
         symbols: symbols(vision.patch_size, text.context),

@@ -24,32 +24,31 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "clip-openai",
     title: "CLIP (OpenAI's layout, with ResNets)",
     reference: "arXiv 2103.00020; openai/CLIP, open_clip CLIP",
-    notes: "State dicts in OpenAI's own layout, as safetensors or `.pt`, without a `config.json`: the sizes follow from the tensors, \
-        and `open_clip_config.json`, if it is there, tells the activation, heads and preprocessing. ViTs, and ResNets with attention \
-        pooling. Towers of timm or transformers inside open_clip are not supported.",
+    notes: "OpenAI's state dicts, which have no config: sizes follow from the shapes. The vision transformer with joint projections, and ModifiedResNet (RN50, RN101, RN50x4, x16, x64) with attention pooling and batch norms as scales and shifts. Safetensors, or `.pt` files including TorchScript archives; also open_clip repositories.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| {
         matches!(name, "input_resolution" | "context_length" | "vocab_size" | "attn_mask") || name.ends_with(".num_batches_tracked")
     },
+    // The published figures count no running statistics of norms.
     presets: &[
-        preset!("clip-rn50", "timm/resnet50_clip.openai", 102_007_137, &RN50),
-        preset!("clip-rn101", "timm/resnet101_clip.openai", 119_688_033, &Size { layers: &[3, 4, 23, 3], embed_dim: 512, ..RN50 }),
+        preset!("clip-rn50", "timm/resnet50_clip.openai", 102_060_385, &RN50),
+        preset!("clip-rn101", "timm/resnet101_clip.openai", 119_793_505, &Size { layers: &[3, 4, 23, 3], embed_dim: 512, ..RN50 }),
         preset!(
             "clip-rn50x4",
             "timm/resnet50x4_clip.openai",
-            178_300_601,
+            178_410_361,
             &Size { layers: &[4, 6, 10, 6], width: 80, image_size: 288, embed_dim: 640, text_width: 640, ..RN50 }
         ),
         preset!(
             "clip-rn50x16",
             "timm/resnet50x16_clip.openai",
-            290_979_217,
+            291_173_137,
             &Size { layers: &[6, 8, 18, 8], width: 96, image_size: 384, embed_dim: 768, text_width: 768, ..RN50 }
         ),
         preset!(
             "clip-rn50x64",
             "timm/resnet50x64_clip.openai",
-            623_258_305,
+            623_668_929,
             &Size { layers: &[3, 15, 36, 10], width: 128, image_size: 448, text_width: 1024, ..RN50 }
         ),
     ],
@@ -281,6 +280,7 @@ fn average<'g>(g: &'g Builder<'g>, x: Val<'g>, side: usize) -> Val<'g> {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
+    c.ignore(&["preprocess_cfg"]);
     let embed_dim = c.int("embed_dim", WIDTH)?;
     let act = if c.get("quick_gelu")?.unwrap_or(false) { Unary::QuickGelu } else { Unary::Gelu };
     let tower = Tower::new(&c.section_or_empty("vision_cfg")?, act)?;

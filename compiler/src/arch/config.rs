@@ -74,6 +74,13 @@ impl<'a> Section<'a> {
         out
     }
 
+    /// Fields that say again what others or the tensors say.
+    pub(super) fn ignore(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
     /// Path of a field, for error messages.
     pub(super) fn path(&self, field: &str) -> String {
         if self.path.is_empty() || !self.fields.contains_key(field) { field.into() } else { format!("{}.{field}", self.path) }
@@ -84,6 +91,18 @@ impl<'a> Section<'a> {
         // Where a field may stand in two places, both are known.
         self.read.borrow_mut().extend([own, field.to_string()].into_iter().take(if self.outer.is_some() { 2 } else { 1 }));
         self.fields.get(field).or_else(|| self.outer?.get(field)).filter(|v| !v.is_null())
+    }
+
+    /// Takes note of fields that change nothing of this model.
+    pub(super) fn without_effect(&self, fields: &[&str]) {
+        for field in fields {
+            self.value(field);
+        }
+    }
+
+    /// Whether the field is there, if only to say `null`.
+    pub(super) fn mentions(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
     }
 
     /// The object `field`, if it is there.
@@ -98,6 +117,12 @@ impl<'a> Section<'a> {
         static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
         let empty = || Section { path: field.into(), fields: &EMPTY, outer: None, read: self.read.clone() };
         Ok(self.section(field)?.unwrap_or_else(empty))
+    }
+
+    /// The object `field`.
+    pub(super) fn require_section(&self, field: &str) -> Result<Section<'a>> {
+        let path = if self.path.is_empty() { field.into() } else { format!("{}.{field}", self.path) };
+        self.section(field)?.ok_or_else(|| Error::config(path, "is missing"))
     }
 
     /// The object `field` with this one as a fallback; this one if it is not there.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use vlmc_artifact::program::Unary;
 use vlmc_ir::{
     Builder, DType, Dim, Val, W,
-    ops::{Mask, RopeScaling},
+    ops::{Mask, NtkRope, RopeScaling},
 };
 
 /// Widths that a config may name.
@@ -25,6 +25,13 @@ pub(super) enum Positions {
         section: [usize; 3],
         /// Whether the kinds take turns.
         interleaved: bool,
+    },
+    /// Places in the sequence, padding included; `prompt_length i64[1]` decides the frequencies (Qwen-VL).
+    Absolute {
+        /// Tokens of the training.
+        trained: usize,
+        /// How many bases there are.
+        levels: usize,
     },
 }
 
@@ -70,6 +77,11 @@ pub(super) const LLAMA: Defaults = Defaults {
 impl Decoder {
     /// From a config in which only what `defaults` has may be missing; without `defaults`, nothing may.
     pub(super) fn new(c: &Section<'_>, defaults: Option<&Defaults>) -> Result<Self> {
+        Self::with_head_dim(c, defaults, c.opt_int("head_dim", WIDTH)?)
+    }
+
+    /// As [`Self::new`], with a width of heads that the config has under a name of its own.
+    pub(super) fn with_head_dim(c: &Section<'_>, defaults: Option<&Defaults>, head_dim: Option<usize>) -> Result<Self> {
         c.only("use_sliding_window", &[json!(false)])?;
         if let Some(types) = c.get::<Vec<Value>>("layer_types")?
             && let Some(other) = types.iter().find(|t| **t != json!("full_attention"))
@@ -82,7 +94,7 @@ impl Decoder {
         };
         let hidden_size = int("hidden_size", WIDTH, |d| d.hidden_size)?;
         let heads = int("num_attention_heads", WIDTH, |d| d.num_attention_heads)?;
-        let head_dim = match c.opt_int("head_dim", WIDTH)? {
+        let head_dim = match head_dim {
             Some(d) => d,
             None => nn::head_dim(c, "hidden_size", hidden_size, "num_attention_heads", heads)?,
         };
@@ -110,6 +122,8 @@ impl Decoder {
                 head_dim,
                 qkv_bias: c.get("attention_bias")?.unwrap_or(false),
                 qk_norm: None,
+                fused: false,
+                log_n: None,
             },
             rms_norm_eps: c.positive("rms_norm_eps")?.or(defaults.map(|d| d.rms_norm_eps)).ok_or_else(|| missing("rms_norm_eps"))?,
             rope_theta: rope_theta.or(defaults.map(|_| 10_000.0)).ok_or_else(|| missing("rope_theta"))?,
@@ -145,6 +159,7 @@ impl Decoder {
         let position_ids = match self.positions {
             Positions::Plain(_) => g.input("position_ids", DType::I64, [batch.clone(), seq.clone()]),
             Positions::Mrope { .. } => g.input("position_ids", DType::I64, [3.into(), batch.clone(), seq.clone()]),
+            Positions::Absolute { .. } => g.input("prompt_length", DType::I64, [1]),
         };
         let width = self.deepstack * self.hidden_size;
         let deep = (width > 0).then(|| g.input("deepstack_embeds", DType::F32, [batch.clone(), seq.clone(), width.into()]));
@@ -163,12 +178,16 @@ impl Decoder {
         g.output("logits", g.linear(x, head, self.vocab_size));
     }
 
-    /// Cos and sin of the positions.
+    /// Cos and sin of the positions, or of what [`Self::graph`] takes instead.
     pub(super) fn rope<'g>(&self, g: &'g Builder<'g>, position_ids: Val<'g>) -> (Val<'g>, Val<'g>) {
         match self.positions {
             Positions::Plain(scaling) => g.rope(position_ids, self.attention.head_dim, self.rope_theta, scaling),
             Positions::Mrope { section, interleaved } => {
                 g.mrope(position_ids, self.attention.head_dim, self.rope_theta, section, interleaved)
+            }
+            Positions::Absolute { trained, levels } => {
+                let op = NtkRope { head_dim: self.attention.head_dim, theta: self.rope_theta, trained, levels };
+                g.ntk_rope(op, places(g), position_ids)
             }
         }
     }
@@ -237,6 +256,10 @@ pub(super) struct CachedAttention {
     pub(super) qkv_bias: bool,
     /// Epsilon of the norms of each head's queries and keys, if there are such (Qwen3).
     pub(super) qk_norm: Option<f64>,
+    /// Whether one layer `qkv_proj` makes q, k and v.
+    pub(super) fused: bool,
+    /// Tokens of the training, if queries beyond them are scaled (Qwen-VL).
+    pub(super) log_n: Option<usize>,
 }
 
 impl CachedAttention {
@@ -251,20 +274,31 @@ impl CachedAttention {
         rope: (Val<'g>, Val<'g>),
         attention_mask: Val<'g>,
     ) -> Val<'g> {
-        let project = |name: &str, heads: usize| {
+        let linear = |name: &str, width: usize| {
+            if self.qkv_bias { g.linear_bias(x, w / name, width) } else { g.linear(x, w / name, width) }
+        };
+        let fused = self.fused.then(|| linear("qkv_proj", (self.heads + 2 * self.kv_heads) * self.head_dim));
+        let project = |name: &str, before: usize, heads: usize| {
             let width = heads * self.head_dim;
-            let y = if self.qkv_bias { g.linear_bias(x, w / name, width) } else { g.linear(x, w / name, width) };
+            let y = fused.map_or_else(|| linear(name, width), |y| g.slice(y, 2, before * self.head_dim, width));
             g.split_heads(y, heads)
         };
         let normed = |x: Val<'g>, name: &str| self.qk_norm.map_or(x, |eps| g.rms_norm(x, w / name, eps));
-        let q = g.rotary(normed(project("q_proj", self.heads), "q_norm"), rope);
-        let k = g.rotary(normed(project("k_proj", self.kv_heads), "k_norm"), rope);
-        let v = project("v_proj", self.kv_heads);
+        let q = g.rotary(normed(project("q_proj", 0, self.heads), "q_norm"), rope);
+        let k = g.rotary(normed(project("k_proj", self.heads, self.kv_heads), "k_norm"), rope);
+        let v = project("v_proj", self.heads + self.kv_heads, self.kv_heads);
+        let q = self.log_n.map_or(q, |trained| q * g.log_n(places(g), trained));
         let (k, v) = (cached(g, layer, "key", k), cached(g, layer, "value", v));
         let scale = 1.0 / (self.head_dim as f64).sqrt();
         let y = g.attention(q, k, v, scale, Mask::Causal, Some(attention_mask));
         g.linear(g.merge_heads(y), w / "o_proj", self.hidden_size)
     }
+}
+
+/// Places of the tokens in the sequence, what is in the cache and padding included: `i64[batch, seq]`.
+fn places<'g>(g: &'g Builder<'g>) -> Val<'g> {
+    let [batch, seq, past] = ["batch", "seq", "past"].map(Dim::symbol);
+    g.broadcast(g.iota(seq.clone()) + g.dim(past), vec![batch, seq])
 }
 
 /// `new f32[batch, heads, seq, width]` appended to the cache of a layer's keys or values.

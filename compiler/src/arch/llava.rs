@@ -18,13 +18,13 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "llava",
     title: "LLaVA 1.5",
     reference: "arXiv 2310.03744; transformers LlavaForConditionalGeneration",
-    notes: "A CLIP tower of which one layer or several, with or without the class token, go through a projector into a Llama decoder; \
-        what the config leaves out follows its classes. Old and new layouts of transformers; not that of the original repository.",
+    notes: "LLaVA 1.5 in the layouts of transformers: feature layer from the config, one or a list of them, both select strategies, MLP projector with the activation and biases of the config, Llama and Vicuna decoders, with grouped heads or without.",
     canonical_name,
-    ignored: |name| name.ends_with(".position_ids") || name.ends_with("rotary_emb.inv_freq"),
+    ignored,
+    // The published 7 063 427 072 and 13 351 494 656 less the last layer of the tower and its norm, which nothing reads.
     presets: &[
-        preset!("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", 0, &VICUNA7),
-        preset!("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", 0, &VICUNA13),
+        preset!("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", 7_050_828_800, &VICUNA7),
+        preset!("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", 13_338_896_384, &VICUNA13),
     ],
     lower,
     processor,
@@ -87,17 +87,29 @@ fn files(_: &Size) -> Vec<(&'static str, Value)> {
 /// The hub's names. transformers since 4.52 may write `model.` before the parts, and the decoder and the tower without their
 /// inner names.
 fn canonical_name(name: &str) -> Cow<'_, str> {
-    if let Some(rest) = name.strip_prefix("lm_head.") {
-        return format!("language_model.lm_head.{rest}").into();
+    if name.starts_with("lm_head.") {
+        return format!("language_model.{name}").into();
     }
-    let Some(rest) = name.strip_prefix("model.") else { return name.into() };
-    if let Some(rest) = rest.strip_prefix("language_model.") {
-        return format!("language_model.model.{rest}").into();
+    let part = name.strip_prefix("model.").unwrap_or(name);
+    if let Some(inner) = part.strip_prefix("vision_tower.") {
+        return format!("vision_tower.vision_model.{}", inner.strip_prefix("vision_model.").unwrap_or(inner)).into();
     }
-    match rest.strip_prefix("vision_tower.") {
-        Some(inner) if !inner.starts_with("vision_model.") => format!("vision_tower.vision_model.{inner}").into(),
-        _ => rest.to_string().into(),
+    match part.strip_prefix("language_model.") {
+        Some(inner) if part.len() < name.len() => format!("language_model.model.{inner}").into(),
+        _ => part.into(),
     }
+}
+
+/// Buffers, and what comes after the last state that is taken: whole layers and the norm. A layer that is run uses all of its
+/// tensors.
+fn ignored(name: &str) -> bool {
+    let tower = name.strip_prefix("vision_tower.vision_model.");
+    let layer = tower.and_then(|n| n.strip_prefix("encoder.layers.")?.split_once('.'));
+    let of_layer = |leaf: &str| ["layer_norm", "self_attn.", "mlp.fc"].iter().any(|part| leaf.starts_with(part));
+    name.ends_with(".position_ids")
+        || name.ends_with("rotary_emb.inv_freq")
+        || tower.is_some_and(|n| n.starts_with("post_layernorm."))
+        || layer.is_some_and(|(_, leaf)| of_layer(leaf))
 }
 
 /// The tower of a config without `vision_config`.
@@ -181,12 +193,15 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     let text = Decoder::new(&t, Some(&LLAMA))?;
     match text.positions {
         Positions::Plain(_) => Ok(text),
-        Positions::Mrope { .. } => Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here")),
+        Positions::Mrope { .. } | Positions::Absolute { .. } => {
+            Err(Error::config(t.path("rope_scaling"), "`mrope_section` is not supported here"))
+        }
     }
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
     c.only("quantization_config", &[])?;
+    c.ignore(&["image_seq_length", "vocab_size"]);
     let text = text_config(c)?;
     let config = Config::new(c)?;
     let image_token_id = c.get::<i64>("image_token_index")?.or(c.get("image_token_id")?).unwrap_or(32000);

@@ -11,6 +11,8 @@ mod clip;
 mod clip_openai;
 mod config;
 mod decoder;
+mod deepseek_vl;
+mod deepseek_vl2;
 mod images;
 mod llava;
 mod mllama;
@@ -18,7 +20,10 @@ mod nn;
 mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
+mod qwen_vl;
+mod sam;
 mod siglip;
+mod timm;
 mod vit;
 
 use crate::{Error, Result};
@@ -70,13 +75,16 @@ pub static ARCHITECTURES: &[Architecture] = &[
     qwen2_vl::ARCHITECTURE,
     qwen2_5_vl::ARCHITECTURE,
     qwen3_vl::ARCHITECTURE,
+    qwen_vl::ARCHITECTURE,
+    llava::ARCHITECTURE,
     mllama::ARCHITECTURE,
-    vit::ARCHITECTURE,
+    deepseek_vl::ARCHITECTURE,
+    deepseek_vl2::ARCHITECTURE,
     clip::ARCHITECTURE,
     clip_openai::ARCHITECTURE,
     siglip::SIGLIP,
     siglip::SIGLIP2,
-    llava::ARCHITECTURE,
+    vit::ARCHITECTURE,
 ];
 
 /// What a frontend makes of a config and its weights.
@@ -102,6 +110,8 @@ pub struct SideFiles {
     pub tokenizer_config: Option<Value>,
     /// `tokenizer.json`.
     pub tokenizer: Option<Value>,
+    /// `generation_config.json`.
+    pub generation: Option<Value>,
 }
 
 impl SideFiles {

@@ -65,6 +65,11 @@ pub(super) fn embed_at<'g>(
     here
 }
 
+/// As [`embed`], with the places given as `images_seq_mask bool[batch, seq]`.
+pub(super) fn embed_masked<'g>(g: &'g Builder<'g>, table: W<'g>, size: [usize; 2]) {
+    embed(g, table, size, |ids| g.input("images_seq_mask", DType::Bool, ids.ty().shape));
+}
+
 /// Symbols of the entries `embed` and `decoder`.
 pub(super) fn decoder_symbols(context: usize) -> Vec<Symbol> {
     vec![

@@ -28,49 +28,73 @@ pub(super) const SIGLIP: Architecture = Architecture {
     alias: "siglip",
     title: "SigLIP, SigLIP 2 (fixed size)",
     reference: "arXiv 2303.15343, 2502.14786; transformers SiglipModel",
-    notes: "Entries `image`, `text` and `score`, whose logits have a scale and a bias and give probabilities by a sigmoid. Texts are \
-        padded to the full length, and the padding is seen, as in training. The SigLIP 2 checkpoints of fixed size are this \
-        architecture. A pair of locked-image tuning (LiT) is the same two towers.",
+    notes: "SigLIP, and SigLIP 2 of fixed resolution: attention-pool head, sigmoid scores with scale and bias, padded texts that attend as they were trained. Other picture sizes by a stretched position table. A LiT-style pair is the same two towers.",
     canonical_name: |name| Cow::Borrowed(name),
     ignored: |name| name.ends_with(".position_ids"),
     presets: &[
-        preset!("siglip-base-patch16-224", "google/siglip-base-patch16-224", 0, &BASE),
-        preset!("siglip-base-patch16-256", "google/siglip-base-patch16-256", 0, &Size { image_size: 256, ..BASE }),
-        preset!("siglip-base-patch16-384", "google/siglip-base-patch16-384", 0, &Size { image_size: 384, ..BASE }),
-        preset!("siglip-base-patch16-512", "google/siglip-base-patch16-512", 0, &Size { image_size: 512, ..BASE }),
-        preset!("siglip-large-patch16-256", "google/siglip-large-patch16-256", 0, &LARGE),
-        preset!("siglip-large-patch16-384", "google/siglip-large-patch16-384", 0, &Size { image_size: 384, ..LARGE }),
-        preset!("siglip-so400m-patch14-224", "google/siglip-so400m-patch14-224", 0, &Size { image_size: 224, text_context: 16, ..SO400M }),
-        preset!("siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384", 0, &SO400M),
-        preset!("siglip2-base-patch16-224", "google/siglip2-base-patch16-224", 0, &Size { vocab_size: GEMMA, ..BASE }),
-        preset!("siglip2-base-patch16-256", "google/siglip2-base-patch16-256", 0, &Size { vocab_size: GEMMA, image_size: 256, ..BASE }),
-        preset!("siglip2-base-patch16-384", "google/siglip2-base-patch16-384", 0, &Size { vocab_size: GEMMA, image_size: 384, ..BASE }),
-        preset!("siglip2-base-patch16-512", "google/siglip2-base-patch16-512", 0, &Size { vocab_size: GEMMA, image_size: 512, ..BASE }),
-        preset!("siglip2-large-patch16-256", "google/siglip2-large-patch16-256", 0, &Size { vocab_size: GEMMA, ..LARGE }),
-        preset!("siglip2-large-patch16-384", "google/siglip2-large-patch16-384", 0, &Size { vocab_size: GEMMA, image_size: 384, ..LARGE }),
+        preset!("siglip-base-patch16-224", "google/siglip-base-patch16-224", 203_155_970, &BASE),
+        preset!("siglip-base-patch16-256", "google/siglip-base-patch16-256", 203_202_050, &Size { image_size: 256, ..BASE }),
+        preset!("siglip-base-patch16-384", "google/siglip-base-patch16-384", 203_447_810, &Size { image_size: 384, ..BASE }),
+        preset!("siglip-base-patch16-512", "google/siglip-base-patch16-512", 203_791_874, &Size { image_size: 512, ..BASE }),
+        preset!("siglip-large-patch16-256", "google/siglip-large-patch16-256", 652_150_786, &LARGE),
+        preset!("siglip-large-patch16-384", "google/siglip-large-patch16-384", 652_478_466, &Size { image_size: 384, ..LARGE }),
+        // 16, the length of its texts, is from memory.
+        preset!(
+            "siglip-so400m-patch14-224",
+            "google/siglip-so400m-patch14-224",
+            877_360_306,
+            &Size { image_size: 224, text_context: 16, ..SO400M }
+        ),
+        preset!("siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384", 877_960_498, &SO400M),
+        preset!("siglip2-base-patch16-224", "google/siglip2-base-patch16-224", 375_187_970, &Size { vocab_size: GEMMA, ..BASE }),
+        preset!(
+            "siglip2-base-patch16-256",
+            "google/siglip2-base-patch16-256",
+            375_234_050,
+            &Size { vocab_size: GEMMA, image_size: 256, ..BASE }
+        ),
+        preset!(
+            "siglip2-base-patch16-384",
+            "google/siglip2-base-patch16-384",
+            375_479_810,
+            &Size { vocab_size: GEMMA, image_size: 384, ..BASE }
+        ),
+        preset!(
+            "siglip2-base-patch16-512",
+            "google/siglip2-base-patch16-512",
+            375_823_874,
+            &Size { vocab_size: GEMMA, image_size: 512, ..BASE }
+        ),
+        preset!("siglip2-large-patch16-256", "google/siglip2-large-patch16-256", 881_526_786, &Size { vocab_size: GEMMA, ..LARGE }),
+        preset!(
+            "siglip2-large-patch16-384",
+            "google/siglip2-large-patch16-384",
+            881_854_466,
+            &Size { vocab_size: GEMMA, image_size: 384, ..LARGE }
+        ),
         preset!(
             "siglip2-so400m-patch14-224",
             "google/siglip2-so400m-patch14-224",
-            0,
+            1_135_463_602,
             &Size { vocab_size: GEMMA, image_size: 224, ..SO400M }
         ),
-        preset!("siglip2-so400m-patch14-384", "google/siglip2-so400m-patch14-384", 0, &Size { vocab_size: GEMMA, ..SO400M }),
+        preset!("siglip2-so400m-patch14-384", "google/siglip2-so400m-patch14-384", 1_136_008_498, &Size { vocab_size: GEMMA, ..SO400M }),
         preset!(
             "siglip2-so400m-patch16-256",
             "google/siglip2-so400m-patch16-256",
-            0,
+            1_135_670_962,
             &Size { vocab_size: GEMMA, image_size: 256, patch_size: 16, ..SO400M }
         ),
         preset!(
             "siglip2-so400m-patch16-384",
             "google/siglip2-so400m-patch16-384",
-            0,
+            1_136_039_602,
             &Size { vocab_size: GEMMA, patch_size: 16, ..SO400M }
         ),
         preset!(
             "siglip2-so400m-patch16-512",
             "google/siglip2-so400m-patch16-512",
-            0,
+            1_136_555_698,
             &Size { vocab_size: GEMMA, image_size: 512, patch_size: 16, ..SO400M }
         ),
     ],
@@ -83,14 +107,19 @@ pub(super) const SIGLIP2: Architecture = Architecture {
     alias: "siglip2",
     title: "SigLIP 2 (NaFlex)",
     reference: "arXiv 2502.14786; transformers Siglip2Model",
-    notes: "Pictures as patches at their own aspect ratio, padded to a batch; the position table is resized to each in the graph \
-        (bilinear, antialiased). Texts and scores as in SigLIP.",
+    notes: "NaFlex: pictures at their own aspect ratio in a budget of patches, the position table resized for each, padding masked in \
+        the blocks and the head.",
     presets: &[
-        preset!("siglip2-base-patch16-naflex", "google/siglip2-base-patch16-naflex", 0, &Size { naflex: true, vocab_size: GEMMA, ..BASE }),
+        preset!(
+            "siglip2-base-patch16-naflex",
+            "google/siglip2-base-patch16-naflex",
+            375_234_050,
+            &Size { naflex: true, vocab_size: GEMMA, ..BASE }
+        ),
         preset!(
             "siglip2-so400m-patch16-naflex",
             "google/siglip2-so400m-patch16-naflex",
-            0,
+            1_135_670_962,
             &Size { naflex: true, vocab_size: GEMMA, patch_size: 16, ..SO400M }
         ),
     ],

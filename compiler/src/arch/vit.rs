@@ -18,8 +18,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     alias: "vit",
     title: "ViT",
     reference: "arXiv 2010.11929; transformers ViTForImageClassification, ViTModel",
-    notes: "Classifiers, with their labels, and the bare model, with or without a pooler. Pictures of any size: positions are \
-        interpolated in the graph (bicubic), which changes nothing at the size of the checkpoint. Old and new layouts.",
+    notes: "Classifiers and bare models, with or without pooler; other picture sizes by a stretched position table; labels from the config.",
     canonical_name,
     ignored: |name| name == "vit.embeddings.mask_token",
     presets: &[
@@ -40,7 +39,7 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
         preset!(
             "vit-large-patch32-224-in21k",
             "google/vit-large-patch32-224-in21k",
-            306_559_488,
+            306_560_000,
             &Size { classifier: false, patch_size: 32, ..LARGE16 }
         ),
         preset!("vit-huge-patch14-224-in21k", "google/vit-huge-patch14-224-in21k", 632_404_480, &HUGE14),
@@ -174,6 +173,8 @@ impl Config {
         let pools = !classifies && weights.contains("vit.pooler.dense.weight").unwrap_or(true);
         if pools {
             c.only("pooler_act", &[json!("tanh")])?;
+        } else {
+            c.ignore(&["pooler_act", "pooler_output_size"]);
         }
         Ok(Self {
             encoder: Encoder {

@@ -76,6 +76,9 @@ struct CompileArgs {
     /// Directory of LoRA adapters (PEFT) to merge into the weights
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
+    /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
+    #[arg(long)]
+    with_loss: bool,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -243,6 +246,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
         None => compile::Model::open(&dir)?,
     };
+    let model = if args.with_loss { model.with_loss() } else { model };
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
     if let Some(threads) = args.threads {

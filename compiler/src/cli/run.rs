@@ -12,7 +12,7 @@ use vlmc::compile;
 use vlmc_runtime::{
     Artifact, Conversation, GenerateOptions, Loaded, Model, Part, Reply,
     artifact::{Manifest, Task},
-    image,
+    boxes, image,
 };
 
 #[derive(Args)]
@@ -203,19 +203,23 @@ fn answer(conversation: &mut Conversation<'_>, parts: &[Part], options: &Generat
     if let Some(e) = failed {
         return Err(e.into());
     }
-    if json { print_json(&report(&reply)) } else { print("\n") }
+    if json { print_json(&report(&reply, &conversation.regions(&reply)?)) } else { print("\n") }
 }
 
-fn report(r: &Reply) -> serde_json::Value {
+fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
     let decoded = r.ids.len().saturating_sub(1) as f64;
-    serde_json::json!({
+    let mut report = serde_json::json!({
         "text": r.text,
         "finish": r.finish,
         "prompt_tokens": r.prompt_tokens,
         "generated_tokens": r.ids.len(),
         "first_token_seconds": r.first_token.as_secs_f64(),
         "decode_tokens_per_second": if decoded > 0.0 { Some(decoded / r.decoding.as_secs_f64()) } else { None },
-    })
+    });
+    if !regions.is_empty() {
+        report["regions"] = serde_json::json!(regions);
+    }
+    report
 }
 
 /// The artifact of a model: itself, or made from a checkpoint and kept in a cache.

@@ -46,8 +46,13 @@ pub(super) const TARGET: Target = Target {
         | Op::Mrope(_)
         | Op::Rope(_)
         | Op::StretchedPositions(_)
+        | Op::NtkRope(_)
+        | Op::LogN(_)
         | Op::Conv2d(_)
-        | Op::ResizeWeights(_) => Support::Decompose,
+        | Op::ResizeWeights(_)
+        | Op::Route(_)
+        | Op::TileRows(_)
+        | Op::GridRelative(_) => Support::Decompose,
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },

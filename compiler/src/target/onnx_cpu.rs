@@ -54,7 +54,12 @@ pub(super) const TARGET: Target = Target {
             | Op::Mrope(_)
             | Op::Rope(_)
             | Op::StretchedPositions(_)
+            | Op::NtkRope(_)
+            | Op::LogN(_)
             | Op::ResizeWeights(_)
+            | Op::Route(_)
+            | Op::TileRows(_)
+            | Op::GridRelative(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },

@@ -10,15 +10,17 @@ mod moe;
 mod norm;
 mod positions;
 mod shape;
+mod tiles;
 
 pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, SplitHeads, causal_mask, segment_mask};
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
-pub use moe::{Moe, TopK};
+pub use moe::{Moe, Route, TopK};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
-pub use positions::{GridPositions, Mrope, Rope, RopeScaling, Rotary2d, StretchedPositions};
+pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
+pub use tiles::{GridRelative, TileRows};
 
 use crate::{Bindings, Builder, DType, Dim, Type, Val, interp::Array};
 use serde::{Serialize, de::DeserializeOwned};
@@ -136,9 +138,8 @@ ops! {
     // Composites.
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
-    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions,
-    Conv2d, ResizeWeights, Moe,
-    BatchNorm,
+    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, NtkRope, LogN,
+    Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
 }
 
 // What type rules share.

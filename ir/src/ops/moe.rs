@@ -1,7 +1,7 @@
 //! Mixtures of experts.
 
 use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, operands};
-use crate::{Bindings, Builder, DType, Dim, Type, Val, interp::Array};
+use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{ArrayD, IxDyn};
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::program::{Binary, Reduce, Unary};
@@ -86,5 +86,93 @@ impl OpDef for Moe {
         let product = |x: Val<'g>, w: Val<'g>| g.matmul(x, g.transpose(g.cast(w, DType::F32), &[0, 2, 1]));
         let inner = g.unary(self.act, product(x3, gate)) * product(x3, up);
         Some(vec![g.reduce(Reduce::Sum, product(inner, down) * share, &[0])])
+    }
+}
+
+/// Which experts a row goes to (DeepSeek-V2, Liu et al., 2024, section 2.1; without auxiliary loss: DeepSeek-V3): `logits f32[n, e]`
+/// and an optional `bias f32[e]` to `experts i64[n, k]` and their `weights f32[n, k]`.
+///
+/// Scores are the softmax of the logits, or their sigmoid; with a bias, experts are chosen by score + bias, and their weights are
+/// the scores alone. With several groups, only experts of the `kept_groups` best groups keep their scores, the others have 0; a
+/// group counts as its best expert, or with a bias as the sum of its two best.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Route {
+    /// Experts per row.
+    pub k: usize,
+    /// Scores are sigmoids, not a softmax.
+    pub sigmoid: bool,
+    /// Groups of equal size that the experts fall into, in order.
+    pub groups: usize,
+    /// Groups that a row's experts come from.
+    pub kept_groups: usize,
+    /// Whether the weights are divided by their sum, if there is more than one.
+    pub normalize: bool,
+    /// Multiplies the weights.
+    pub scale: f64,
+}
+
+impl OpDef for Route {
+    const NAME: &'static str = "route";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let (logits, bias) = match args {
+            [logits] => (logits, None),
+            [logits, bias] => (logits, Some(bias)),
+            _ => return Err(format!("takes 1 or 2 operands, got {}", args.len())),
+        };
+        expect_dtype(logits, DType::F32, "logits")?;
+        expect(logits.rank() == 2, || format!("logits must be [n, e], are {logits}"))?;
+        if let Some(bias) = bias {
+            expect_dtype(bias, DType::F32, "bias")?;
+            expect_shape(bias, &logits.shape[1..], "bias")?;
+        }
+        let e = logits.last()?.as_const().and_then(|e| usize::try_from(e).ok()).ok_or("the number of experts must be known")?;
+        expect(self.k <= e, || format!("{} of {e} experts", self.k))?;
+        let whole = self.groups > 0 && e.is_multiple_of(self.groups) && self.kept_groups <= self.groups;
+        expect(whole, || format!("{} of {} groups of {e} experts", self.kept_groups, self.groups))?;
+        expect(bias.is_none() || self.groups == 1 || e / self.groups > 1, || format!("groups of one expert have no two best: {logits}"))?;
+        let shape = vec![logits.shape[0].clone(), Dim::from(self.k)];
+        Ok([DType::I64, DType::F32].map(|dtype| Type { dtype, shape: shape.clone() }).into())
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (logits, bias) = (args[0], args.get(1).copied());
+        let (n, e) = (logits.dim(0), logits.dim(1));
+        let sum = |x: Val<'g>, axis: usize| g.reduce(Reduce::Sum, x, &[axis]);
+        let scores = if self.sigmoid {
+            g.unary(Unary::Sigmoid, logits)
+        } else {
+            let y = g.unary(Unary::Exp, logits - g.unsqueeze(g.reduce(Reduce::Max, logits, &[1]), 1));
+            y / g.unsqueeze(sum(y, 1), 1)
+        };
+        // 1 where the last axis, of `count`, is one of the indices of the axis before it.
+        let marks = |index: Val<'g>, count: &Dim| {
+            let rank = index.ty().rank();
+            let mut shape = vec![Dim::from(1); rank + 1];
+            shape[rank] = count.clone();
+            g.cast(g.binary(Binary::Eq, g.unsqueeze(index, rank), g.reshape(g.iota(count.clone()), shape)), DType::F32)
+        };
+        let mut choice = bias.map_or(scores, |b| scores + b);
+        if self.groups > 1 {
+            let groups = Dim::from(self.groups);
+            let size = e.exact_div(&groups)?;
+            let grouped = g.reshape(choice, [n.clone(), groups.clone(), size.clone()]);
+            let worth = if bias.is_some() {
+                let best = marks(g.top_k(grouped, 2), &size) * g.unsqueeze(grouped, 2);
+                g.reduce(Reduce::Sum, best, &[2, 3])
+            } else {
+                g.reduce(Reduce::Max, grouped, &[2])
+            };
+            let kept = g.unsqueeze(sum(marks(g.top_k(worth, self.kept_groups), &groups), 1), 2);
+            let zero = g.literal(Literal::scalar(DType::F32, 0.0));
+            choice = g.reshape(g.select(g.binary(Binary::Lt, zero, kept), grouped, zero), [n, e.clone()]);
+        }
+        let experts = g.top_k(choice, self.k);
+        let source = if bias.is_some() { scores } else { choice };
+        let mut weights = sum(marks(experts, &e) * g.unsqueeze(source, 1), 2);
+        if self.normalize && self.k > 1 {
+            weights = weights / g.unsqueeze(sum(weights, 1) + 1e-20, 1);
+        }
+        Some(vec![experts, if self.scale == 1.0 { weights } else { weights * self.scale }])
     }
 }

@@ -238,6 +238,76 @@ impl OpDef for Rope {
     }
 }
 
+/// Angles of a rotary embedding whose base grows with the prompt (Qwen-VL's "dynamic NTK"): `position_ids i64[batch, seq]` and
+/// `prompt_length i64[1]` to `cos` and `sin f32[batch, seq, head_dim/2]`. A prompt of more than `trained * 2^(n-1)` and at most
+/// `trained * 2^n` tokens multiplies the base by `(2^(n+1) - 1)^(d / (d-2))`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NtkRope {
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Base of the frequencies of short prompts.
+    pub theta: f64,
+    /// Tokens of the training.
+    pub trained: usize,
+    /// How many bases there are at most: 1 for one that never grows.
+    pub levels: usize,
+}
+
+impl OpDef for NtkRope {
+    const NAME: &'static str = "ntk_rope";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [p, length] = operands(args)?;
+        expect_dtype(p, DType::I64, "position_ids")?;
+        expect_dtype(length, DType::I64, "prompt_length")?;
+        expect(p.rank() == 2, || format!("position_ids must be i64[batch, seq], is {p}"))?;
+        expect(length.shape == [1.into()], || format!("prompt_length must be i64[1], is {length}"))?;
+        expect(self.head_dim > 2 && self.head_dim.is_multiple_of(2), || format!("head_dim {} must be even, and above 2", self.head_dim))?;
+        expect((1..=32).contains(&self.levels) && self.trained > 0, || "levels must be from 1 to 32, and trained above 0".into())?;
+        Ok(vec![Type::new(DType::F32, [p.shape[0].clone(), p.shape[1].clone(), (self.head_dim / 2).into()]); 2])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (d, half) = (self.head_dim as f64, self.head_dim / 2);
+        let base = |level: usize| self.theta * (2f64.powi(level as i32 + 1) - 1.0).powf(d / (d - 2.0));
+        let frequencies = (0..self.levels).flat_map(|level| inverse_frequencies(base(level), self.head_dim)).collect();
+        let table = g.literal(Literal { dtype: DType::F32, shape: vec![self.levels, half], data: frequencies });
+        // The level is the number of lengths that the prompt exceeds.
+        let limits = (0..self.levels - 1).map(|n| (self.trained as f64) * 2f64.powi(n as i32)).collect();
+        let longer = |limits| g.cast(g.binary(Binary::Lt, g.literal(Literal::vector(DType::I64, limits)), args[1]), DType::I64);
+        let level = if self.levels == 1 { args[1] - args[1] } else { g.reshape(g.reduce(Reduce::Sum, longer(limits), &[0]), [1]) };
+        let angles = g.unsqueeze(g.cast(args[0], DType::F32), 2) * g.reshape(g.gather(table, level, 0), [half]);
+        Some(vec![g.unary(Unary::Cos, angles), g.unary(Unary::Sin, angles)])
+    }
+}
+
+/// `position_ids i64[batch, seq]` to `f32[batch, 1, seq, 1]`: what multiplies queries beyond the trained length (Qwen-VL's "log-n
+/// attention"), the logarithm of position + 1 to the base `trained`, and never less than 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogN {
+    /// Tokens of the training.
+    pub trained: usize,
+}
+
+impl OpDef for LogN {
+    const NAME: &'static str = "log_n";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [p] = operands(args)?;
+        expect_dtype(p, DType::I64, "position_ids")?;
+        expect(p.rank() == 2, || format!("position_ids must be i64[batch, seq], is {p}"))?;
+        expect(self.trained > 1, || format!("trained must be above 1, is {}", self.trained))?;
+        Ok(vec![Type::new(DType::F32, [p.shape[0].clone(), 1.into(), p.shape[1].clone(), 1.into()])])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let shape = self.infer(&[args[0].ty()]).ok()?.remove(0).shape;
+        let log = g.unary(Unary::Log, g.cast(args[0], DType::F32) + 1.0) / (self.trained as f64).ln();
+        let one = g.literal(Literal::scalar(DType::F32, 1.0));
+        Some(vec![g.reshape(g.binary(Binary::Max, log, one), shape)])
+    }
+}
+
 /// Multimodal rotary embedding (Qwen2-VL, section 2.1): `position_ids i64[3, batch, seq]` (temporal, height, width) to `cos`
 /// and `sin f32[batch, seq, head_dim/2]`. The first `section[0]` angles follow the temporal position, the next `section[1]`
 /// the height, the rest the width, with the frequencies `theta^(-2i/head_dim)`. Interleaved (Qwen3-VL), the kinds take turns:

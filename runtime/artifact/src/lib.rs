@@ -7,10 +7,8 @@
 mod dim;
 mod dtype;
 mod manifest;
-mod pictures;
 pub mod program;
 
 pub use dim::{Bindings, Dim, DimError, DimFunction, Symbol};
 pub use dtype::DType;
 pub use manifest::*;
-pub use pictures::*;

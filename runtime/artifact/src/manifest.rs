@@ -1,6 +1,6 @@
 //! `manifest.json`: the one file that says what an artifact holds and how to feed it.
 
-use crate::{DType, Dim, NaflexProcessor, StandardProcessor, Symbol};
+use crate::{DType, Dim, Symbol};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -196,6 +196,16 @@ pub enum Positions {
     },
     /// `[batch, seq]`: each token that is not padding counts.
     Sequential,
+    /// Places in the sequence, padding included, which the graphs count themselves (Qwen-VL). They take `prompt_length` instead: a
+    /// prompt beyond the trained length changes the rotary frequencies.
+    Absolute {
+        /// Tokens of the training.
+        trained: usize,
+        /// How many kinds of frequencies there are: one more for each time that the trained length is doubled.
+        levels: usize,
+        /// Tokens before and after the placeholders of a picture, which may be of any ids.
+        image_span: [i64; 2],
+    },
 }
 
 /// What becomes of a video's place in a prompt.
@@ -213,12 +223,82 @@ pub struct FrameText {
 pub enum Processor {
     /// `Qwen2VLImageProcessor`: resize to multiples of `patch_size * merge_size` within a pixel budget, then cut patches.
     Qwen2Vl(Qwen2VlProcessor),
-    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
-    Mllama(MllamaProcessor),
     /// Resize, crop, normalise: ViT, CLIP, SigLIP, LLaVA.
     Standard(StandardProcessor),
     /// `Siglip2ImageProcessor`: as many patches as a budget allows, at the picture's own aspect ratio.
     Naflex(NaflexProcessor),
+    /// `MllamaImageProcessor` (Llama 3.2 Vision): resize into the best arrangement of tiles, then cut.
+    Mllama(MllamaProcessor),
+    /// `VLMImageProcessor` of DeepSeek-VL: the longer side to one size, then a square around it.
+    DeepseekVl(DeepseekVlProcessor),
+    /// `DeepseekVLV2Processor`: a global view, and the picture in the best of some sizes cut into tiles.
+    #[serde(rename = "deepseek_vl2")]
+    DeepseekVl2(DeepseekVl2Processor),
+}
+
+/// Settings of processors that make every picture one size: `pixel_values f32[1, 3, height, width]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandardProcessor {
+    /// First step; absent if pictures keep their size.
+    pub resize: Option<Resize>,
+    /// Second step.
+    pub crop: Option<CenterCrop>,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Tokens that a picture takes in a prompt; 0 for models without prompts.
+    pub tokens: usize,
+}
+
+/// How a picture is made smaller or larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Resize {
+    /// To this size, whatever its shape.
+    Exact {
+        /// Rows.
+        height: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// Its shorter side to this length, the other in proportion, rounded down.
+    ShortestEdge {
+        /// Pixels.
+        edge: usize,
+    },
+}
+
+/// The middle of a picture; what lies outside of it is black.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CenterCrop {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// Where it cannot be in the middle: at the nearest even offset (torchvision), or at the smaller one (transformers).
+    pub nearest_even: bool,
+}
+
+/// Settings of `Siglip2ImageProcessor`; names as in `preprocessor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NaflexProcessor {
+    /// Pixels per patch side.
+    pub patch_size: usize,
+    /// Most patches of a picture, and the number to which they are padded.
+    pub max_num_patches: usize,
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel, after `rescale_factor`.
+    pub image_std: [f32; 3],
+    /// Usually 1/255.
+    pub rescale_factor: f64,
 }
 
 /// Settings of `MllamaImageProcessor`; names as in `preprocessor_config.json`.
@@ -236,6 +316,54 @@ pub struct MllamaProcessor {
     pub rescale_factor: f64,
     /// Pillow filter of the resize.
     pub resample: Resample,
+}
+
+/// Settings of `VLMImageProcessor`, and of `DeepseekVLImageProcessor` and `DeepseekVLHybridImageProcessor` of transformers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVlProcessor {
+    /// What the picture becomes.
+    pub first: DeepseekVlView,
+    /// A smaller copy of that, if the model takes both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<DeepseekVlView>,
+    /// Shortest side of a resized picture.
+    pub min_size: usize,
+    /// Whether the shorter side is rounded (transformers) or truncated.
+    pub round: bool,
+    /// Usually 1/255.
+    pub rescale_factor: f64,
+    /// Tokens that a picture takes.
+    pub tokens: usize,
+}
+
+/// A square that a picture is fitted into.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVlView {
+    /// Pixels per side.
+    pub size: usize,
+    /// Colour beside the picture.
+    pub background: [u8; 3],
+    /// Mean per channel, after `rescale_factor`.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel.
+    pub image_std: [f32; 3],
+    /// Pillow filter of the resize.
+    pub resample: Resample,
+}
+
+/// Settings of `DeepseekVLV2Processor`; names as in `processor_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeepseekVl2Processor {
+    /// Pixels per side of a tile.
+    pub tile_size: usize,
+    /// Tokens per side of a tile.
+    pub tile_side: usize,
+    /// Sizes (width, height) that pictures are fitted into before they are cut, in multiples of `tile_size`.
+    pub candidate_resolutions: Vec<[usize; 2]>,
+    /// Mean per channel, of values from 0 to 1.
+    pub image_mean: [f32; 3],
+    /// Standard deviation per channel.
+    pub image_std: [f32; 3],
 }
 
 /// Settings of `Qwen2VLImageProcessor`; names as in `preprocessor_config.json`.

@@ -1,5 +1,7 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
+mod deepseek_vl;
+mod deepseek_vl2;
 mod mllama;
 mod naflex;
 mod qwen2_vl;
@@ -21,12 +23,14 @@ pub struct Pixels {
     pub clip: Clip,
 }
 
-/// A picture.
+/// A picture, one of `pictures` of a conversation.
 ///
 /// # Errors
 /// It is of a shape that the processor does not take.
-pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
+pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     match p {
+        Processor::DeepseekVl(p) => deepseek_vl::image(p, picture),
+        Processor::DeepseekVl2(p) => deepseek_vl2::image(p, picture, pictures),
         Processor::Qwen2Vl(p) => qwen2_vl::image(p, picture),
         Processor::Mllama(p) => mllama::image(p, picture),
         Processor::Standard(p) => standard::image(p, picture),
@@ -41,7 +45,7 @@ pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
 pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::video(p, frames),
-        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => Err(no_videos()),
+        _ => Err(Error::Unsupported("the model takes no videos".into())),
     }
 }
 
@@ -49,12 +53,13 @@ pub fn video(p: &Processor, frames: &[Rgb]) -> Result<Pixels> {
 pub fn times(p: &Processor, frames: usize) -> Vec<f64> {
     match p {
         Processor::Qwen2Vl(p) => qwen2_vl::times(p, frames),
-        Processor::Mllama(_) | Processor::Standard(_) | Processor::Naflex(_) => vec![],
+        _ => vec![],
     }
 }
 
-fn no_videos() -> Error {
-    Error::Unsupported("the model takes no videos".into())
+/// Whether pictures become other tensors when a conversation goes from `before` pictures to `after`.
+pub(crate) fn changes(p: &Processor, before: usize, after: usize) -> bool {
+    matches!(p, Processor::DeepseekVl2(_)) && deepseek_vl2::crops(before) != deepseek_vl2::crops(after)
 }
 
 /// What each of the 256 values of each channel becomes, `(v * rescale_factor - mean) / std`, computed as numpy does: the product
