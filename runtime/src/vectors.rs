@@ -18,7 +18,7 @@ pub enum Loaded {
     /// Answers prompts.
     Answers(Box<Model>),
     /// Scores pairs of pictures and texts.
-    Pairs(PairScorer),
+    Pairs(Box<PairScorer>),
     /// Labels pictures.
     Labels(Classifier),
 }
@@ -31,7 +31,7 @@ impl Loaded {
     pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
         Ok(match Artifact::open(dir)?.manifest().task {
             Task::Generate(_) => Self::Answers(Box::new(Model::open(dir, threads)?)),
-            Task::Contrast(_) => Self::Pairs(PairScorer::open(dir, threads)?),
+            Task::Contrast(_) => Self::Pairs(Box::new(PairScorer::open(dir, threads)?)),
             Task::Classify { .. } => Self::Labels(Classifier::open(dir, threads)?),
         })
     }
