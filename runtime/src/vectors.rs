@@ -196,7 +196,7 @@ impl PairScorer {
 fn see(engine: &mut dyn Engine, pictures: &[Rgb], name: &str) -> Result<Tensor> {
     let missing = || Error::Unsupported("the checkpoint had no preprocessor_config.json, so the artifact takes no pictures".into());
     let processor = engine.manifest().processor.clone().ok_or_else(missing)?;
-    let made = pictures.iter().map(|p| Ok(processor::image(&processor, p, 1)?.inputs)).collect::<Result<Vec<_>>>()?;
+    let made = pictures.iter().map(|p| Ok(processor::image(&processor, p)?.inputs)).collect::<Result<Vec<_>>>()?;
     let first = made.first().ok_or_else(|| Error::Input("there are no pictures".into()))?;
     let shapes = |t: &Tensors| t.values().map(|t| t.shape().to_vec()).collect::<Vec<_>>();
     if made.iter().all(|t| shapes(t) == shapes(first)) {
