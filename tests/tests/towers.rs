@@ -134,3 +134,17 @@ fn processors_make_the_reference_pixels() {
     }
     assert_eq!(cases.len(), 72);
 }
+
+/// A repository with one tower for timm and the pair for open_clip.
+#[test]
+fn a_repository_of_open_clip_is_the_pair() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = fixture("clip-openai-rn");
+    fs::copy(from.join("model.safetensors"), dir.path().join("open_clip_model.safetensors")).unwrap();
+    fs::copy(from.join("open_clip_config.json"), dir.path().join("open_clip_config.json")).unwrap();
+    fs::copy(fixture("vit").join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("config.json"), "{\"architecture\": \"resnet50_clip\"}").unwrap();
+    let model = Model::open(dir.path()).unwrap();
+    assert_eq!(model.architecture().alias, "clip-openai");
+    assert_eq!(model.lower().unwrap().unused, Vec::<String>::new());
+}
