@@ -100,14 +100,16 @@ impl Checkpoint {
             return Err(Error::file(dir, "is not a directory"));
         }
         let config = dir.join(CONFIG);
-        if !config.exists() && has_weights(&dir) {
-            // Only the layout of OpenAI has no such file.
-            let weights = Weights::find(&dir)?;
+        let other_library =
+            || dir.join(OPEN_CLIP_CONFIG).exists() && !read_config(&config).is_ok_and(|(c, _)| c.get("model_type").is_some());
+        if !config.exists() && has_weights(&dir) || other_library() {
+            // Only the layout of OpenAI has no such file; timm's says nothing of the pair.
+            let weights = Weights::find(&dir, true)?;
             let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
             return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() });
         }
         let (config, config_sha256) = read_config(&config)?;
-        let weights = Weights::find(&dir)?;
+        let weights = Weights::find(&dir, false)?;
         Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() })
     }
 
@@ -291,9 +293,11 @@ impl Weights {
         Ok((floats, shape.to_vec()))
     }
 
-    /// Opens the weights in a directory; needs no configuration.
-    fn find(dir: &Path) -> Result<Self> {
-        for (file, index) in LAYOUTS {
+    /// Opens the weights in a directory, those of open_clip first or last; needs no configuration.
+    fn find(dir: &Path, open_clip: bool) -> Result<Self> {
+        let mut layouts = LAYOUTS;
+        layouts.rotate_left(if open_clip { LAYOUTS.len() / 2 } else { 0 });
+        for (file, index) in layouts {
             if dir.join(file).exists() {
                 return Self::open(dir, &BTreeSet::from([file.to_owned()]));
             }

@@ -82,7 +82,8 @@ fn cached(model: &Path, revision: &str) -> Option<PathBuf> {
     let complete = crate::checkpoint::LAYOUTS
         .iter()
         .any(|(file, index)| dir.join(file).is_file() || shards(index).is_some_and(|s| s.values().all(|shard| dir.join(shard).is_file())));
-    (complete && dir.join("config.json").is_file()).then_some(dir)
+    let has_config = [crate::checkpoint::CONFIG, crate::checkpoint::OPEN_CLIP_CONFIG].iter().any(|f| dir.join(f).is_file());
+    (complete && has_config).then_some(dir)
 }
 
 #[cfg(feature = "hub")]
@@ -116,11 +117,11 @@ mod download {
     }
 
     fn is_safetensors(name: &str) -> bool {
-        name.starts_with("model") && name.ends_with(".safetensors")
+        ["model", "open_clip_model"].iter().any(|n| name.starts_with(n)) && name.ends_with(".safetensors")
     }
 
     fn is_pytorch(name: &str) -> bool {
-        name.starts_with("pytorch_model") && name.ends_with(".bin")
+        ["pytorch_model", "open_clip_pytorch_model"].iter().any(|n| name.starts_with(n)) && name.ends_with(".bin")
     }
 
     pub(super) fn download(id: &str, revision: &str, cache: &Path, progress: Progress<'_>) -> Done<PathBuf> {
@@ -153,6 +154,11 @@ mod download {
             return Err(format!("{url}: unexpected answer: '{}' is no commit", info.sha));
         }
         let mut files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
+        // A repository of open_clip may have the same weights for transformers, and then their processor, or one tower for timm.
+        if files.iter().any(|f| f == crate::checkpoint::OPEN_CLIP_CONFIG) {
+            let transformers = files.iter().any(|f| f == "preprocessor_config.json");
+            files.retain(|f| !is_safetensors(f) && !is_pytorch(f) || f.starts_with("open_clip") != transformers);
+        }
         if files.iter().any(|f| is_safetensors(f)) {
             files.retain(|f| !is_pytorch(f));
         } else if !files.iter().any(|f| is_pytorch(f)) {

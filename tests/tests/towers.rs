@@ -3,9 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::{fs, path::Path};
-use vlmc::compile::{Model, Options};
-use vlmc_runtime::artifact::Task;
-use vlmc_tests::{compile, difference, exec_case, fixture, floats, forward_agrees, load, pictures_agree};
+use vlmc::{
+    arch::{Architecture, SideFiles},
+    compile::{Model, Options},
+};
+use vlmc_runtime::{artifact::Task, image::Rgb};
+use vlmc_tests::{compile, difference, exec_case, fixture, floats, forward_agrees, golden_json, load, pictures_agree, pixels_agree};
 
 /// For each fixture: goldens on both engines within a tolerance, and pixels.
 macro_rules! towers {
@@ -112,4 +115,36 @@ fn losses_on_onnx_cpu() {
 fn only_pairs_have_a_loss() {
     let error = Model::open(&fixture("vit")).unwrap().with_loss().lower().err().unwrap().to_string();
     assert_eq!(error, "model 'vit': has no loss: only pairs of towers, such as CLIP and SigLIP, have one");
+}
+
+/// Pictures of many shapes through processors of many settings (`fixtures/gen/processors.py`).
+#[test]
+fn processors_make_the_reference_pixels() {
+    let dir = fixture("processors");
+    let (golden, tensors) = (golden_json(&dir), load(&dir.join("golden.safetensors")));
+    let cases = golden["cases"].as_object().unwrap();
+    for (case, settings) in cases {
+        let config = &settings["config"];
+        let files = SideFiles { preprocessor: settings.get("preprocessor").cloned(), ..SideFiles::default() };
+        let processor = Architecture::of(config).unwrap().processor(config, &files).unwrap().unwrap();
+        let picture = tensors[&format!("{case}/picture")].i64().unwrap();
+        let bytes = picture.iter().map(|v| *v as u8).collect();
+        let picture = Rgb::new(picture.shape()[1], picture.shape()[0], bytes).unwrap();
+        pixels_agree(&processor, &[picture], &tensors, &format!("{case}/"));
+    }
+    assert_eq!(cases.len(), 72);
+}
+
+/// A repository with one tower for timm and the pair for open_clip.
+#[test]
+fn a_repository_of_open_clip_is_the_pair() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = fixture("clip-openai-rn");
+    fs::copy(from.join("model.safetensors"), dir.path().join("open_clip_model.safetensors")).unwrap();
+    fs::copy(from.join("open_clip_config.json"), dir.path().join("open_clip_config.json")).unwrap();
+    fs::copy(fixture("vit").join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("config.json"), "{\"architecture\": \"resnet50_clip\"}").unwrap();
+    let model = Model::open(dir.path()).unwrap();
+    assert_eq!(model.architecture().alias, "clip-openai");
+    assert_eq!(model.lower().unwrap().unused, Vec::<String>::new());
 }

@@ -29,7 +29,6 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     ignored: |name| {
         matches!(name, "input_resolution" | "context_length" | "vocab_size" | "attn_mask") || name.ends_with(".num_batches_tracked")
     },
-    // The published figures count no running statistics of norms.
     presets: &[
         preset!("clip-rn50", "timm/resnet50_clip.openai", 102_007_137, &RN50),
         preset!("clip-rn101", "timm/resnet101_clip.openai", 119_688_033, &Size { layers: &[3, 4, 23, 3], embed_dim: 512, ..RN50 }),
