@@ -23,7 +23,7 @@ fn picture(name: &str) -> Rgb {
 fn choices(artifact: &Path, ids: &[i64], pictures: &[Rgb], seen_from_to: &[[usize; 2]]) -> Vec<i64> {
     let artifact = Artifact::open(artifact).unwrap();
     let processor = artifact.manifest().processor.clone().unwrap();
-    let pixels: Vec<_> = pictures.iter().map(|p| processor::image(&processor, p, 1).unwrap().inputs).collect();
+    let pixels: Vec<_> = pictures.iter().map(|p| processor::image(&processor, p).unwrap().inputs).collect();
     let mut inputs = vlmc_runtime::Tensors::new();
     for (name, first) in &pixels[0] {
         let shape: Vec<usize> = std::iter::once(pictures.len()).chain(first.shape()[1..].iter().copied()).collect();
