@@ -36,13 +36,13 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
             "clip-rn50x4",
             "timm/resnet50x4_clip.openai",
             178_300_601,
-            &Size { layers: &[4, 6, 10, 6], width: 80, image_size: 288, embed_dim: 640, text_width: 640, ..RN50 }
+            &Size { layers: &[4, 6, 10, 6], width: 80, image_size: 288, embed_dim: 640, text_width: 640 }
         ),
         preset!(
             "clip-rn50x16",
             "timm/resnet50x16_clip.openai",
             290_979_217,
-            &Size { layers: &[6, 8, 18, 8], width: 96, image_size: 384, embed_dim: 768, text_width: 768, ..RN50 }
+            &Size { layers: &[6, 8, 18, 8], width: 96, image_size: 384, embed_dim: 768, text_width: 768 }
         ),
         preset!(
             "clip-rn50x64",
@@ -166,7 +166,7 @@ struct ResNet {
 }
 
 enum Tower {
-    Vit(Vision),
+    Vit(Box<Vision>),
     ResNet(ResNet),
 }
 
@@ -192,14 +192,14 @@ impl Tower {
             return Err(Error::config(c.path("width"), format!("{width} is not a multiple of the head width {head}")));
         }
         let (image_size, patch_size) = nn::square_grid(c, image_size, 32)?;
-        Ok(Self::Vit(Vision {
+        Ok(Self::Vit(Box::new(Vision {
             encoder: encoder(width, width / head, act),
             layers: c.int("layers", LAYERS)?,
             image_size,
             patch_size,
             channels: 3,
             names: VISION_NAMES,
-        }))
+        })))
     }
 }
 

@@ -9,7 +9,7 @@ use vlmc_artifact::{CenterCrop, Processor, Resample, Resize, StandardProcessor};
 /// Statistics of OpenAI's CLIP.
 pub(super) const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// Statistics of OpenAI's CLIP.
-pub(super) const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+pub(super) const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 /// -1 to 1.
 pub(super) const HALF: [f32; 3] = [0.5; 3];
 
