@@ -578,6 +578,12 @@ impl<'g> Builder<'g> {
         (cos, sin)
     }
 
+    /// See [`WindowOrder`]: patch and window of each place, and place of each of `tokens`.
+    #[track_caller]
+    pub fn window_order(&'g self, grid: Val<'g>, tokens: impl Into<Dim>, merge: usize, side: usize) -> [Val<'g>; 3] {
+        self.apply(WindowOrder { tokens: tokens.into(), merge, side }, &[grid])
+    }
+
     /// See [`NtkRope`]: cos and sin.
     #[track_caller]
     pub fn ntk_rope(&'g self, op: NtkRope, position_ids: Val<'g>, prompt_length: Val<'g>) -> (Val<'g>, Val<'g>) {

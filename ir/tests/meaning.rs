@@ -7,7 +7,7 @@ use vlmc_artifact::program::Reduce;
 use vlmc_ir::{
     Bindings, Builder, DType, Val,
     interp::{self, Array, Env, EvalError},
-    ops::Mask,
+    ops::{Mask, NtkRope},
 };
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
@@ -101,6 +101,83 @@ fn grid_positions() {
     }
 }
 
+/// Qwen2.5-VL's windows against the order of the reference: the frame padded to whole windows, cut, and the padding left out.
+#[test]
+fn window_order() {
+    let (merge, side) = (2usize, 3usize);
+    let grid = [[1, 2, 4], [2, 10, 14], [1, 12, 6], [3, 4, 16]];
+    let tokens: i64 = grid.iter().map(|[t, h, w]| t * h * w / 4).sum();
+    let out = run(&[ints(&[4, 3], &grid.concat())], |g, x| g.window_order(x[0], tokens as usize, merge, side).to_vec()).unwrap();
+    let (mut patches, mut windows, mut places) = (vec![], vec![], vec![0; tokens as usize]);
+    let (mut start, mut count) = (0, 0);
+    for [t, h, w] in grid {
+        let (h, w) = (h as usize / merge, w as usize / merge);
+        for _ in 0..t {
+            for (top, left) in (0..h).step_by(side).flat_map(|r| (0..w).step_by(side).map(move |c| (r, c))) {
+                for (r, c) in (top..h.min(top + side)).flat_map(|r| (left..w.min(left + side)).map(move |c| (r, c))) {
+                    let block = start + r * w + c;
+                    places[block] = (patches.len() / 4) as i64;
+                    patches.extend((0..4).map(|i| (block * 4 + i) as i64));
+                    windows.extend([count; 4]);
+                }
+                count += 1;
+            }
+            start += h * w;
+        }
+    }
+    assert_eq!(out[0].i64().unwrap().as_slice().unwrap(), patches);
+    assert_eq!(out[2].i64().unwrap().as_slice().unwrap(), places);
+    let ids = out[1].i64().unwrap();
+    let same = |a: i64, b: i64| ids[a as usize] == ids[b as usize];
+    assert!(ids.as_slice().unwrap().is_sorted());
+    assert!((1..windows.len()).all(|i| same(i as i64, i as i64 - 1) == (windows[i] == windows[i - 1])));
+}
+
+/// Qwen3-VL's table of positions, corner to corner, against bilinear interpolation.
+#[test]
+fn stretched_positions() {
+    let (side, width) = (4usize, 3usize);
+    let table = floats(&[side * side, width], noise(6));
+    let grid = [[1usize, 2, 2], [2, 4, 6], [1, 10, 2]];
+    let ids: Vec<i64> = grid.concat().iter().map(|v| *v as i64).collect();
+    let rows = grid.iter().map(|[t, h, w]| t * h * w).sum::<usize>();
+    let out = run(&[table.clone(), ints(&[3, 3], &ids)], |g, x| vec![g.stretched_positions(x[0], x[1], rows, 2, side)]).unwrap();
+    let mut places = vec![];
+    for [t, h, w] in grid {
+        for _ in 0..t {
+            for (r, c) in (0..h / 2).flat_map(|r| (0..w / 2).map(move |c| (r, c))) {
+                places.extend([(0, 0), (0, 1), (1, 0), (1, 1)].map(|(a, b)| [(2 * r + a, h), (2 * c + b, w)]));
+            }
+        }
+    }
+    close(&out[0], &[rows, width], |i| {
+        let taps = places[i[0]].map(|(at, size)| {
+            let source = (at * (side - 1)) as f64 / (size - 1) as f64;
+            let low = source.floor() as usize;
+            [(low, 1.0 - source.fract()), ((low + 1).min(side - 1), source.fract())]
+        });
+        let at = |r: usize, c: usize| f64::from(table.f32().unwrap()[[r * side + c, i[1]]]);
+        taps[0].iter().flat_map(|(r, a)| taps[1].iter().map(move |(c, b)| a * b * at(*r, *c))).sum()
+    });
+}
+
+/// Qwen-VL's positions: the base grows with each doubling of the trained length, and late queries are scaled.
+#[test]
+fn positions_beyond_the_training() {
+    let positions = [0, 3, 11, 12];
+    for (length, alpha) in [(1, 1.0), (8, 1.0), (9, 3.0), (16, 3.0), (17, 7.0), (32, 7.0), (33, 15.0), (1000, 15.0)] {
+        let op = NtkRope { head_dim: 6, theta: 100.0, trained: 8, levels: 4 };
+        let inputs = [ints(&[2, 2], &positions), ints(&[1], &[length])];
+        let out = run(&inputs, |g, x| <[Val<'_>; 2]>::from(g.ntk_rope(op.clone(), x[0], x[1])).to_vec()).unwrap();
+        let base = 100.0 * f64::powf(alpha, 6.0 / 4.0);
+        for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
+            close(out, &[2, 2, 3], |i| f(positions[i[0] * 2 + i[1]] as f64 * base.powf(-2.0 * i[2] as f64 / 6.0)));
+        }
+    }
+    let out = run(&[ints(&[2, 2], &positions)], |g, x| vec![g.log_n(x[0], 8)]).unwrap();
+    close(&out[0], &[2, 1, 2, 1], |i| (positions[i[0] * 2 + i[2]] as f64 + 1.0).log(8.0).max(1.0));
+}
+
 #[test]
 fn rotary_embeddings() {
     let positions = [3, 0, 5, 1, 2, 8];
@@ -109,6 +186,15 @@ fn rotary_embeddings() {
     for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
         close(out, &[1, 2, 6], |i| {
             let kind = [0, 1, 1, 2, 2, 2][i[2]];
+            f(positions[kind * 2 + i[1]] as f64 * 100f64.powf(-2.0 * i[2] as f64 / 12.0))
+        });
+    }
+    // The kinds in turns, as long as each has angles left.
+    let out =
+        run(&[ints(&[3, 1, 2], &positions)], |g, x| <[Val<'_>; 2]>::from(g.mrope(x[0], 12, 100.0, [3, 2, 1], true)).to_vec()).unwrap();
+    for (out, f) in out.iter().zip([f64::cos, f64::sin]) {
+        close(out, &[1, 2, 6], |i| {
+            let kind = [0, 1, 2, 0, 1, 0][i[2]];
             f(positions[kind * 2 + i[1]] as f64 * 100f64.powf(-2.0 * i[2] as f64 / 12.0))
         });
     }

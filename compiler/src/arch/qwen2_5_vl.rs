@@ -11,7 +11,7 @@ use super::{
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use vlmc_artifact::program::Unary;
-use vlmc_ir::{Builder, DType, Literal, Val, Weights};
+use vlmc_ir::{Builder, Val, Weights};
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     model_types: &["qwen2_5_vl"],
@@ -185,14 +185,16 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
     qwen2_vl::family(c, weights, &text, positions, graph)
 }
 
-/// Patches of any number of pictures and videos to rows for the decoder, one per `spatial_merge_size`² patches. The reference
-/// sorts the patches by window and back again; here the windows are segments, which may lie anywhere.
+/// Patches of any number of pictures and videos to rows for the decoder, one per `spatial_merge_size`² patches. Between
+/// the two they stand in the order of their windows, so that each window is one piece.
 fn vision_tower<'g>(g: &'g Builder<'g>, t: &Tower, c: &Windows, hidden_size: usize) {
     let w = g.weights("visual");
-    let Patches { tokens, row, col, frame, rope, mut x, .. } = t.patches(g, w, false);
-    let window = {
+    let Patches { tokens, grid, frame, rope: (cos, sin), x, .. } = t.patches(g, w, false);
+    let (mut x, rope, window, place) = {
         let _scope = g.scope("visual.windows");
-        windows(g, [row, col, frame], t.merge * c.side)
+        let [patch, window, place] = g.window_order(grid, tokens.clone(), t.merge, c.side);
+        let ordered = |v: Val<'g>| g.gather(v, patch, 0);
+        (ordered(x), (ordered(cos), ordered(sin)), window, place)
     };
     for i in 0..t.depth {
         let w = w / "blocks" / i;
@@ -207,13 +209,6 @@ fn vision_tower<'g>(g: &'g Builder<'g>, t: &Tower, c: &Windows, hidden_size: usi
     let w = w / "merger";
     let _scope = g.scope(w.path());
     let x = g.rms_norm(x, w / "ln_q", VISION_EPS);
-    g.output("image_features", t.merged(g, [w / "mlp" / 0, w / "mlp" / 2], x, &tokens, hidden_size));
-}
-
-/// The window of each patch, an id of its own per frame: windows of `side` x `side` patches from the top left of the frame on.
-fn windows<'g>(g: &'g Builder<'g>, [row, col, frame]: [Val<'g>; 3], side: usize) -> Val<'g> {
-    let int = |v: usize| g.literal(Literal::scalar(DType::I64, v as f64));
-    // More windows than a side can have; the ids need not be dense.
-    let limit = int(1 << 20);
-    (frame * limit + row / int(side)) * limit + col / int(side)
+    let x = t.merged(g, [w / "mlp" / 0, w / "mlp" / 2], x, &tokens, hidden_size);
+    g.output("image_features", g.gather(x, place, 0));
 }

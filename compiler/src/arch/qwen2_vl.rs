@@ -280,7 +280,7 @@ impl Tower {
         let proj = w / "patch_embed" / "proj";
         let weight = g.weight_as(proj / "weight", &kernel, &[self.width, self.patch_dim()]);
         let x = g.linear_with(pixels, weight, bias.then(|| g.weight(proj / "bias", &[self.width])));
-        Patches { tokens, grid, row, col, frame, rope, x }
+        Patches { tokens, grid, frame, rope, x }
     }
 
     /// Attention within segments; q, k and v come from one matrix.
@@ -307,13 +307,11 @@ impl Tower {
     }
 }
 
-/// Patches of any number of pictures and videos: `x f32[patches, width]`, the cos and sin of their positions, and for each its
-/// row, column and frame, all `i64[patches]`.
+/// Patches of any number of pictures and videos: `x f32[patches, width]`, the cos and sin of their positions, and the frame of
+/// each, `i64[patches]`.
 pub(super) struct Patches<'g> {
     pub(super) tokens: Dim,
     pub(super) grid: Val<'g>,
-    pub(super) row: Val<'g>,
-    pub(super) col: Val<'g>,
     pub(super) frame: Val<'g>,
     pub(super) rope: (Val<'g>, Val<'g>),
     pub(super) x: Val<'g>,

@@ -46,6 +46,7 @@ pub(super) const TARGET: Target = Target {
         | Op::Mrope(_)
         | Op::Rope(_)
         | Op::StretchedPositions(_)
+        | Op::WindowOrder(_)
         | Op::NtkRope(_)
         | Op::LogN(_)
         | Op::Conv2d(_)

@@ -18,7 +18,7 @@ pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, Route, TopK};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
-pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions};
+pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions, WindowOrder};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
 pub use tiles::{GridRelative, TileRows};
 
@@ -138,7 +138,7 @@ ops! {
     // Composites.
     Linear, Embedding, MergeFeatures, LayerNorm, RmsNorm,
     SplitHeads, MergeHeads, Rotary, Attention,
-    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, NtkRope, LogN,
+    GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, WindowOrder, NtkRope, LogN,
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
 }
 

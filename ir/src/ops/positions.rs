@@ -73,6 +73,67 @@ fn frames<'g>(g: &'g Builder<'g>, grid: Val<'g>, rows: &Dim) -> Frames<'g> {
     Frames { h, w, before: of_image(before(t)), in_image, size: h * w }
 }
 
+/// The order of patches by window (Qwen2.5-VL): windows of `side` x `side` blocks from the top left of each frame on, smaller ones
+/// at its right and lower border. `grid_thw i64[images, 3]` to `patch i64[tokens * merge²]`, which patch stands in each place,
+/// `window i64[tokens * merge²]`, the window of each place, in rising order, and `place i64[tokens]`, where each block of patches has
+/// gone. Blocks stay together, and within their frame. Patches and blocks are numbered as in [`GridPositions`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WindowOrder {
+    /// Number of blocks of all images.
+    pub tokens: Dim,
+    /// Side of a block in patches.
+    pub merge: usize,
+    /// Side of a window in blocks.
+    pub side: usize,
+}
+
+impl OpDef for WindowOrder {
+    const NAME: &'static str = "window_order";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [grid] = operands(args)?;
+        expect_dtype(grid, DType::I64, "grid")?;
+        expect(grid.rank() == 2 && grid.shape[1] == 3.into(), || format!("grid must be i64[images, 3], is {grid}"))?;
+        expect(self.merge > 0 && self.side > 0, || "merge and side must be at least 1".into())?;
+        let patches = Type::new(DType::I64, [&self.tokens * (self.merge * self.merge)]);
+        Ok(vec![patches.clone(), patches, Type::new(DType::I64, [&self.tokens])])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let area = self.merge * self.merge;
+        let rows = &self.tokens * area;
+        let Frames { h, w, before, in_image, size } = frames(g, args[0], &rows);
+        let (merge, area_of, side) = (int(g, self.merge), int(g, area), int(g, self.side));
+        let rem = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Mod, a, b);
+        let min = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Min, a, b);
+        // All numbers from here on are in blocks.
+        let (height, width) = (h / merge, w / merge);
+        let in_frame = rem(in_image, size);
+        let frame_start = g.iota(rows) - in_frame;
+        let (block, inner) = (in_frame / area_of, rem(in_frame, area_of));
+
+        // From a place in the new order to a block: whole rows of windows, whole windows, then rows of the window.
+        let top = block / (side * width) * side;
+        let rest = block - top * width;
+        let tall = min(side, height - top);
+        let left = rest / (tall * side) * side;
+        let rest = rest - left * tall;
+        let wide = min(side, width - left);
+        let (row, col) = (top + rest / wide, left + rem(rest, wide));
+        let patch = frame_start + (row * width + col) * area_of + inner;
+        let limit = int(g, 1 << 20);
+        let window = ((before + in_image / size) * limit + top) * limit + left;
+
+        // And from a block to its place.
+        let (row, col) = (block / width, rem(block, width));
+        let (top, left) = (row / side * side, col / side * side);
+        let (tall, wide) = (min(side, height - top), min(side, width - left));
+        let place = frame_start / area_of + top * width + left * tall + (row - top) * wide + (col - left);
+        let firsts = g.slice(g.reshape(place, [self.tokens.clone(), area.into()]), 1, 0, 1);
+        Some(vec![patch, window, g.reshape(firsts, [self.tokens.clone()])])
+    }
+}
+
 /// A square table of positions stretched over each picture, corner to corner, with bilinear interpolation (Qwen3-VL):
 /// `table f32[side², width]` and `grid_thw i64[images, 3]` to `f32[rows, width]`, patches in the order of [`GridPositions`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
