@@ -177,10 +177,12 @@ pub(super) fn template(system: &str, user: &str, assistant: &str, image: &str) -
 
 /// Names of transformers become official ones, and SigLIP stands under one path, alone or beside SAM.
 fn canonical_name(name: &str) -> Cow<'_, str> {
+    /// What parts of a name become.
+    type Parts = &'static [(&'static str, &'static str)];
     const LOW: &str = "vision_model.vision_tower.";
     const HIGH: &str = "vision_model.vision_tower_high.vision_tower.";
-    const CONVOLUTIONS: &[(&str, &str)] = &[("conv1.", "0."), ("layer_norm1.", "1."), ("conv2.", "2."), ("layer_norm2.", "3.")];
-    const RENAMED: &[(&str, &str, &[(&str, &str)])] = &[
+    const CONVOLUTIONS: Parts = &[("conv1.", "0."), ("layer_norm1.", "1."), ("conv2.", "2."), ("layer_norm2.", "3.")];
+    const RENAMED: &[(&str, &str, Parts)] = &[
         ("vision_model.vision_tower_low.vision_tower.", LOW, &[]),
         ("lm_head.", "language_model.lm_head.", &[]),
         ("model.language_model.", "language_model.model.", &[]),
@@ -220,7 +222,7 @@ fn canonical_name(name: &str) -> Cow<'_, str> {
         return format!("{HIGH}{}", layers(rest, &[(".layers.", ".blocks."), (".layer_norm", ".norm")])).into();
     }
     if let Some(rest) = name.strip_prefix("model.vision_model.") {
-        const PARTS: &[(&str, &str)] = &[
+        const PARTS: Parts = &[
             (".embeddings.patch_embedding.", ".patch_embed.proj."),
             (".embeddings.position_embedding.weight", ".pos_embed"),
             (".encoder.layers.", ".blocks."),
