@@ -135,7 +135,7 @@ impl Model {
             loss::add(&mut program, &task)?;
         }
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
-        let unused = self.checkpoint.unused(used).into_iter().filter(|n| !(self.architecture.ignored)(n) && !n.starts_with(PAD)).collect();
+        let unused = self.checkpoint.unused(used).into_iter().filter(|n| !n.starts_with(PAD) && !(self.architecture.ignored)(n)).collect();
         let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
         Ok(Lowered { program, task, unused, unknown })
     }
@@ -230,8 +230,7 @@ impl Model {
             (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        let has_template = task.prompt().is_some_and(|p| p.template.is_some());
-        self.copy_side_files(dir.path(), has_template, processor.is_some(), &mut warnings)?;
+        self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
 
         let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
         dir.commit(Manifest {
@@ -258,7 +257,7 @@ impl Model {
         })
     }
 
-    fn copy_side_files(&self, dir: &Path, has_template: bool, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
+    fn copy_side_files(&self, dir: &Path, task: &Task, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
             let from = self.checkpoint.dir().join(name);
@@ -274,12 +273,13 @@ impl Model {
             write_file(&dir.join("tokenizer.json"), json.to_string().as_bytes())?;
             copied.push("tokenizer.json");
         }
-        let only_run = "only `vlmc run` needs it";
-        if !copied.contains(&"tokenizer.json") {
+        let only_run = if task.prompt().is_some() { "only `vlmc run` needs it" } else { "only `vlmc run` and `vlmc embed` need it" };
+        if !matches!(task, Task::Classify { .. }) && !copied.contains(&"tokenizer.json") {
             warnings.push(format!("the checkpoint has no tokenizer.json; {only_run}"));
         }
         let in_config = || Ok::<_, Error>(self.checkpoint.json("tokenizer_config.json")?.is_some_and(|c| c.get("chat_template").is_some()));
-        if !has_template && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
+        let wants_template = task.prompt().is_some_and(|p| p.template.is_none());
+        if wants_template && !copied.iter().any(|n| n.starts_with("chat_template")) && !in_config()? {
             warnings.push(format!("the checkpoint has no chat template; {only_run}"));
         }
         if !has_processor {

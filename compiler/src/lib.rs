@@ -17,6 +17,7 @@ mod stored;
 pub mod synth;
 pub mod target;
 pub mod tiktoken;
+pub mod vectors;
 pub mod weights_writer;
 
 pub use error::{Error, Result};

@@ -121,6 +121,7 @@ fn help_says_what_there_is() {
         ("help", &["--help"][..]),
         ("help_compile", &["compile", "--help"]),
         ("help_run", &["run", "--help"]),
+        ("help_embed", &["embed", "--help"]),
         ("help_exec", &["exec", "--help"]),
     ] {
         insta::assert_snapshot!(name, stdout(&vlmc(args)));
@@ -312,4 +313,67 @@ fn dumped_text_parses_to_the_same_text() {
         assert_eq!(parsed.to_string(), printed, "{args:?}");
         vlmc_ir::verify(parsed).unwrap_or_else(|found| panic!("{args:?}: {}", found[0]));
     }
+}
+
+/// Models without prompts: labels, vectors, and what they say to requests that are not for them.
+#[test]
+fn models_without_prompts() {
+    let dir = TempDir::new().unwrap();
+    let [vit, clip, qwen] = ["vit", "clip", "qwen2-vl"].map(|name| {
+        let out = dir.path().join(name);
+        stdout(&vlmc(&["compile", text(&fixture(name)), "-o", text(&out)]));
+        out
+    });
+    let picture = |name: &str| fixture("pictures").join(name);
+    let (wide, tall) = (picture("wide.png"), picture("tall.png"));
+    insta::assert_snapshot!("labels", stdout(&vlmc(&["run", text(&vit), "--image", text(&wide)])));
+
+    let pictures = dir.path().join("pictures");
+    fs::create_dir(&pictures).unwrap();
+    for (from, to) in [(&wide, "a.png"), (&tall, "b.PNG")] {
+        fs::copy(from, pictures.join(to)).unwrap();
+    }
+    fs::write(pictures.join("notes.txt"), "not a picture").unwrap();
+    let [npy, tensors] = ["v.npy", "v.safetensors"].map(|name| dir.path().join(name));
+    stdout(&vlmc(&["embed", text(&clip), "--images", text(&pictures), "-o", text(&npy), "--batch", "1"]));
+    let report = stdout(&vlmc(&["embed", text(&clip), "--images", text(&wide), text(&tall), "-o", text(&tensors), "--json"]));
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!((&report["count"], &report["width"]), (&2.into(), &24.into()));
+    let bytes = fs::read(&tensors).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let names: Vec<PathBuf> = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["names"]).unwrap();
+    assert_eq!(names, [wide.clone(), tall.clone()]);
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let golden = fs::read(fixture("clip").join("golden.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&golden).unwrap();
+    let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<_>>();
+    let reference = floats(golden.tensor("image_embeds").unwrap().data());
+    let npy = fs::read(&npy).unwrap();
+    for vectors in [floats(file.tensor("image_embeds").unwrap().data()), floats(&npy[128..])] {
+        assert_eq!(vectors.len(), reference.len());
+        assert!(vectors.iter().zip(&reference).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+
+    let empty = dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let out = dir.path().join("o.npy");
+    let (wide, out, empty) = (text(&wide), text(&out), text(&empty));
+    let refused = [
+        &["run", text(&vit), "--prompt", "What is it?", "--image", wide][..],
+        &["run", text(&vit)],
+        &["run", text(&vit), "--image", wide, "--text", "a cat"],
+        &["run", text(&clip), "--image", wide],
+        &["run", text(&clip), "--image", wide, "--text", "a cat"],
+        &["run", text(&qwen), "--image", wide, "--text", "a cat"],
+        &["run", text(&qwen), "--image", wide],
+        &["embed", text(&qwen), "--images", wide, "-o", out],
+        &["embed", text(&vit), "--text", "a cat", "-o", out],
+        &["embed", text(&clip), "--text", "a cat", "-o", out],
+        &["embed", text(&clip), "--images", wide, "-o", "vectors.csv"],
+        &["embed", text(&clip), "--images", empty, "-o", out],
+    ]
+    .map(|args| failure(dir.path(), args))
+    .concat();
+    insta::assert_snapshot!("models_without_prompts_refuse", refused);
+    assert!(!Path::new(out).exists());
 }

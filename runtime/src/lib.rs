@@ -21,6 +21,7 @@ mod resize;
 pub mod sample;
 mod tensor;
 pub mod tokenizer;
+mod vectors;
 
 pub use artifact_dir::Artifact;
 pub use cpu::CpuEngine;
@@ -32,4 +33,5 @@ pub use model::{Conversation, Model, Part, open_engine};
 pub use pipeline::{Features, Outputs, Pipeline, Scored};
 pub use resize::resize;
 pub use tensor::{Data, Tensor};
+pub use vectors::{Classifier, Label, Loaded, PairScorer};
 pub use vlmc_artifact as artifact;

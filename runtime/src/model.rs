@@ -183,7 +183,7 @@ impl Conversation<'_> {
             content.push(match part {
                 Part::Text(text) => Content::Text { text: text.clone() },
                 Part::Image(picture) => {
-                    self.add(processor::image(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
+                    self.add(processor::image_among(self.processor()?, picture, pictures)?, Some(picture.clone()), vec![]);
                     Content::Image
                 }
                 Part::Video(frames) => {
@@ -246,7 +246,7 @@ impl Conversation<'_> {
         let processor = self.processor()?.clone();
         for m in &mut self.media {
             if let Some(picture) = &m.picture {
-                m.pixels = processor::image(&processor, picture, pictures)?;
+                m.pixels = processor::image_among(&processor, picture, pictures)?;
                 m.features = None;
             }
         }

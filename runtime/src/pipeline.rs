@@ -61,7 +61,10 @@ impl Pipeline {
     pub fn new(engine: Box<dyn Engine>) -> Result<Self> {
         let manifest = engine.manifest();
         let rules = manifest.task.prompt().cloned();
-        let rules = rules.ok_or_else(|| Error::Unsupported(format!("a model of type {} answers no prompts", manifest.architecture)))?;
+        let rules = rules.ok_or_else(|| {
+            let (kind, does) = (&manifest.architecture, manifest.task.purpose());
+            Error::Unsupported(format!("the model (of type {kind}) {does}; it cannot answer prompts"))
+        })?;
         Ok(Self { engine, rules, mask: vec![], next: vec![], prompt_length: 0, cross: Cross::default() })
     }
 

@@ -36,6 +36,23 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().map(|i| i64::from(*i)).collect())
     }
 
+    /// Ids of a text with the tokenizer's own special tokens, at most `max_length`: the end of a longer text is cut off, but not a
+    /// special token after it. Padding that the tokenizer may be set to add is left out.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_up_to(&self, text: &str, max_length: usize) -> Result<Vec<i64>> {
+        let encoding = self.0.encode(text, true).map_err(|e| Error::Input(format!("a text cannot be tokenized: {e}")))?;
+        let live = encoding.get_ids().iter().zip(encoding.get_attention_mask()).zip(encoding.get_special_tokens_mask());
+        let mut tokens: Vec<(i64, bool)> =
+            live.filter(|((_, live), _)| **live != 0).map(|((id, _), special)| (i64::from(*id), *special != 0)).collect();
+        if tokens.len() > max_length {
+            let ends = tokens.iter().rev().take_while(|(_, special)| *special).count().min(max_length);
+            tokens.drain(max_length - ends..tokens.len() - ends);
+        }
+        Ok(tokens.into_iter().map(|(id, _)| id).collect())
+    }
+
     /// Text of ids, without special tokens.
     ///
     /// # Errors

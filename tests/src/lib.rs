@@ -217,7 +217,8 @@ pub fn answers_agree(name: &str, target: &str) {
 /// What the runtime's processor makes of the pictures of a case, whose tensors' names begin with `case`, is what the reference's
 /// made.
 fn pixels_agree(processor: &Processor, pictures: &[vlmc_runtime::image::Rgb], golden: &Tensors, case: &str) {
-    let made: Vec<_> = pictures.iter().map(|p| processor::image(processor, p, pictures.len()).unwrap_or_else(|e| panic!("{e}"))).collect();
+    let made: Vec<_> =
+        pictures.iter().map(|p| processor::image_among(processor, p, pictures.len()).unwrap_or_else(|e| panic!("{e}"))).collect();
     let mut compared = 0;
     for name in made.iter().flat_map(|p| p.inputs.keys()).collect::<std::collections::BTreeSet<_>>() {
         // Qwen-VL's pictures are shared by its cases.

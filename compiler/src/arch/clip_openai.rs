@@ -31,24 +31,24 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     },
     // The published figures count no running statistics of norms.
     presets: &[
-        preset!("clip-rn50", "timm/resnet50_clip.openai", 102_060_385, &RN50),
-        preset!("clip-rn101", "timm/resnet101_clip.openai", 119_793_505, &Size { layers: &[3, 4, 23, 3], embed_dim: 512, ..RN50 }),
+        preset!("clip-rn50", "timm/resnet50_clip.openai", 102_007_137, &RN50),
+        preset!("clip-rn101", "timm/resnet101_clip.openai", 119_688_033, &Size { layers: &[3, 4, 23, 3], embed_dim: 512, ..RN50 }),
         preset!(
             "clip-rn50x4",
             "timm/resnet50x4_clip.openai",
-            178_410_361,
+            178_300_601,
             &Size { layers: &[4, 6, 10, 6], width: 80, image_size: 288, embed_dim: 640, text_width: 640, ..RN50 }
         ),
         preset!(
             "clip-rn50x16",
             "timm/resnet50x16_clip.openai",
-            291_173_137,
+            290_979_217,
             &Size { layers: &[6, 8, 18, 8], width: 96, image_size: 384, embed_dim: 768, text_width: 768, ..RN50 }
         ),
         preset!(
             "clip-rn50x64",
             "timm/resnet50x64_clip.openai",
-            623_668_929,
+            623_258_305,
             &Size { layers: &[3, 15, 36, 10], width: 128, image_size: 448, text_width: 1024, ..RN50 }
         ),
     ],

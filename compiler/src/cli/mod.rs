@@ -1,5 +1,6 @@
 //! `vlmc`: arguments, progress bars and what is printed. The work is done by the library.
 
+mod embed;
 mod inspect;
 mod run;
 
@@ -35,8 +36,14 @@ enum Command {
     Compile(CompileArgs),
     /// Ask a model about pictures
     ///
-    /// MODEL is an artifact, or anything that `compile` takes: a checkpoint is compiled into a cache first.
+    /// MODEL is an artifact, or anything that `compile` takes: a checkpoint is compiled into a cache first. A model that answers
+    /// prompts needs --prompt or --chat. A classifier (ViT) gives the most probable labels of each --image. A model of pairs
+    /// (CLIP, SigLIP) says how well each --text goes with each --image.
     Run(run::RunArgs),
+    /// Make vectors of pictures or texts, for search
+    ///
+    /// MODEL is as for `run`: a model of pairs (CLIP, SigLIP) or, for pictures only, a classifier (ViT).
+    Embed(embed::EmbedArgs),
     /// Run an artifact on tensors
     ///
     /// Tensors are named as in the Hugging Face forward signature: input_ids, attention_mask, pixel_values, image_grid_thw,
@@ -163,6 +170,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Compile(args) => compile_command(&args),
         Command::Run(args) => run::run(&args),
+        Command::Embed(args) => embed::embed(&args),
         Command::Exec(args) => exec(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),

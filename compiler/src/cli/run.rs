@@ -9,21 +9,28 @@ use std::{
     path::{Path, PathBuf},
 };
 use vlmc::compile;
-use vlmc_runtime::{Artifact, Conversation, GenerateOptions, Model, Part, Reply, boxes, image};
+use vlmc_runtime::{
+    Artifact, Conversation, GenerateOptions, Loaded, Model, Part, Reply,
+    artifact::{Manifest, Task},
+    boxes, image,
+};
 
 #[derive(Args)]
 pub(super) struct RunArgs {
     /// Artifact, checkpoint directory, Hugging Face id or alias
     model: String,
-    /// Picture (PNG, JPEG, WebP, GIF) to ask about; may be repeated
+    /// Picture (PNG, JPEG, WebP, GIF) to ask about, to label or to compare; may be repeated
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
     /// Video to ask about: a directory of frames, or an animated GIF; may be repeated
     #[arg(long, value_name = "PATH")]
     video: Vec<PathBuf>,
     /// What to ask
-    #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "text")]
     prompt: Option<String>,
+    /// Text to compare with the pictures; may be repeated
+    #[arg(long, value_name = "TEXT", conflicts_with = "chat")]
+    text: Vec<String>,
     /// Several turns: one line of standard input is one question
     #[arg(long)]
     chat: bool,
@@ -56,7 +63,7 @@ pub(super) struct RunArgs {
     /// Threads to run with [default: one per core]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
-    /// Print the answer and its timings as JSON
+    /// Print the answer and its timings, or all numbers, as JSON
     #[arg(long)]
     json: bool,
 }
@@ -64,6 +71,11 @@ pub(super) struct RunArgs {
 pub(super) fn run(args: &RunArgs) -> Result<()> {
     args.target.check()?;
     let dir = artifact(&args.model, &args.target.target)?;
+    let manifest = Artifact::open(&dir)?.manifest().clone();
+    check_arguments(args, &manifest)?;
+    if manifest.task.prompt().is_none() {
+        return without_prompt(args, &dir);
+    }
     // Pictures first: a bad one should not cost the time to load a model.
     let mut parts = vec![];
     for path in &args.image {
@@ -111,6 +123,61 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     Ok(())
 }
 
+/// What is given must be what a model of this kind takes.
+fn check_arguments(args: &RunArgs, manifest: &Manifest) -> Result<()> {
+    let asks = args.prompt.is_some() || args.chat;
+    let (needs, given, foreign) = match manifest.task {
+        Task::Generate(_) => ("--prompt or --chat", asks, !args.text.is_empty()),
+        Task::Contrast(_) => {
+            ("--image and --text", !args.image.is_empty() && !args.text.is_empty(), asks || args.system.is_some() || !args.video.is_empty())
+        }
+        Task::Classify { .. } => {
+            ("--image only", !args.image.is_empty(), asks || args.system.is_some() || !args.video.is_empty() || !args.text.is_empty())
+        }
+    };
+    if foreign || !given {
+        bail!("the model (of type {}) {}: it needs {needs}", manifest.architecture, manifest.task.purpose());
+    }
+    Ok(())
+}
+
+/// Labels of a picture that are shown.
+const TOP: usize = 5;
+
+/// Labels, or how well texts go with pictures.
+fn without_prompt(args: &RunArgs, dir: &Path) -> Result<()> {
+    let pictures = args.image.iter().map(|path| image::read(path)).collect::<vlmc_runtime::Result<Vec<_>>>()?;
+    let mut reports = vec![];
+    let mut text = String::new();
+    let mut picture = |path: &Path, key: &str, rows: Vec<(String, f32)>, details: Vec<serde_json::Value>| {
+        if args.image.len() > 1 {
+            text += &format!("{}\n", path.display());
+        }
+        text.extend(rows.iter().map(|(what, probability)| format!("{:6.2} %  {what}\n", probability * 100.0)));
+        reports.push(serde_json::json!({"image": path, key: details}));
+    };
+    match Loaded::open(dir, args.threads)? {
+        Loaded::Answers(_) => bail!("the artifact has changed while it was opened"),
+        Loaded::Labels(mut model) => {
+            for (path, labels) in args.image.iter().zip(model.classify(&pictures, TOP)?) {
+                let details = labels.iter().map(|l| serde_json::json!(l)).collect();
+                picture(path, "labels", labels.into_iter().map(|l| (l.label, l.probability)).collect(), details);
+            }
+        }
+        Loaded::Pairs(mut model) => {
+            let (images, texts) = (model.embed_images(&pictures)?, model.embed_texts(&args.text)?);
+            let scores = model.score(&images, &texts)?;
+            for (path, scores) in args.image.iter().zip(scores.f32()?.chunks(args.text.len())) {
+                let rows: Vec<(String, f32)> = args.text.iter().cloned().zip(model.probabilities(scores)).collect();
+                let detail = |((text, probability), logit): (&(String, f32), &f32)| serde_json::json!({"text": text, "probability": probability, "logit": logit});
+                let details = rows.iter().zip(scores).map(detail).collect();
+                picture(path, "texts", rows, details);
+            }
+        }
+    }
+    if args.json { print_json(&reports) } else { print(&text) }
+}
+
 fn options(args: &RunArgs, defaults: GenerateOptions) -> GenerateOptions {
     let mut o = GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), ..defaults };
     let s = &mut o.sampling;
@@ -156,7 +223,7 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
 }
 
 /// The artifact of a model: itself, or made from a checkpoint and kept in a cache.
-fn artifact(model: &str, target: &str) -> Result<PathBuf> {
+pub(super) fn artifact(model: &str, target: &str) -> Result<PathBuf> {
     let given = Path::new(model);
     if is_artifact(given) {
         return Ok(given.into());

@@ -130,6 +130,15 @@ pub enum Task {
 }
 
 impl Task {
+    /// What a model of this task does, as the end of a sentence about it.
+    pub fn purpose(&self) -> &'static str {
+        match self {
+            Self::Generate(_) => "answers prompts",
+            Self::Contrast(_) => "scores pairs of pictures and texts",
+            Self::Classify { .. } => "labels pictures",
+        }
+    }
+
     /// The rules of a model that answers prompts.
     pub fn prompt(&self) -> Option<&PromptRules> {
         if let Self::Generate(rules) = self { Some(rules) } else { None }

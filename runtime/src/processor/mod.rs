@@ -23,11 +23,19 @@ pub struct Pixels {
     pub clip: Clip,
 }
 
-/// A picture, one of `pictures` of a conversation.
+/// A picture.
 ///
 /// # Errors
 /// It is of a shape that the processor does not take.
-pub fn image(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
+pub fn image(p: &Processor, picture: &Rgb) -> Result<Pixels> {
+    image_among(p, picture, 1)
+}
+
+/// One of `pictures` of a conversation, which may become another tensor than it would alone.
+///
+/// # Errors
+/// As [`image`].
+pub fn image_among(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     match p {
         Processor::DeepseekVl(p) => deepseek_vl::image(p, picture),
         Processor::DeepseekVl2(p) => deepseek_vl2::image(p, picture, pictures),
