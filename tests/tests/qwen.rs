@@ -158,7 +158,7 @@ fn qwen_vl_answers() {
     let mut model = Model::open(&artifact, None).unwrap();
     let example = &golden["end_to_end"][0];
     let picture = image::read(&fixture("pictures").join("wide.png")).unwrap();
-    let pixels = processor::image(model.manifest().processor.as_ref().unwrap(), &picture, 1).unwrap();
+    let pixels = processor::image(model.manifest().processor.as_ref().unwrap(), &picture).unwrap();
     let reference = floats(&tensors, "pixel_values").unwrap().index_axis(Axis(0), 0).to_owned();
     let largest = pixels.inputs["pixel_values"].f32().unwrap().iter().zip(&reference).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
     assert!(largest <= 1e-6 && pixels.inputs["pixel_values"].f32().unwrap().len() == reference.len(), "{largest}");
