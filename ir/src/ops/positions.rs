@@ -334,9 +334,9 @@ impl OpDef for NtkRope {
         let frequencies = (0..self.levels).flat_map(|level| inverse_frequencies(base(level), self.head_dim)).collect();
         let table = g.literal(Literal { dtype: DType::F32, shape: vec![self.levels, half], data: frequencies });
         // The level is the number of lengths that the prompt exceeds.
-        let limits = (0..self.levels - 1).map(|n| (self.trained as f64) * 2f64.powi(n as i32)).collect();
-        let longer = |limits| g.cast(g.binary(Binary::Lt, g.literal(Literal::vector(DType::I64, limits)), args[1]), DType::I64);
-        let level = if self.levels == 1 { args[1] * 0.0 } else { g.reshape(g.reduce(Reduce::Sum, longer(limits), &[0]), [1]) };
+        let limits = (0..self.levels).map(|n| self.trained as f64 * 2f64.powi(n as i32)).collect();
+        let longer = g.cast(g.binary(Binary::Lt, g.literal(Literal::vector(DType::I64, limits)), args[1]), DType::I64);
+        let level = g.binary(Binary::Min, g.reduce(Reduce::Sum, longer, &[0]), int(g, self.levels - 1));
         let angles = g.unsqueeze(g.cast(args[0], DType::F32), 2) * g.reshape(g.gather(table, level, 0), [half]);
         Some(vec![g.unary(Unary::Cos, angles), g.unary(Unary::Sin, angles)])
     }
@@ -404,7 +404,7 @@ impl OpDef for Mrope {
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
         let kinds = if self.interleaved {
-            let kind = |i: usize| if !i.is_multiple_of(3) && i < 3 * self.section[i % 3] { i % 3 } else { 0 };
+            let kind = |i: usize| if i < 3 * self.section[i % 3] { i % 3 } else { 0 };
             (0..self.head_dim / 2).map(|i| kind(i) as f64).collect()
         } else {
             self.section.iter().enumerate().flat_map(|(kind, n)| std::iter::repeat_n(kind as f64, *n)).collect()
