@@ -81,21 +81,38 @@ fn tensors(config: &Value) -> Result<Vec<TensorSpec>> {
     Ok(recorder.tensors.into_inner())
 }
 
-/// Writes a checkpoint in hub layout to `out`, with weights that depend on the seed only. `progress` gets the bytes written
-/// and in all, from any thread.
+/// Writes a checkpoint in hub layout to `out`, with weights that depend on the seed only, or without a seed no weights: enough to
+/// look at the model's structure. `progress` gets the bytes written and in all, from any thread.
 ///
 /// # Errors
 /// There is no such preset, `out` exists and is not empty, or the disk is full.
-pub fn synth(name: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
+pub fn synth(name: &str, out: &Path, seed: Option<u64>, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
     let preset = preset(name)?;
     let config = (preset.config)();
     let tensors = tensors(&config)?;
     let dir = StagedDir::create(out, "an empty directory", |_| false)?;
+    if let Some(seed) = seed {
+        write_weights(dir.path(), &tensors, seed, progress)?;
+    }
+    write_json(dir.path(), "config.json", &config)?;
+    for (name, content) in (preset.files)() {
+        write_json(dir.path(), name, &content)?;
+    }
+    dir.commit()
+}
 
+fn write_json(dir: &Path, name: &str, value: &Value) -> Result<()> {
+    let path = dir.join(name);
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(&path, e.to_string()))?;
+    fs::write(&path, text + "\n").map_err(Error::io(&path))
+}
+
+/// The weight files, and their index if there are several.
+fn write_weights(dir: &Path, tensors: &[TensorSpec], seed: u64, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
     let mut shards: Vec<Vec<TensorSpec>> = vec![vec![]];
     let mut size = 0;
     let bytes = |t: &TensorSpec| t.bytes().unwrap_or(u64::MAX);
-    for t in &tensors {
+    for t in tensors {
         if size > 0 && size + bytes(t) > SHARD {
             shards.push(vec![]);
             size = 0;
@@ -111,26 +128,18 @@ pub fn synth(name: &str, out: &Path, seed: u64, progress: &(dyn Fn(u64, u64) + S
     let count = shards.len();
     for (i, shard) in shards.iter().enumerate() {
         let name = if count == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", i + 1) };
-        let writer = WeightsWriter::create(dir.path().join(&name), shard)?;
+        let writer = WeightsWriter::create(dir.join(&name), shard)?;
         for t in shard {
             weight_map.insert(t.name.clone(), json!(name));
             fill(&writer, t, seed, &|n| progress(done.fetch_add(n, Ordering::Relaxed) + n, total))?;
         }
         writer.finish()?;
     }
-    let write = |name: &str, value: &Value| {
-        let path = dir.path().join(name);
-        let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(&path, e.to_string()))?;
-        fs::write(&path, text + "\n").map_err(Error::io(&path))
-    };
     if count > 1 {
-        write("model.safetensors.index.json", &json!({"metadata": {"total_size": total}, "weight_map": weight_map}))?;
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        write_json(dir, "model.safetensors.index.json", &index)?;
     }
-    write("config.json", &config)?;
-    for (name, content) in (preset.files)() {
-        write(name, &content)?;
-    }
-    dir.commit()
+    Ok(())
 }
 
 /// Random elements: norms around 1, biases around 0, matrices with a standard deviation of 0.02.
@@ -218,12 +227,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, seed: u64| {
             let out = dir.path().join(name);
-            synth("qwen2-vl-tiny", &out, seed, &|_, _| {}).unwrap();
+            synth("qwen2-vl-tiny", &out, Some(seed), &|_, _| {}).unwrap();
             fs::read(out.join("model.safetensors")).unwrap()
         };
         assert!(write("a", 1) == write("b", 1));
         assert!(write("c", 2) != write("d", 1));
-        assert!(synth("qwen2-vl-tiny", &dir.path().join("a"), 1, &|_, _| {}).is_err(), "it would overwrite a checkpoint");
+        assert!(synth("qwen2-vl-tiny", &dir.path().join("a"), Some(1), &|_, _| {}).is_err(), "it would overwrite a checkpoint");
         let model = crate::compile::Model::open(&dir.path().join("a")).unwrap();
         assert_eq!(model.lower().unwrap().unused, Vec::<String>::new());
         tokenizers::Tokenizer::from_file(dir.path().join("a/tokenizer.json")).unwrap();

@@ -6,6 +6,7 @@ use crate::{
     cross::{self, Cross},
     forward,
     forward::Tensors,
+    processor::deepseek_vl2,
     prompt::{self, Clip, Grid},
 };
 use vlmc_artifact::{Entry, Positions, PromptRules};
@@ -158,6 +159,10 @@ impl Pipeline {
                 }
                 None => return Err(Error::Input(format!("'{there}' is given without '{name}'"))),
             }
+        }
+        let named = |name: &str| entry.inputs.iter().position(|p| p.name == name).map(|i| &fitted[i]);
+        if let (Some(side), Some(crop), Some(places)) = (self.rules.tile_side, named("images_spatial_crop"), named("feature_positions")) {
+            check_tiles(crop, side, places.data().len())?;
         }
         if let Positions::Mrope { spatial_merge_size, .. } = self.rules.positions {
             check_grid(&fitted, [&names[0], &names[1]], spatial_merge_size, &self.rules)?;
@@ -450,6 +455,22 @@ fn interleaved(image: &Outputs, video: &Outputs, images: &[i64], videos: &[i64])
             Ok((name.clone(), Tensor::new([rows.len() / width.max(1), width], rows)?))
         })
         .collect()
+}
+
+/// As many placeholders as the tiles of `images_spatial_crop i64[batch, pictures, 2]` (columns, rows; 0 is no picture) give tokens.
+fn check_tiles(crop: &Tensor, side: usize, placeholders: usize) -> Result<()> {
+    let of = |[across, down]: &[i64; 2]| match (usize::try_from(*across), usize::try_from(*down)) {
+        (Ok(0), _) | (_, Ok(0)) => Ok(0),
+        (Ok(across), Ok(down)) => Ok(deepseek_vl2::tokens(across, down, side)),
+        _ => Err(Error::Input(format!("'images_spatial_crop' has a picture of {across} x {down} tiles"))),
+    };
+    let tokens = crop.i64()?.as_chunks::<2>().0.iter().try_fold(0usize, |n, c| Ok::<_, Error>(n.saturating_add(of(c)?)))?;
+    if tokens == placeholders {
+        return Ok(());
+    }
+    Err(Error::Input(format!(
+        "the prompt has {placeholders} image placeholders, but 'images_spatial_crop' is of pictures of {tokens} tokens"
+    )))
 }
 
 /// Pixels and grid of one modality must fit.

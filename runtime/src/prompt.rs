@@ -224,6 +224,7 @@ mod tests {
             vocab_size: 100,
             max_positions: 100,
             positions: Positions::Mrope { spatial_merge_size: 2, tokens_per_second: None, frame_text: None },
+            tile_side: None,
             template: None,
         }
     }

@@ -6,10 +6,10 @@ use serde_json::Value;
 use std::fs;
 use vlmc::compile::Model;
 use vlmc_runtime::{
-    Part,
+    Artifact, Part, Pipeline, Tensor, Tensors,
     chat::{ChatTemplate, Content, Message},
     image::{self, Rgb},
-    processor,
+    open_engine, processor,
 };
 use vlmc_tests::{compile, fixture, golden_json, load};
 
@@ -138,4 +138,32 @@ fn a_third_picture_makes_other_tensors_of_the_first_two() {
     conversation.send(&[part("wide"), part("tall"), part("small")], &options, &mut |_| {}).unwrap();
     assert_eq!(placeholders(conversation.tokens()), placeholders(&turns));
     assert!(!reply.ids.is_empty());
+}
+
+/// As many placeholders as the pictures' tiles take tokens, or an error that says so.
+#[test]
+fn placeholders_must_fit_the_tiles() {
+    let dir = fixture("deepseek-vl2-mha");
+    let out = tempfile::tempdir().unwrap();
+    let artifact = out.path().join("artifact");
+    compile(&dir, "cpu", &artifact);
+    let golden = load(&dir.join("golden.safetensors"));
+    let ints = |name: &str| golden[&format!("chat/{name}")].i64().unwrap();
+    for (wanted, given) in [(54, 55), (56, 55)] {
+        let images = golden["chat/images"].f32().unwrap();
+        let mut mask: Vec<i64> = ints("images_seq_mask").iter().copied().collect();
+        let from = mask.iter().position(|m| i64::from(wanted < given) == *m).unwrap();
+        mask[from] = i64::from(wanted > given);
+        let tensor = |a: &ndarray::ArrayD<i64>| Tensor::new(a.shape(), a.iter().copied().collect::<Vec<_>>()).unwrap();
+        let inputs = Tensors::from([
+            ("input_ids".into(), tensor(ints("input_ids"))),
+            ("images".into(), Tensor::new(images.shape(), images.iter().copied().collect::<Vec<_>>()).unwrap()),
+            ("images_spatial_crop".into(), tensor(ints("images_spatial_crop"))),
+            ("images_seq_mask".into(), Tensor::new(ints("images_seq_mask").shape(), mask).unwrap()),
+        ]);
+        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let error = pipeline.features(&inputs).unwrap_err().to_string();
+        let expected = format!("the prompt has {wanted} image placeholders, but 'images_spatial_crop' is of pictures of {given} tokens");
+        assert_eq!(error, expected);
+    }
 }

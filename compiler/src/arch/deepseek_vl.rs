@@ -435,6 +435,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
             vocab_size: text.vocab_size,
             max_positions: context,
             positions: vlmc_artifact::Positions::Sequential,
+            tile_side: None,
             template: Some(template(SYSTEM, "User", "Assistant", image_token)),
         }),
     })

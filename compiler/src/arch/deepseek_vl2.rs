@@ -529,6 +529,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
             vocab_size,
             max_positions: context,
             positions: vlmc_artifact::Positions::Sequential,
+            tile_side: Some(projector.side(tower.grid())),
             template: Some(deepseek_vl::template("", "<|User|>", "<|Assistant|>", &format!("{image_token}\\n"))),
         }),
     })

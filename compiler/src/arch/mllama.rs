@@ -322,6 +322,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
             vocab_size: entries,
             max_positions: context,
             positions: vlmc_artifact::Positions::Sequential,
+            tile_side: None,
             template: None,
         }),
     })

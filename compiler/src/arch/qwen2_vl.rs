@@ -377,6 +377,7 @@ pub(super) fn family(
             vocab_size: text.vocab_size,
             max_positions: context,
             positions,
+            tile_side: None,
             template: None,
         }),
     })

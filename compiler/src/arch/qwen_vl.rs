@@ -248,6 +248,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lo
             vocab_size: text.vocab_size,
             max_positions: context,
             positions: vlmc_artifact::Positions::Absolute { trained, levels, image_span: span },
+            tile_side: None,
             template: Some(template(files)),
         }),
     })

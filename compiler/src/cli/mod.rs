@@ -163,6 +163,9 @@ struct SynthArgs {
     /// Another seed gives other weights
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Leave the weights out: `vlmc inspect DIR/config.json` and `vlmc dump DIR/config.json` need none
+    #[arg(long)]
+    config_only: bool,
 }
 
 /// Runs the command line.
@@ -295,13 +298,14 @@ fn targets(json: bool) -> Result<()> {
 
 fn synth_command(args: &SynthArgs) -> Result<()> {
     let bar = bytes_bar("writing weights");
-    let result = synth::synth(&args.preset, &args.out, args.seed, &|done, total| {
+    let result = synth::synth(&args.preset, &args.out, (!args.config_only).then_some(args.seed), &|done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
     bar.finish_and_clear();
     result?;
-    print(&format!("{}: {} with random weights\n", args.out.display(), args.preset))
+    let weights = if args.config_only { "without weights" } else { "with random weights" };
+    print(&format!("{}: {} {weights}\n", args.out.display(), args.preset))
 }
 
 /// Whether a directory holds an artifact rather than a checkpoint.

@@ -173,6 +173,9 @@ pub struct PromptRules {
     pub max_positions: usize,
     /// Rule for `position_ids`.
     pub positions: Positions,
+    /// Tokens per side of a tile, where pictures are cut into a number of tiles that `images_spatial_crop` tells (DeepSeek-VL2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tile_side: Option<usize>,
     /// How messages become a prompt where the checkpoint has no chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,

@@ -70,12 +70,19 @@ pub(super) fn image(p: &DeepseekVl2Processor, picture: &Rgb, pictures: usize) ->
             }
         }
     }
-    let (across, down, side) = (best[0] / size, best[1] / size, p.tile_side);
-    let tokens = side * (side + 1) + 1 + down * side * (across * side + 1);
+    let (across, down) = (best[0] / size, best[1] / size);
+    let tokens = tokens(across, down, p.tile_side);
     let inputs = [
         ("images".into(), Tensor::new([1, 1 + across * down, 3, size, size], values)?),
         ("images_spatial_crop".into(), Tensor::new([1, 1, 2], vec![across as i64, down as i64])?),
         ("feature_positions".into(), Tensor::new([tokens], (0..tokens as i64).collect::<Vec<_>>())?),
     ];
     Ok(Pixels { inputs: inputs.into(), tokens, clip: Clip::picture([1, 1, 1]) })
+}
+
+/// Tokens of a picture of `across` x `down` tiles: a global view of `side` x `side` with a newline after each row, a separator, and
+/// all tiles as one view.
+pub(crate) fn tokens(across: usize, down: usize, side: usize) -> usize {
+    let view = |rows: usize, columns: usize| rows.saturating_mul(columns.saturating_add(1));
+    view(side, side).saturating_add(1).saturating_add(view(down.saturating_mul(side), across.saturating_mul(side)))
 }

@@ -1,7 +1,7 @@
 //! Pictures to tensors, as the image processors of transformers (and of models outside it) do it on Pillow. One file each.
 
 mod deepseek_vl;
-mod deepseek_vl2;
+pub(crate) mod deepseek_vl2;
 mod mllama;
 mod naflex;
 mod qwen2_vl;
