@@ -79,11 +79,11 @@ fn attempt(artifact: &Path, inputs: &Path, outputs: &Path) -> Result<(), String>
     vlmc::exec::exec(engine, inputs, outputs, 2).map(|_| ()).map_err(|e| e.to_string())
 }
 
-fn fuzz(file: &str, cases: u64) {
+fn fuzz(model: &str, case: &str, file: &str, cases: u64) {
     let dir = tempfile::tempdir().unwrap();
     let (artifact, inputs, outputs) = (dir.path().join("artifact"), dir.path().join("in.safetensors"), dir.path().join("out.safetensors"));
-    compile(&fixture("qwen2-vl"), "cpu", &artifact);
-    write_inputs(&fixture("qwen2-vl"), "two", &[], &inputs);
+    compile(&fixture(model), "cpu", &artifact);
+    write_inputs(&fixture(model), case, &[], &inputs);
     attempt(&artifact, &inputs, &outputs).unwrap();
     let good: Value = serde_json::from_slice(&fs::read(artifact.join(file)).unwrap()).unwrap();
     let (mut ran, mut refused) = (0, 0);
@@ -96,11 +96,12 @@ fn fuzz(file: &str, cases: u64) {
         } else {
             replace(&artifact, file, &bad);
         }
-        let result = std::panic::catch_unwind(|| attempt(&artifact, &inputs, &outputs)).unwrap_or_else(|_| panic!("seed {seed} panics"));
+        let result =
+            std::panic::catch_unwind(|| attempt(&artifact, &inputs, &outputs)).unwrap_or_else(|_| panic!("{model}: seed {seed} panics"));
         match result {
             Ok(()) => ran += 1,
             Err(why) => {
-                assert!(!why.trim().is_empty(), "seed {seed}: an error that says nothing");
+                assert!(!why.trim().is_empty(), "{model}: seed {seed}: an error that says nothing");
                 refused += 1;
             }
         }
@@ -111,12 +112,23 @@ fn fuzz(file: &str, cases: u64) {
 
 #[test]
 fn programs() {
-    fuzz("program.json", 600);
+    fuzz("qwen2-vl", "two", "program.json", 600);
+}
+
+/// Experts and latent attention; masks as tensors and a cache of pictures; a model without prompts.
+#[test]
+fn programs_of_other_kinds() {
+    fuzz("deepseek-vl2-mla", "chat", "program.json", 200);
+    fuzz("llama-3.2-vision", "two", "program.json", 200);
+    fuzz("siglip2-naflex", "", "program.json", 200);
 }
 
 #[test]
 fn manifests() {
-    fuzz("manifest.json", 300);
+    fuzz("qwen2-vl", "two", "manifest.json", 300);
+    fuzz("deepseek-vl2-mla", "chat", "manifest.json", 150);
+    fuzz("llama-3.2-vision", "two", "manifest.json", 150);
+    fuzz("qwen3-vl", "video", "manifest.json", 150);
 }
 
 /// Bytes that changed after compiling are noticed.
