@@ -1,5 +1,5 @@
-//! DeepSeek-VL and DeepSeek-VL2 against their references (`fixtures/gen/deepseek_vl_*.py`): tensors on both engines, the whole way
-//! from a picture to an answer, pictures of every case, and prompts without a chat template in the checkpoint.
+//! DeepSeek-VL and DeepSeek-VL2 against their references (`fixtures/gen/deepseek_vl_*.py`), besides their goldens: pictures of every
+//! case, and prompts without a chat template in the checkpoint.
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use serde_json::Value;
@@ -12,35 +12,6 @@ use vlmc_runtime::{
     open_engine, processor,
 };
 use vlmc_tests::{compile, fixture, golden_json, load};
-
-macro_rules! prompts {
-    ($($family:ident: $name:literal),* $(,)?) => {
-        $(mod $family {
-            #[test]
-            fn cpu() {
-                vlmc_tests::prompts_agree($name, "cpu");
-            }
-            #[test]
-            fn onnx_cpu() {
-                vlmc_tests::prompts_agree($name, "onnx-cpu");
-            }
-            #[test]
-            fn answers() {
-                vlmc_tests::answers_agree($name, "cpu");
-            }
-        })*
-    };
-}
-
-prompts! {
-    deepseek_vl: "deepseek-vl",
-    deepseek_vl_hf: "deepseek-vl-hf",
-    deepseek_vl_hybrid: "deepseek-vl-hybrid",
-    deepseek_vl_hybrid_hf: "deepseek-vl-hybrid-hf",
-    deepseek_vl2_mha: "deepseek-vl2-mha",
-    deepseek_vl2_mla: "deepseek-vl2-mla",
-    deepseek_vl2_mla_grouplimited: "deepseek-vl2-mla-grouplimited",
-}
 
 fn picture(name: &str) -> Rgb {
     image::read(&fixture("pictures").join(format!("{name}.png"))).unwrap_or_else(|e| panic!("{e}"))

@@ -1,4 +1,4 @@
-//! Every engine against the numbers of the reference implementation (`fixtures/gen/qwen2_vl.py`).
+//! Every engine against the numbers of the reference implementations (the scripts in `fixtures/gen`).
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use ndarray::{ArrayD, IxDyn};
@@ -34,6 +34,13 @@ prompts! {
     llava: "llava-1.5",
     llava_gqa: "llava-llama3-gqa",
     llama_3_2_vision: "llama-3.2-vision",
+    deepseek_vl: "deepseek-vl",
+    deepseek_vl_hf: "deepseek-vl-hf",
+    deepseek_vl_hybrid: "deepseek-vl-hybrid",
+    deepseek_vl_hybrid_hf: "deepseek-vl-hybrid-hf",
+    deepseek_vl2_mha: "deepseek-vl2-mha",
+    deepseek_vl2_mla: "deepseek-vl2-mla",
+    deepseek_vl2_mla_grouplimited: "deepseek-vl2-mla-grouplimited",
 }
 
 /// Prefill by the reference interpreter.
