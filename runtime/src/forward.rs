@@ -59,9 +59,9 @@ pub fn forward(engine: &mut dyn Engine, given: &Tensors) -> Result<Tensors> {
     let entries = engine.manifest().entries.clone();
     let mut out = Tensors::new();
     let mut missing = vec![];
+    // A text without a mask has no padding.
+    let full = given.get("input_ids").map(|ids| Tensor::new(ids.shape(), vec![1i64; ids.data().len()])).transpose()?;
     for e in &entries {
-        // A text without a mask has no padding.
-        let full = given.get("input_ids").map(|ids| Tensor::new(ids.shape(), vec![1i64; ids.shape().iter().product()])).transpose()?;
         let find = |port: &Port| {
             let named = given.get(&port.name).or_else(|| out.get(&port.name));
             named.or(full.as_ref().filter(|_| port.name == "attention_mask"))
