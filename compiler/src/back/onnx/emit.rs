@@ -76,6 +76,8 @@ fn data_type(d: DType) -> i32 {
         DType::F16 => T::Float16,
         DType::BF16 => T::Bfloat16,
         DType::F32 => T::Float,
+        // Packed codes.
+        DType::Quant(_) => T::Uint8,
     };
     t as i32
 }
@@ -360,6 +362,7 @@ impl Emitter<'_> {
                     Unary::Erf => ("Erf", vec![]),
                     Unary::Sigmoid => ("Sigmoid", vec![]),
                     Unary::Floor => ("Floor", vec![]),
+                    Unary::Round => ("Round", vec![]),
                     Unary::Not => ("Not", vec![]),
                     Unary::Gelu => ("Gelu", vec![string("approximate", "none")]),
                     Unary::GeluTanh => ("Gelu", vec![string("approximate", "tanh")]),
