@@ -4,6 +4,7 @@
 use crate::{
     Bindings, DType, Def, Dim, Graph, Literal, Node, Op, Program, Type, ValueId,
     builder::Builder,
+    ops::Linear,
     weights::{Recipe, WeightDef},
 };
 use ndarray::{ArrayD, IxDyn, Zip};
@@ -12,6 +13,7 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
 };
+use vlmc_artifact::quant::Codes;
 
 /// A tensor. All float types hold `f32` values.
 #[derive(Clone, Debug, PartialEq)]
@@ -294,7 +296,7 @@ fn check_type(name: &str, array: &Array, ty: &Type, symbols: &Bindings) -> Resul
 /// Values that have no meaning.
 pub fn eval(op: &Op, types: &[Type], args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
     // What models spend their time in: the same sums as the decomposition's, without its copies of the weight.
-    if let Op::Linear(_) = op {
+    if let Op::Linear(Linear { dynamic: false }) = op {
         return op.eval(args, symbols);
     }
     let b = Builder::new(&op.name(), None);
@@ -321,21 +323,33 @@ fn decompose_into<'g>(b: &'g Builder<'g>, op: &Op, types: &[Type]) -> bool {
 /// # Errors
 /// What `source` said, or a recipe that does not fit its tensors.
 pub fn weight(def: &WeightDef, source: &dyn Fn(&str) -> Result<Vec<f32>, String>) -> Result<Array, String> {
-    let data = recipe(&def.recipe, source)?;
+    let data = recipe(&def.recipe, source, def.shape.last().copied().unwrap_or(1))?;
     ArrayD::from_shape_vec(IxDyn(&def.shape), data).map(Array::F32).map_err(|e| e.to_string())
 }
 
-fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>) -> Result<Vec<f32>, String> {
+/// `k`: the last dim of the weight.
+fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>, k: usize) -> Result<Vec<f32>, String> {
     match r {
         Recipe::Source(name) => source(name),
-        Recipe::Reshape(inner, _) => recipe(inner, source),
-        Recipe::Transpose(inner, k) => {
-            let data = recipe(inner, source)?;
-            let n = data.len() / (*k).max(1);
-            Ok((0..n).flat_map(|c| (0..*k).map(move |r| (r, c))).map(|(r, c)| data[r * n + c]).collect())
+        Recipe::Reshape(inner, _) => recipe(inner, source, k),
+        Recipe::Transpose(inner, rows) => {
+            let data = recipe(inner, source, k)?;
+            let n = data.len() / (*rows).max(1);
+            Ok((0..n).flat_map(|c| (0..*rows).map(move |r| (r, c))).map(|(r, c)| data[r * n + c]).collect())
         }
-        Recipe::Concat(parts) => Ok(parts.iter().map(|p| recipe(p, source)).collect::<Result<Vec<_>, _>>()?.concat()),
-        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source)?
+        Recipe::Concat(parts) => Ok(parts.iter().map(|p| recipe(p, source, k)).collect::<Result<Vec<_>, _>>()?.concat()),
+        Recipe::Scale(inner, by) => {
+            let by = source(by)?;
+            Ok(recipe(inner, source, k)?.iter().zip(by.iter().cycle()).map(|(x, s)| x * s).collect())
+        }
+        Recipe::Quantize(inner, scheme, method) => Ok(Codes::of(&recipe(inner, source, k)?, k, *scheme, *method).dequantize(k, *scheme)),
+        Recipe::Codes(name, scheme) => {
+            let part = |part: &str| source(&format!("{name}.{part}"));
+            let bytes = |v: Vec<f32>| v.into_iter().map(|c| c as u8).collect();
+            let codes = Codes { codes: bytes(part("codes")?), scales: part("scales")?, zeros: bytes(part("zeros")?) };
+            Ok(codes.dequantize(k, *scheme))
+        }
+        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source, k)?
             .into_iter()
             .map(|v| match dtype {
                 DType::F16 => half::f16::from_f32(v).to_f32(),

@@ -211,7 +211,7 @@ fn text(r: &Value) -> String {
 }
 
 pub(super) fn dump(args: &DumpArgs) -> Result<()> {
-    args.target.check()?;
+    let policy = args.target.policy()?;
     if is_artifact(&args.path) {
         return dump_artifact(args);
     }
@@ -223,7 +223,7 @@ pub(super) fn dump(args: &DumpArgs) -> Result<()> {
         if !passes.contains(&wanted.as_str()) {
             bail!("--after: target '{}' has no pass '{wanted}'; its passes are {}", target.name, passes.join(", "));
         }
-        model.lower_for(target, |pass, after| {
+        model.lower_for(target, &policy, |pass, after| {
             if pass.name == wanted {
                 program = (**after).clone();
             }

@@ -74,6 +74,7 @@ impl OpDef for Elementwise1 {
             Unary::Erf => erf,
             Unary::Sigmoid => |x| 1.0 / (1.0 + (-x).exp()),
             Unary::Floor => f32::floor,
+            Unary::Round => f32::round_ties_even,
             Unary::Silu | Unary::QuickGelu | Unary::Gelu | Unary::GeluTanh => return Err(format!("'{}' is composite", self.mnemonic())),
         };
         Ok(vec![Array::F32(args[0].f32()?.mapv(f))])

@@ -5,7 +5,10 @@ use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, Axis, Dimension, linalg::general_mat_mul};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use vlmc_artifact::program::Binary;
+use vlmc_artifact::{
+    Scheme,
+    program::{Binary, Reduce, Unary},
+};
 
 /// `a f32[..., m, k]`, `b f32[..., k, n]` (leading axes broadcast) to `f32[..., m, n]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,8 +71,13 @@ fn split2<T>(shape: &[T]) -> (&[T], [&T; 2]) {
 }
 
 /// `x f32[..., k]`, `weight [n, k]`, optional `bias [n]` to `x weightᵀ + bias`, `f32[..., n]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Linear {}
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Linear {
+    /// `x` is first rounded to 8 bits, to -127..=127 with the scale max|x| / 127 of a row's columns, in the groups that the
+    /// columns of `weight` have, which must be quantized.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dynamic: bool,
+}
 
 impl OpDef for Linear {
     const NAME: &'static str = "linear";
@@ -84,6 +92,7 @@ impl OpDef for Linear {
         expect_float(w, "weight")?;
         expect(w.rank() == 2, || format!("weight must have 2 axes, is {w}"))?;
         expect(x.last()? == &w.shape[1], || format!("last dim of {x} and {w} differ"))?;
+        expect(!self.dynamic || w.dtype.scheme().is_some(), || format!("x is rounded for quantized weights only, not {w}"))?;
         if let Some(b) = bias {
             expect_float(b, "bias")?;
             expect_shape(b, &w.shape[..1], "bias")?;
@@ -94,6 +103,10 @@ impl OpDef for Linear {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        if let (true, Some(scheme)) = (self.dynamic, args[1].ty().dtype.scheme()) {
+            let x = round_to_8_bits(g, args[0], scheme)?;
+            return Some(g.apply_op(Self { dynamic: false }.into(), &[&[x], &args[1..]].concat()));
+        }
         let y = g.matmul(args[0], g.transpose(g.cast(args[1], DType::F32), &[1, 0]));
         Some(vec![match args.get(2) {
             Some(bias) => y + g.cast(*bias, DType::F32),
@@ -101,7 +114,7 @@ impl OpDef for Linear {
         }])
     }
 
-    /// As the decomposition, without copies of the weight.
+    /// As the decomposition of what is not dynamic, without copies of the weight.
     fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let (x, w) = (args[0].f32()?, args[1].f32()?);
         let [n, k] = *w.shape() else { return Err(format!("weight must have 2 axes, has shape {:?}", w.shape())) };
@@ -119,6 +132,29 @@ impl OpDef for Linear {
         }
         Ok(vec![Array::F32(y.into_shape_with_order(shape).map_err(failed)?)])
     }
+}
+
+/// `x` in steps of max|x| / 127 of a row's columns, in groups as `scheme` has them. The columns must be of known number.
+fn round_to_8_bits<'g>(g: &'g Builder<'g>, x: Val<'g>, scheme: Scheme) -> Option<Val<'g>> {
+    let axis = x.ty().rank().checked_sub(1)?;
+    let k = usize::try_from(x.dim(axis).as_const()?).ok()?;
+    let len = scheme.group_len(k);
+    let number = |v: f64| g.literal(Literal::scalar(DType::F32, v));
+    let part = |start: usize, groups: usize, len: usize| {
+        let part = g.slice(x, axis, start, groups * len);
+        let mut grouped = x.ty().shape;
+        grouped.splice(axis.., [groups.into(), len.into()]);
+        let y = g.reshape(part, grouped);
+        let largest = g.unsqueeze(g.reduce(Reduce::Max, g.unary(Unary::Abs, y), &[axis + 1]), axis + 1);
+        // Zeros have no largest number; any scale serves them.
+        let inverse = number(127.0) / g.binary(Binary::Max, largest, number(1e-30));
+        g.reshape(g.unary(Unary::Round, y * inverse) * (largest / 127.0), part.ty().shape)
+    };
+    let whole = k / len;
+    let rest = k % len;
+    let parts: Vec<Val<'g>> =
+        [(0, whole, len), (whole * len, 1, rest)].into_iter().filter(|p| p.1 * p.2 > 0).map(|(s, n, l)| part(s, n, l)).collect();
+    Some(if parts.is_empty() { x } else { g.concat(&parts, axis) })
 }
 
 /// `table [entries, width]`, `ids i64[...]` to the rows chosen, `f32[..., width]`.
