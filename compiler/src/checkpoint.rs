@@ -59,6 +59,8 @@ pub struct Checkpoint {
     weights: Weights,
     /// What is added to weights while they are read, by tensor.
     adapters: BTreeMap<String, Adapter>,
+    /// Tensors that calibration has found.
+    found: Weights,
 }
 
 #[derive(Debug)]
@@ -106,11 +108,11 @@ impl Checkpoint {
             // Only the layout of OpenAI has no such file; timm's says nothing of the pair.
             let weights = Weights::find(&dir, true)?;
             let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
-            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() });
+            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), found: Weights::default() });
         }
         let (config, config_sha256) = read_config(&config)?;
         let weights = Weights::find(&dir, false)?;
-        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() })
+        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), found: Weights::default() })
     }
 
     /// The structure without the weights: every tensor is taken to exist, in the type that `torch_dtype` (or `dtype`) names.
@@ -122,7 +124,7 @@ impl Checkpoint {
         let (config, config_sha256) = read_config(path)?;
         let dtype = config_dtype(&config)?;
         let dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype), adapters: BTreeMap::new() })
+        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype), adapters: BTreeMap::new(), found: Weights::default() })
     }
 
     /// Renames every tensor, e.g. `model.visual.x` to `visual.x`: from here on only the new names are known.
@@ -162,6 +164,13 @@ impl Checkpoint {
         Ok(self)
     }
 
+    /// Adds tensors of a file that is no part of the checkpoint, and not of its [`Self::source`].
+    pub(crate) fn with_found(self, file: File, tensors: BTreeMap<String, Stored>) -> Self {
+        let shard = Shard { name: String::new(), path: std::env::temp_dir(), file, header_sha256: String::new() };
+        let tensors = tensors.into_iter().map(|(name, stored)| (name, Tensor { shard: 0, stored })).collect();
+        Self { found: Weights::Files { shards: vec![shard], tensors }, ..self }
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -192,7 +201,7 @@ impl Checkpoint {
 
     /// Element type and shape of a tensor; `None` if there is no such tensor, or of a type that vlmc does not know.
     pub fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
-        self.weights.tensor(name)
+        self.weights.tensor(name).or_else(|| self.found.tensor(name))
     }
 
     /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
@@ -202,7 +211,8 @@ impl Checkpoint {
     /// The tensor or the rows do not exist, the checkpoint was opened without weights, or the file cannot be read.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
         let first = rows.start;
-        self.weights.read_rows(name, rows, buf)?;
+        let from = if self.weights.tensor(name).is_none() && self.found.tensor(name).is_some() { &self.found } else { &self.weights };
+        from.read_rows(name, rows, buf)?;
         if let (Some(adapter), Some((dtype, _))) = (self.adapters.get(name), self.tensor(name)) {
             adapter.add(first, dtype, buf);
         }
@@ -243,6 +253,12 @@ fn widen(name: &str, dtype: DType, bytes: &[u8], out: &mut Vec<f32>) -> Result<(
         other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
     }
     Ok(())
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self::Files { shards: vec![], tensors: BTreeMap::new() }
+    }
 }
 
 impl WeightSource for Checkpoint {

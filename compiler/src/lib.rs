@@ -3,6 +3,7 @@
 pub mod arch;
 pub mod artifact_dir;
 pub mod back;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod compile;
 mod digest;
@@ -13,6 +14,7 @@ mod lora;
 mod loss;
 mod pytorch;
 mod safetensors_header;
+pub mod samples;
 mod stored;
 pub mod synth;
 pub mod target;

@@ -13,9 +13,9 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
-use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc::{arch::ARCHITECTURES, back::onnx, calibrate::Request, compile, hub, samples, synth, target};
 use vlmc_passes::quantize::Policy;
-use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
+use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine, prepare::Preparer};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
 /// own CPU runtime. No Python is needed, neither to compile nor to run.
@@ -77,6 +77,10 @@ struct CompileArgs {
     /// Directory of LoRA adapters (PEFT) to merge into the weights
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
+    /// Pictures and prompts to find 4-bit codes for (GPTQ): a directory of files a.png and a.txt, or a list (.jsonl) of {"image": ...,
+    /// "prompt": ...}. A few dozen that are like what the model will be asked will do.
+    #[arg(long, value_name = "PATH")]
+    calibrate: Option<PathBuf>,
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
@@ -231,6 +235,24 @@ fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path)
     Ok(report)
 }
 
+/// Finds codes that suit the samples at `data`.
+fn calibrate(model: compile::Model, target: &str, policy: Policy, data: &Path) -> Result<compile::Model> {
+    let requests = requests(&model, data).with_context(|| format!("--calibrate {}", data.display()))?;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    let calibrated = model.calibrate(target, &[policy], &requests, &|weight| bar.set_message(weight.to_string()));
+    bar.finish_and_clear();
+    Ok(calibrated?.0)
+}
+
+/// Tensors of the samples at `data`.
+fn requests(model: &compile::Model, data: &Path) -> Result<Vec<Request>> {
+    let dir = model.checkpoint().dir();
+    let path = |name: &str| Some(dir.join(name)).filter(|p| p.exists());
+    let preparer = Preparer::new(model.lower()?.task, model.processor()?, path)?;
+    let samples = samples::read(data, None)?;
+    Ok(samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.tensors(&preparer)? })).collect::<vlmc::Result<_>>()?)
+}
+
 fn compile_command(args: &CompileArgs) -> Result<()> {
     let policy = args.target.policy()?;
     let dir = checkpoint_dir(&args.model)?;
@@ -244,6 +266,10 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
+    let model = match &args.calibrate {
+        Some(data) => calibrate(model, &args.target.target, policy.clone(), data)?,
+        None => model,
+    };
     let report = compile_to(&model, &args.target.target, &policy, &out)?;
     if args.json {
         return print_json(&report);
