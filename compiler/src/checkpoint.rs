@@ -498,7 +498,7 @@ fn parse(path: &Path, json: &[u8]) -> Result<Value> {
     serde_json::from_slice(json).map_err(|e| Error::file(path, e.to_string()))
 }
 
-fn known_dtype(dtype: Dtype) -> Option<DType> {
+pub(crate) fn known_dtype(dtype: Dtype) -> Option<DType> {
     dtype.to_string().parse().ok()
 }
 

@@ -13,11 +13,13 @@ mod lora;
 mod loss;
 mod pytorch;
 mod safetensors_header;
+pub mod samples;
 mod stored;
 pub mod synth;
 pub mod target;
 pub mod tiktoken;
 pub mod vectors;
+pub mod verify;
 pub mod weights_writer;
 
 pub use error::{Error, Result};
