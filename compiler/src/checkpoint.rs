@@ -238,12 +238,40 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// A whole tensor of floats, row major, with what adapters add to it.
+    ///
+    /// # Errors
+    /// As [`Self::read_rows`], or it is not of floats.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        const TILE: usize = 16 << 20;
+        let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing, or of a type that is not supported"))?;
+        let (rows, row) = (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product::<usize>());
+        let step = (TILE / (row * dtype.size()).max(1)).max(1);
+        let (mut out, mut bytes) = (vec![], vec![]);
+        for start in (0..rows).step_by(step) {
+            self.read_rows(name, start..rows.min(start + step), &mut bytes)?;
+            widen(name, dtype, &bytes, &mut out)?;
+        }
+        Ok(out)
+    }
+
     /// Tensors that are not in `used`, sorted.
     pub fn unused<'a>(&self, used: impl IntoIterator<Item = &'a str>) -> Vec<String> {
         let Weights::Files { tensors, .. } = &self.weights else { return vec![] };
         let used: BTreeSet<_> = used.into_iter().collect();
         tensors.keys().filter(|n| !used.contains(n.as_str()) && !self.packed.owns(n)).cloned().collect()
     }
+}
+
+/// Appends the floats that `bytes` of tensor `name` are.
+fn widen(name: &str, dtype: DType, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
+    match dtype {
+        DType::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+        DType::F16 => out.extend(bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32())),
+        DType::BF16 => out.extend(bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32())),
+        other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
+    }
+    Ok(())
 }
 
 impl WeightSource for Checkpoint {
@@ -333,12 +361,8 @@ impl Weights {
         let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
         let mut bytes = vec![];
         self.read_rows(name, 0..shape.first().copied().unwrap_or(1), &mut bytes)?;
-        let floats = match dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            DType::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-            other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
-        };
+        let mut floats = vec![];
+        widen(name, dtype, &bytes, &mut floats)?;
         Ok((floats, shape.to_vec()))
     }
 
@@ -523,7 +547,7 @@ fn parse(path: &Path, json: &[u8]) -> Result<Value> {
     serde_json::from_slice(json).map_err(|e| Error::file(path, e.to_string()))
 }
 
-fn known_dtype(dtype: Dtype) -> Option<DType> {
+pub(crate) fn known_dtype(dtype: Dtype) -> Option<DType> {
     dtype.to_string().parse().ok()
 }
 

@@ -259,6 +259,7 @@ impl Model {
             processor,
             generation: self.generation()?,
             files: Default::default(),
+            certificate: None,
         })?;
         Ok(Report {
             out: options.out.into(),
