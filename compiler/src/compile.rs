@@ -6,7 +6,7 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    loss, target, tiktoken,
+    loss, packed, target, tiktoken,
     weights_writer::{PAD, WeightsWriter},
 };
 use prost::Message;
@@ -120,7 +120,7 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        let checkpoint = checkpoint.with_names(architecture.canonical_name)?;
+        let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
         Ok(Self { architecture, checkpoint, with_loss: false, found: BTreeMap::new() })
     }
 
@@ -166,7 +166,8 @@ impl Model {
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
         let lowered = self.lower()?;
-        let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        let (mut program, outcomes) = quantize(target, policy, program)?;
         program.map_weights(|name, w| {
             let found = w.dtype.scheme().and_then(|scheme| self.found.get(&(name.to_string(), scheme)));
             found.map_or_else(|| w.clone(), |recipe| WeightDef { recipe: recipe.clone(), ..w.clone() })
@@ -273,6 +274,7 @@ impl Model {
             processor,
             generation: self.generation()?,
             files: Default::default(),
+            certificate: None,
         })?;
         Ok(Report {
             out: options.out.into(),

@@ -3,20 +3,14 @@
 //! What an entry is run on follows from what the ones before it gave, by the rules of [`Pipeline`] and [`forward`]. So each sample
 //! is run through these again and again on an engine that knows the results so far and stops at the first that it does not know.
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    verify::{Request, array},
+};
 use ndarray::{ArrayD, IxDyn};
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 use vlmc_ir::{Bindings, interp::Array};
-use vlmc_runtime::{Data, Engine, Pipeline, Scored, Tensor, Tensors, artifact::Manifest, binding, forward};
-
-/// Tensors to run a model on, named as in the Hugging Face forward signature, and what messages call them.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// What messages call it.
-    pub name: String,
-    /// The tensors.
-    pub tensors: Tensors,
-}
+use vlmc_runtime::{Engine, Pipeline, Scored, Tensor, Tensors, artifact::Manifest, binding, forward};
 
 /// Inputs of an entry, with states that are empty.
 pub(super) struct Given {
@@ -116,17 +110,6 @@ fn next_call(manifest: &Manifest, request: &Tensors, known: &[Vec<Tensor>]) -> v
         None => done.map(|()| None),
         call => Ok(call),
     }
-}
-
-fn array(t: &Tensor) -> Result<Array> {
-    fn with<T: Clone>(t: &Tensor, data: &[T]) -> Result<ArrayD<T>> {
-        ArrayD::from_shape_vec(IxDyn(t.shape()), data.to_vec()).map_err(|e| Error::Backend(e.to_string()))
-    }
-    Ok(match t.data() {
-        Data::F32(v) => Array::F32(with(t, v)?),
-        Data::I64(v) => Array::I64(with(t, v)?),
-        Data::Bool(v) => Array::Bool(with(t, v)?),
-    })
 }
 
 fn tensor(a: Array) -> Result<Tensor> {

@@ -7,12 +7,11 @@
 mod found;
 mod lockstep;
 
-pub use lockstep::Request;
-
 use crate::{
     Error, Result,
     compile::{Lowered, Model, entry},
     target,
+    verify::Request,
 };
 use found::Found;
 use lockstep::Given;
@@ -58,7 +57,9 @@ impl Model {
         let mut choices: BTreeMap<String, Vec<Choice>> = BTreeMap::new();
         for policy in policies {
             for (name, outcome) in quantize(target, policy, program.clone().into_inner())?.1 {
+                // What comes quantized stays as it is.
                 if let Outcome::Done(choice) = outcome
+                    && self.checkpoint().packed().tensor(&format!("{name}.codes")).is_none()
                     && (policies.len() > 1 || choice.scheme.bits == 4)
                 {
                     let of = choices.entry(name).or_default();
@@ -81,6 +82,7 @@ impl Model {
             processor: self.processor()?,
             generation: Default::default(),
             files: Default::default(),
+            certificate: None,
         };
         let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new() });
         let source = |name: &str| self.checkpoint().floats(name).map_err(|e| e.to_string());

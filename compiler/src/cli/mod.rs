@@ -3,6 +3,7 @@
 mod embed;
 mod inspect;
 mod run;
+mod verify;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -13,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
-use vlmc::{arch::ARCHITECTURES, back::onnx, calibrate::Request, compile, hub, samples, synth, target};
+use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, samples, synth, target, verify::Request};
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine, prepare::Preparer};
 
@@ -51,6 +52,12 @@ enum Command {
     /// pixel_values_videos, video_grid_thw, position_ids. Writes logits, image_features and, with --max-new-tokens,
     /// generated_ids (greedy, end-of-text ignored).
     Exec(ExecArgs),
+    /// Compare an artifact with its checkpoint, layer by layer
+    ///
+    /// Runs the artifact and, in plain f32, the program of the checkpoint; compares each layer's result with what the checkpoint's
+    /// weights make of the same operands, and the outputs. Names the first layer that is wrong, and then exits with 1. The
+    /// result goes into the artifact's manifest. Without --image, --prompt and --data, on a made-up picture and text.
+    Verify(verify::VerifyArgs),
     /// Show what a checkpoint or an artifact holds
     Inspect(inspect::InspectArgs),
     /// Print the graphs of a checkpoint or an artifact
@@ -167,6 +174,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Embed(args) => embed::embed(&args),
         Command::Exec(args) => exec(&args),
+        Command::Verify(args) => verify::verify(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),
         Command::Archs(args) => archs(args.json),

@@ -13,10 +13,18 @@ mod reference;
 mod spool;
 mod tap;
 
+pub use html::html;
 pub use measure::Errors;
 
-use crate::{Error, Result, checkpoint::Checkpoint, compile::Model, compile::WEIGHTS, digest, safetensors_header::Header};
-use measure::kl;
+use crate::{
+    Error, Result,
+    checkpoint::known_dtype,
+    compile::{COMPILER, Model, WEIGHTS},
+    digest,
+    safetensors_header::Header,
+};
+pub(crate) use measure::kl;
+pub(crate) use reference::array;
 use reference::{Reference, Step};
 use serde::Serialize;
 use spool::{Kept, Spool};
@@ -30,14 +38,19 @@ use std::{
     rc::Rc,
 };
 use tap::Tapped;
+use vlmc_artifact::{
+    Scheme,
+    program::Program,
+    quant::{Codes, Method},
+};
 use vlmc_ir::{
-    Bindings, Def, Graph, Type,
+    DType, Def, Graph, Type,
     interp::{self, Array},
     weights::WeightDef,
 };
 use vlmc_runtime::{
     Artifact, CpuEngine, Data, Engine, Observed, Observer, Pipeline, Scored, Tensor, Tensors,
-    artifact::{Certificate, DType, Manifest},
+    artifact::{Certificate, PROGRAM},
     forward,
 };
 
@@ -139,7 +152,25 @@ const EXACT: f64 = 1e-4;
 /// As [`EXACT`], of the outputs of a whole model.
 const EXACT_OUTPUT: f64 = 2e-3;
 
+/// The node that takes most of its tolerance, or else the first.
+pub fn worst<'n>(nodes: &[&'n Node]) -> &'n Node {
+    nodes[1..].iter().fold(nodes[0], |worst, n| if n.excess() > worst.excess() { n } else { worst })
+}
+
 impl Report {
+    /// The nodes of each layer, in order; never none.
+    pub fn layers(&self) -> Vec<(String, Vec<&Node>)> {
+        let mut layers: Vec<(String, Vec<&Node>)> = vec![];
+        for node in &self.nodes {
+            let layer = node.layer();
+            match layers.iter_mut().find(|(name, _)| *name == layer) {
+                Some((_, nodes)) => nodes.push(node),
+                None => layers.push((layer, vec![node])),
+            }
+        }
+        layers
+    }
+
     /// The first node that is wrong.
     pub fn first_wrong(&self) -> Option<&Node> {
         self.nodes.iter().find(|n| n.is_wrong())
@@ -157,15 +188,14 @@ impl Report {
     }
 
     /// What goes into the manifest.
-    pub fn certificate(&self, checkpoint: &Checkpoint) -> Certificate {
+    pub fn certificate(&self) -> Certificate {
         let logits = || self.requests.iter().filter_map(|r| r.logits.as_ref());
         let worst = self.nodes.iter().filter(|n| n.local.is_some());
         let worst = worst.max_by(|a, b| a.excess().total_cmp(&b.excess()));
         let all: Vec<f64> = logits().flat_map(|l| &l.kl).copied().collect();
         let mean = |v: &mut dyn Iterator<Item = f64>, n: usize| rounded(v.sum::<f64>() / n.max(1) as f64);
         Certificate {
-            compiler: crate::compile::COMPILER.into(),
-            checkpoint: checkpoint.source(),
+            compiler: COMPILER.into(),
             requests: self.requests.iter().map(|r| r.sha256.clone()).collect(),
             nodes: self.nodes.iter().filter(|n| n.local.is_some()).count(),
             nodes_not_compared: self.nodes.iter().filter(|n| n.local.is_none()).count(),
@@ -382,22 +412,42 @@ impl Constants {
 struct Stored {
     dtypes: HashMap<String, DType>,
     weights: Rc<BTreeMap<String, WeightDef>>,
-    /// What a backend adds to the name of a matrix in a layout of its own.
-    suffix: &'static str,
+    /// What a backend adds to the name of a weight in a layout of its own.
+    suffixes: &'static [&'static str],
 }
 
 impl Stored {
     fn open(artifact: &Artifact, weights: Rc<BTreeMap<String, WeightDef>>) -> Result<Self> {
         let path = artifact.require(WEIGHTS)?;
         let header = Header::read(&path, &File::open(&path).map_err(Error::io(&path))?)?;
-        let dtypes = header.tensors.iter().filter_map(|t| Some((t.name.clone(), crate::checkpoint::known_dtype(t.dtype)?))).collect();
-        let suffix = if artifact.manifest().target == "cpu" { ".rows" } else { ".T" };
-        Ok(Self { dtypes, weights, suffix })
+        let mut dtypes: HashMap<String, DType> =
+            header.tensors.iter().filter_map(|(name, t)| Some((name.clone(), known_dtype(t.dtype)?))).collect();
+        if artifact.path(PROGRAM).is_some() {
+            // Here quantized tensors are bytes; the program knows more.
+            let path = artifact.require(PROGRAM)?;
+            let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+            let program: Program = serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e.to_string()))?;
+            dtypes.extend(program.weights.into_iter().map(|w| (w.name, w.dtype)));
+            return Ok(Self { dtypes, weights, suffixes: &[".rows"] });
+        }
+        // Codes of blocks: [rows, blocks, bytes of a block].
+        for (name, t) in &header.tensors {
+            let weight = name.strip_suffix(".codes").and_then(|n| Some((n, weights.get(n)?.shape.last()?)));
+            if let (Some((weight, k)), [_, blocks, bytes]) = (weight, &t.shape[..]) {
+                let bits = if blocks * bytes * 8 >= k * 8 { 8 } else { 4 };
+                let block = (bytes * 8).checked_div(bits).and_then(|b| u16::try_from(b).ok());
+                let scheme =
+                    DType::Quant(Scheme { bits: bits as u8, group: block, zero_points: dtypes.contains_key(&format!("{weight}.zeros")) });
+                dtypes.extend([".codes", ".rows"].map(|part| (format!("{weight}{part}"), scheme)));
+            }
+        }
+        Ok(Self { dtypes, weights, suffixes: &[".T", ".codes", ".rows"] })
     }
 
     /// The frontend's weights in a tensor: one, or several whose rows were put together (`a+b`), or none that it knows.
     fn parts(&self, stored: &str) -> Vec<String> {
-        for name in [stored.strip_suffix(self.suffix), Some(stored)].into_iter().flatten() {
+        let stripped = self.suffixes.iter().filter_map(|s| stored.strip_suffix(s));
+        for name in stripped.chain([stored]) {
             let parts: Vec<&str> = name.split('+').collect();
             if parts.iter().all(|p| self.weights.contains_key(*p)) {
                 return parts.into_iter().map(String::from).collect();
@@ -406,18 +456,19 @@ impl Stored {
         vec![]
     }
 
-    /// Relative error that storage explains, of a node with these tensors.
-    fn tolerance(&self, stored: &[String]) -> f64 {
+    /// How the weights of a node are stored: in the least exact of its tensors.
+    fn storage(&self, stored: &[String]) -> Storage {
         let of = |name: &String| {
             let parts = self.parts(name);
             let from = parts.first().and_then(|p| self.weights.get(p)).map_or(DType::F32, |w| w.dtype);
             match self.dtypes.get(name) {
-                Some(DType::BF16) if from != DType::BF16 => 1e-2,
-                Some(DType::F16) if from != DType::F16 => 2e-3,
-                _ => EXACT,
+                Some(DType::Quant(scheme)) => Storage::Quantized(*scheme),
+                Some(DType::BF16) if from != DType::BF16 => Storage::Narrowed(4e-3),
+                Some(DType::F16) if from != DType::F16 && from != DType::BF16 => Storage::Narrowed(5e-4),
+                _ => Storage::Exact,
             }
         };
-        stored.iter().map(of).fold(EXACT, f64::max)
+        stored.iter().map(of).fold(Storage::Exact, |a, b| if b > a { b } else { a })
     }
 }
 
@@ -444,7 +495,41 @@ struct Record {
     result: Kept,
     /// Its part of the result's last axis.
     columns: Range<usize>,
-    tolerance: f64,
+    storage: Storage,
+}
+
+/// How exactly a weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+enum Storage {
+    /// As in the checkpoint, or wider.
+    Exact,
+    /// In a narrower float type, of that relative step.
+    Narrowed(f64),
+    /// As codes.
+    Quantized(Scheme),
+}
+
+impl Storage {
+    /// Relative error of a node that it explains. Of codes it is twice the error that rounding to nearest makes in these very
+    /// weights (activations do not lie evenly), and 2 % for activations that are rounded to 8 bits.
+    fn tolerance(self, step: &Step<'_>) -> f64 {
+        match self {
+            Self::Exact => EXACT,
+            Self::Narrowed(step) => EXACT + 2.0 * step,
+            Self::Quantized(scheme) => {
+                let error = |w: &Array| {
+                    let (k, data) = (w.shape().last().copied().unwrap_or(1), w.f32().ok()?.iter().copied().collect::<Vec<_>>());
+                    let rounded = Codes::of(&data, k, scheme, Method::Round).dequantize(k, scheme);
+                    Some(Errors::of(&rounded, &data).relative).filter(|e| e.is_finite())
+                };
+                let matrices = step.node.args.iter().filter_map(|v| match step.graph.def(*v) {
+                    Def::Weight(name) => step.weights.get(name).filter(|w| w.shape().len() > 1),
+                    _ => None,
+                });
+                EXACT + 0.02 + 2.0 * matrices.filter_map(|w| error(w)).fold(0.0, f64::max)
+            }
+        }
+    }
 }
 
 impl State {
@@ -470,7 +555,7 @@ impl State {
         if widths.iter().sum::<usize>() != width {
             return Ok(());
         }
-        let tolerance = self.stored.tolerance(&weights);
+        let storage = self.stored.storage(&weights);
         let operands = operands.iter().map(|t| self.spool.put(t)).collect::<std::io::Result<Vec<_>>>()?;
         let result = self.spool.put(&result)?;
         let mut start = 0;
@@ -478,12 +563,7 @@ impl State {
             let key = (entry.clone(), parts.iter().map(|p| p[i].clone()).collect());
             let columns = start..start + width;
             start += width;
-            self.records.entry(key).or_default().push(Record {
-                operands: operands.clone(),
-                result: result.clone(),
-                columns,
-                tolerance,
-            });
+            self.records.entry(key).or_default().push(Record { operands: operands.clone(), result: result.clone(), columns, storage });
         }
         Ok(())
     }
@@ -494,9 +574,7 @@ impl State {
             return Ok(());
         }
         let entry = step.graph.name.clone();
-        self.symbols
-            .entry(entry.clone())
-            .or_insert_with(|| step.symbols.iter().map(|(name, v)| (name.to_string(), v)).collect());
+        self.symbols.entry(entry.clone()).or_insert_with(|| step.symbols.iter().map(|(name, v)| (name.to_string(), v)).collect());
         let constants = &self.constants[&entry];
         let (weights, others) = constants.split(step.node);
         if weights.is_empty() || others.is_empty() {
@@ -538,7 +616,10 @@ impl State {
         let node = &mut self.nodes[index];
         node.local = worse(node.local, local);
         node.propagated = worse(node.propagated, propagated);
-        node.tolerance = node.tolerance.max(record.tolerance);
+        // Of every request the same; found once.
+        if node.tolerance == EXACT {
+            node.tolerance = record.storage.tolerance(step);
+        }
         Ok(())
     }
 }
@@ -572,12 +653,12 @@ fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool) -> R
             None => Cow::Borrowed(reference),
             Some(at) => {
                 let kept = &record.operands[at];
-                let same = kept.shape.iter().product::<usize>() == reference.shape().iter().product::<usize>();
-                let operand = if same { reference::array(&spool.get(kept)?)? } else { return Ok(None) };
-                if operand.dtype() != reference.dtype() {
+                let same =
+                    kept.dtype == reference.dtype() && kept.shape.iter().product::<usize>() == reference.shape().iter().product::<usize>();
+                if !same {
                     return Ok(None);
                 }
-                Cow::Owned(operand.reshaped(reference.shape()).map_err(Error::Backend)?)
+                Cow::Owned(reference::array(&spool.get(&Kept { shape: reference.shape().to_vec(), ..kept.clone() })?)?)
             }
         });
     }

@@ -14,8 +14,8 @@ pub(super) struct Spool {
 /// A tensor in the file.
 #[derive(Clone, Debug)]
 pub(super) struct Kept {
-    offset: u64,
-    dtype: DType,
+    pub(super) offset: u64,
+    pub(super) dtype: DType,
     pub(super) shape: Vec<usize>,
 }
 
