@@ -4,8 +4,11 @@
 //! comes, its inputs are there: its codes are found for these, and the layer goes on with what the codes stand for, so that later
 //! layers see the errors of earlier ones.
 
+mod budget;
 mod found;
 mod lockstep;
+
+pub use budget::Budgeted;
 
 use crate::{
     Error, Result,
@@ -20,16 +23,19 @@ use rayon::prelude::*;
 use std::{borrow::Cow, cell::RefCell, collections::BTreeMap};
 use vlmc_artifact::{FORMAT, Manifest, program::Unary};
 use vlmc_ir::{
-    Bindings, DType, Def, Graph, Node, Op, Scheme, Type, ValueId,
+    Bindings, DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
     interp::{self, Array, Observer, Resident, Sample},
     ops::Elementwise1,
     quant::Codes,
     weights::Recipe,
 };
-use vlmc_passes::quantize::{
-    Choice, Outcome, Policy,
-    gptq::{Factor, output_error},
-    quantize,
+use vlmc_passes::{
+    Target,
+    quantize::{
+        Choice, Part, Policy,
+        gptq::{Factor, output_error},
+        parts, refusal,
+    },
 };
 
 /// What calibration found for a weight in one scheme.
@@ -44,31 +50,26 @@ pub struct Measured {
 /// What calibration found, by weight; of each, in the order of the policies.
 pub type Report = BTreeMap<String, Vec<Measured>>;
 
+/// Ways to keep a weight of a name and a part that codes are to be found for.
+pub type Candidates<'a> = &'a dyn Fn(&str, Part) -> Vec<Choice>;
+
 impl Model {
-    /// The model with codes for its weights that suit `requests`. Of each weight, codes are found for all that `policies` choose;
-    /// later layers see those of the first. Compiled with one of these policies, the model gets these codes; weights that no request
-    /// reaches (a tower, if there are no pictures) are quantized without.
+    /// The model with codes for its weights that suit `requests`, in all schemes of `candidates`; later layers see the codes of the
+    /// first. Compiled by a policy that chooses one of these, the model has these codes; weights that no request reaches (a tower, if
+    /// there are no pictures) have none.
     ///
     /// # Errors
-    /// A request does not fit the model.
-    pub fn calibrate(self, target: &str, policies: &[Policy], requests: &[Request], progress: &dyn Fn(&str)) -> Result<(Self, Report)> {
+    /// There are no requests, or one does not fit the model.
+    pub fn calibrate(
+        self,
+        target: &str,
+        candidates: Candidates<'_>,
+        requests: &[Request],
+        progress: &dyn Fn(&str),
+    ) -> Result<(Self, Report)> {
         let target = target::named(target)?;
         let Lowered { program, task, .. } = self.lower()?;
-        let mut choices: BTreeMap<String, Vec<Choice>> = BTreeMap::new();
-        for policy in policies {
-            for (name, outcome) in quantize(target, policy, program.clone().into_inner())?.1 {
-                // What comes quantized stays as it is.
-                if let Outcome::Done(choice) = outcome
-                    && self.checkpoint().packed().tensor(&format!("{name}.codes")).is_none()
-                    && (policies.len() > 1 || choice.scheme.bits == 4)
-                {
-                    let of = choices.entry(name).or_default();
-                    if !of.contains(&choice) {
-                        of.push(choice);
-                    }
-                }
-            }
-        }
+        let choices = self.choices(target, &program, candidates);
         let manifest = Manifest {
             format: FORMAT,
             compiler: crate::compile::COMPILER.into(),
@@ -105,6 +106,25 @@ impl Model {
         let recipes = report.iter().flat_map(recipe).collect();
         Ok((self.with_found(|checkpoint| found.added_to(checkpoint), recipes), report))
     }
+
+    /// The candidates of each weight that `target` runs. What comes quantized stays as it is.
+    fn choices(&self, target: &Target, program: &Program, candidates: Candidates<'_>) -> BTreeMap<String, Vec<Choice>> {
+        let packed = |name: &str| self.checkpoint().packed().tensor(&format!("{name}.codes")).is_some();
+        let mut out = BTreeMap::new();
+        for (name, part) in parts(program) {
+            let mut choices = if packed(&name) { vec![] } else { candidates(&name, part) };
+            choices.retain(|c| refusal(target, program, &name, c.scheme).is_none());
+            if !choices.is_empty() {
+                out.insert(name, choices);
+            }
+        }
+        out
+    }
+}
+
+/// What a policy chooses for 4 bits, where calibration pays.
+pub fn four_bits(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
+    |name, part| policy.choice(name, part).filter(|c| c.scheme.bits == 4).into_iter().collect()
 }
 
 /// Name of the tensors that hold a weight's codes in a scheme.

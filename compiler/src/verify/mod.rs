@@ -65,6 +65,7 @@ pub struct Options<'a> {
 }
 
 /// Tensors of a request, named as in the Hugging Face forward signature.
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Where it comes from.
     pub name: String,
