@@ -9,6 +9,7 @@
 
 mod html;
 mod measure;
+mod plot;
 mod reference;
 mod spool;
 mod tap;
