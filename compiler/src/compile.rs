@@ -6,7 +6,7 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    loss, target, tiktoken,
+    loss, packed, target, tiktoken,
     weights_writer::{PAD, WeightsWriter},
 };
 use prost::Message;
@@ -115,7 +115,7 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?, with_loss: false })
+        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?, with_loss: false })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -155,7 +155,8 @@ impl Model {
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
         let lowered = self.lower()?;
-        let (program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        let (program, outcomes) = quantize(target, policy, program)?;
         let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }

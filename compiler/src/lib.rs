@@ -11,6 +11,7 @@ pub mod exec;
 pub mod hub;
 mod lora;
 mod loss;
+mod packed;
 mod pytorch;
 mod safetensors_header;
 pub mod samples;

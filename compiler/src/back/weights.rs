@@ -256,6 +256,10 @@ impl Rows<'_> {
                 }
                 Ok(out)
             }
+            Recipe::Reshape(inner, shape) => {
+                let each = self.rows(inner)?.checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(0);
+                self.codes(inner, rows.start * each..rows.end * each, k)
+            }
             _ => Err(Error::Backend("a quantized weight has a recipe without codes".into())),
         }
     }

@@ -7,7 +7,7 @@ pub use policy::{BUILT_IN, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
 use std::collections::BTreeMap;
-use vlmc_ir::{DType, Def, Graph, Node, Op, Program, Type, ValueId, rewrite};
+use vlmc_ir::{DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, rewrite};
 
 /// Tables of fewer entries are left alone: positions and kinds of tokens, which are small and count for every token.
 pub const LEAST_ENTRIES: usize = 8192;
@@ -87,7 +87,8 @@ fn from_inputs(g: &Graph) -> Vec<bool> {
     found
 }
 
-/// Quantizes the weights that `policy` names, as far as `target` runs them.
+/// Quantizes the weights that `policy` names, as far as `target` runs them. Weights that come quantized stay so; for them the
+/// policy says only whether what they multiply is rounded.
 ///
 /// # Errors
 /// A rewrite made something ill-typed: a bug.
@@ -96,12 +97,18 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
     for (name, part) in parts(&program) {
         let outcome = match policy.choice(&name, part) {
             None => Outcome::Left,
-            Some(choice) => refusal(target, &program, &name, choice).map_or(Outcome::Done(choice), Outcome::Refused),
+            Some(choice) => {
+                let scheme = program.weights.get(&name).and_then(|w| w.dtype.scheme()).unwrap_or(choice.scheme);
+                refusal(target, &program, &name, scheme).map_or(Outcome::Done(Choice { scheme, ..choice }), Outcome::Refused)
+            }
         };
         outcomes.insert(name, outcome);
     }
     let choice = |name: &str| if let Some(Outcome::Done(c)) = outcomes.get(name) { Some(*c) } else { None };
-    program.map_weights(|name, w| choice(name).map_or_else(|| w.clone(), |c| w.quantize(c.scheme, c.method)));
+    program.map_weights(|name, w| match choice(name) {
+        Some(c) if w.dtype.scheme().is_none() => w.quantize(c.scheme, c.method),
+        _ => w.clone(),
+    });
     program.graphs = program
         .graphs
         .iter()
@@ -121,14 +128,14 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
     Ok((program, outcomes))
 }
 
-/// Why `target` does not run the weight in that type.
-fn refusal(target: &Target, program: &Program, name: &str, choice: Choice) -> Option<String> {
+/// Why `target` does not run the weight of that name in that type, if so.
+pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -> Option<String> {
     program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))).find_map(|(g, node)| {
         let reads = |v: &ValueId| matches!(g.def(*v), Def::Weight(n) if n == name);
         if !node.args.iter().any(reads) {
             return None;
         }
-        let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(choice.scheme)) } else { g.ty(*v).clone() };
+        let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() };
         match (target.supports)(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
             Support::Native => None,
             Support::Reject(why) => Some(why),
