@@ -267,10 +267,10 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A whole tensor of floats, row major, with what adapters add to it.
+    /// A whole tensor of floats, row major, with what adapters add to it; or of bytes, as numbers.
     ///
     /// # Errors
-    /// As [`Self::read_rows`], or it is not of floats.
+    /// As [`Self::read_rows`], or it is of another type.
     pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
         const TILE: usize = 16 << 20;
         let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing, or of a type that is not supported"))?;
@@ -279,7 +279,10 @@ impl Checkpoint {
         let (mut out, mut bytes) = (vec![], vec![]);
         for start in (0..rows).step_by(step) {
             self.read_rows(name, start..rows.min(start + step), &mut bytes)?;
-            widen(name, dtype, &bytes, &mut out)?;
+            match dtype {
+                DType::U8 => out.extend(bytes.iter().map(|b| f32::from(*b))),
+                dtype => widen(name, dtype, &bytes, &mut out)?,
+            }
         }
         Ok(out)
     }

@@ -160,14 +160,20 @@ impl Model {
         Ok(Lowered { program: verified(program)?, task, unused, unknown, outcomes: BTreeMap::new() })
     }
 
+    /// As [`Self::lower`], with the codes of layers that come quantized where `target` runs them.
+    pub(crate) fn lower_with_codes(&self, target: &Target) -> Result<Lowered> {
+        let lowered = self.lower()?;
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        Ok(Lowered { program: verified(program)?, ..lowered })
+    }
+
     /// The program as `target` runs it, quantized by `policy`; `after` sees it after each pass.
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
-        let lowered = self.lower()?;
-        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
-        let (mut program, outcomes) = quantize(target, policy, program)?;
+        let lowered = self.lower_with_codes(target)?;
+        let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
         program.map_weights(|name, w| {
             let found = w.dtype.scheme().and_then(|scheme| self.found.get(&(name.to_string(), scheme)));
             found.map_or_else(|| w.clone(), |recipe| WeightDef { recipe: recipe.clone(), ..w.clone() })

@@ -29,14 +29,26 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// The tensors that the model takes of it.
+    /// The tensors that the model takes of it: of a prompt without the answer.
     ///
     /// # Errors
     /// The picture cannot be read, or the model takes no such sample.
     pub fn tensors(&self, preparer: &Preparer) -> Result<Tensors> {
+        self.request(preparer, None)
+    }
+
+    /// The tensors of the prompt and the answer, if there is one, as if the model had said it.
+    ///
+    /// # Errors
+    /// As [`Self::tensors`].
+    pub fn answered(&self, preparer: &Preparer) -> Result<Tensors> {
+        self.request(preparer, self.answer.as_deref())
+    }
+
+    fn request(&self, preparer: &Preparer, answer: Option<&str>) -> Result<Tensors> {
         let picture: Option<Rgb> = self.image.as_deref().map(image::read).transpose()?;
         let failed = |e: vlmc_runtime::Error| Error::Model { model: self.name.clone(), message: e.to_string() };
-        preparer.request(picture.as_ref(), self.prompt.as_deref()).map_err(failed)
+        preparer.request(picture.as_ref(), self.prompt.as_deref(), answer).map_err(failed)
     }
 }
 
@@ -52,8 +64,7 @@ struct Line {
 /// The samples at `path`, at most `limit`.
 ///
 /// A `.jsonl` file has a sample on each line: `{"image": "a.png", "prompt": "What is it?"}`, where either may be missing, possibly
-/// with the right `answer`; the
-/// file of a picture is relative to the list. A directory has pictures and texts that belong together by name (`a.png` and
+/// with the right `answer`; the file of a picture is relative to the list. A directory has pictures and texts that belong together by name (`a.png` and
 /// `a.txt`), in the order of the names, where either may be missing.
 ///
 /// # Errors

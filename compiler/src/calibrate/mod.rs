@@ -13,7 +13,7 @@ pub use budget::Budgeted;
 use crate::{
     Error, Result,
     compile::{Lowered, Model, entry},
-    target,
+    samples, target,
     verify::Request,
 };
 use found::Found;
@@ -37,6 +37,7 @@ use vlmc_passes::{
         parts, refusal,
     },
 };
+use vlmc_runtime::prepare::Preparer;
 
 /// What calibration found for a weight in one scheme.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -68,6 +69,9 @@ impl Model {
         progress: &dyn Fn(&str),
     ) -> Result<(Self, Report)> {
         let target = target::named(target)?;
+        if requests.is_empty() {
+            return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
+        }
         let Lowered { program, task, .. } = self.lower()?;
         let choices = self.choices(target, &program, candidates);
         let manifest = Manifest {
@@ -120,6 +124,16 @@ impl Model {
         }
         out
     }
+}
+
+/// The tensors of samples and their answers, as the model takes them.
+///
+/// # Errors
+/// The checkpoint lacks a tokenizer, chat template or preprocessor config that they need, or a picture cannot be read.
+pub fn requests(model: &Model, samples: &[samples::Sample]) -> Result<Vec<Request>> {
+    let dir = model.checkpoint().dir();
+    let preparer = Preparer::new(model.lower()?.task, model.processor()?, |name| Some(dir.join(name)).filter(|p| p.exists()))?;
+    samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.answered(&preparer)? })).collect()
 }
 
 /// What a policy chooses for 4 bits, where calibration pays.

@@ -18,12 +18,12 @@ use std::{
 use vlmc::{
     arch::ARCHITECTURES,
     back::onnx,
-    calibrate::{Budgeted, Report, four_bits},
+    calibrate::{self, Budgeted, Report, four_bits},
     compile, hub, samples, synth, target,
     verify::Request,
 };
 use vlmc_passes::quantize::{Part, Policy};
-use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine, prepare::Preparer};
+use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
 /// own CPU runtime. No Python is needed, neither to compile nor to run.
@@ -100,7 +100,7 @@ struct CompileArgs {
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
     /// Pictures and prompts to find 4-bit codes for (GPTQ): a directory of files a.png and a.txt, or a list (.jsonl) of {"image": ...,
-    /// "prompt": ...}. A few dozen that are like what the model will be asked will do.
+    /// "prompt": ..., "answer": ...}. A few dozen that are like what the model will be asked will do; answers help.
     #[arg(long, value_name = "PATH")]
     calibrate: Option<PathBuf>,
     /// With --quant auto, bits per weight of linear layers and experts, scales counted: 4.5 or 4.5bpw
@@ -277,7 +277,8 @@ fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path)
 fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Model, Policy)> {
     let target = &args.target.target;
     let data = args.calibrate.as_ref();
-    let requests = data.map(|d| requests(&model, d).with_context(|| format!("--calibrate {}", d.display()))).transpose()?;
+    let requests = |d: &PathBuf| calibrate::requests(&model, &samples::read(d, None)?);
+    let requests = data.map(|d| requests(d).with_context(|| format!("--calibrate {}", d.display()))).transpose()?;
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
     let progress = |weight: &str| bar.set_message(format!("quantizing {weight}"));
     if args.target.quant == AUTO {
@@ -313,15 +314,6 @@ fn budget_text(policy: &Policy, bits: f64, report: &Report) -> String {
         out += &format!("  {name}: relative error {}\n", errors.join(", "));
     }
     out
-}
-
-/// Tensors of the samples at `data`.
-fn requests(model: &compile::Model, data: &Path) -> Result<Vec<Request>> {
-    let dir = model.checkpoint().dir();
-    let path = |name: &str| Some(dir.join(name)).filter(|p| p.exists());
-    let preparer = Preparer::new(model.lower()?.task, model.processor()?, path)?;
-    let samples = samples::read(data, None)?;
-    Ok(samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.tensors(&preparer)? })).collect::<vlmc::Result<_>>()?)
 }
 
 fn compile_command(args: &CompileArgs) -> Result<()> {
