@@ -7,13 +7,29 @@ use vlmc::{
     samples,
     verify::Request,
 };
-use vlmc_passes::quantize::Policy;
+use vlmc_ir::Scheme;
+use vlmc_passes::quantize::{Part, Policy, parts};
 use vlmc_runtime::Tensors;
 use vlmc_tests::{
     cases, compile, exec_case, fixture, floats,
     quantization::{Bench, Way, bits_per_weight, policy},
     write_inputs,
 };
+
+/// Checkpoints of random weights that answer prompts.
+const RANDOM: [&str; 11] = [
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "qwen-vl",
+    "llava-1.5",
+    "llava-llama3-gqa",
+    "llama-3.2-vision",
+    "deepseek-vl",
+    "deepseek-vl-hybrid",
+    "deepseek-vl2-mha",
+    "deepseek-vl2-mla",
+];
 
 const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
 
@@ -57,7 +73,7 @@ fn budgets() {
             assert!(found.bits_per_weight <= budget && found.bits_per_weight > budget - 0.25, "{} of {budget}", found.bits_per_weight);
             let overall = bits_per_weight(&found.model, "onnx-cpu", &found.policy).unwrap();
             assert!((overall - found.bits_per_weight).abs() < 1e-9, "{overall} instead of {}", found.bits_per_weight);
-            let scheme = |name: &str| found.policy.choice(name, vlmc_passes::quantize::Part::Tower).unwrap().scheme;
+            let scheme = |name: &str| found.policy.choice(name, Part::Tower).unwrap().scheme;
             let of = |(name, measured): (&String, &Vec<vlmc::calibrate::Measured>)| {
                 measured.iter().find(|m| m.scheme == scheme(name)).map(|m| m.error * m.error)
             };
@@ -122,27 +138,25 @@ fn errors(name: &str, target: &str, policies: &[(&Policy, bool)]) -> Vec<f64> {
     out
 }
 
+/// `int4`, but by rounding to nearest.
+fn rounding(model: &Model) -> Policy {
+    let program = model.lower().unwrap().program;
+    let int4 = Policy::named("int4").unwrap();
+    let mut text = String::from("base = \"int4\"\n");
+    for (name, part) in parts(&program) {
+        if int4.choice(&name, part).is_some_and(|c| c.scheme == Scheme::INT4) {
+            text += &format!("[[rule]]\nweights = \"{name}\"\nscheme = \"int4g32\"\nmethod = \"round\"\n");
+        }
+    }
+    policy(&text)
+}
+
 /// Checkpoints of random weights: 4 bits lose no more than round to nearest.
 fn random_models(target: &str) {
-    let (search, round) = (
-        Policy::named("int4").unwrap(),
-        policy("base = \"int4\"\n[[rule]]\nweights = \"*layers*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n"),
-    );
-    for name in [
-        "qwen2-vl",
-        "qwen2.5-vl",
-        "qwen3-vl",
-        "llava-1.5",
-        "llava-llama3-gqa",
-        "qwen-vl",
-        "deepseek-vl",
-        "llama-3.2-vision",
-        "deepseek-vl2-mha",
-        "deepseek-vl2-mla",
-    ] {
-        let [rounded, searched, calibrated] = errors(name, target, &[(&round, false), (&search, false), (&search, true)])[..] else {
-            panic!()
-        };
+    let int4 = Policy::named("int4").unwrap();
+    for name in RANDOM {
+        let round = rounding(&Model::open(&fixture(name)).unwrap());
+        let [rounded, searched, calibrated] = errors(name, target, &[(&round, false), (&int4, false), (&int4, true)])[..] else { panic!() };
         println!("{target} {name}: round {rounded:.4} search {searched:.4} calibrated {calibrated:.4}");
     }
 }
