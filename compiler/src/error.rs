@@ -59,6 +59,9 @@ pub enum Error {
         /// With the fewest bits for all weights.
         least: f64,
     },
+    /// A policy's method needs data.
+    #[error("weight '{0}' is to be quantized by a method that needs calibration data: give --calibrate")]
+    Uncalibrated(String),
     /// A policy of quantization is not one.
     #[error(transparent)]
     Policy(#[from] vlmc_passes::quantize::PolicyError),

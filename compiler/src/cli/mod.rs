@@ -18,9 +18,8 @@ use std::{
 use vlmc::{
     arch::ARCHITECTURES,
     back::onnx,
-    calibrate::{self, Budgeted, Report, four_bits},
+    calibrate::{self, Budgeted, Report, chosen},
     compile, hub, samples, synth, target,
-    verify::Request,
 };
 use vlmc_passes::quantize::{Part, Policy};
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
@@ -296,7 +295,7 @@ fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Mode
     }
     let policy = args.target.policy()?;
     let Some(requests) = requests else { return Ok((model, policy)) };
-    let (model, report) = model.calibrate(target, &four_bits(&policy), &requests, &progress)?;
+    let (model, report) = model.calibrate(target, &chosen(&policy), &requests, &progress)?;
     bar.finish_and_clear();
     if report.is_empty() {
         bail!("--calibrate finds codes of 4 bits, but --quant {} has none for this model and target", args.target.quant);
