@@ -33,7 +33,7 @@ impl Sample {
     /// The picture cannot be read, or the model takes no such sample.
     pub fn tensors(&self, preparer: &Preparer) -> Result<Tensors> {
         let picture: Option<Rgb> = self.image.as_deref().map(image::read).transpose()?;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: self.name.clone(), message: e.to_string() };
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: self.name.clone(), message: e.to_string() };
         preparer.request(picture.as_ref(), self.prompt.as_deref()).map_err(failed)
     }
 }
