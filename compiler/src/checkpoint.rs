@@ -209,12 +209,32 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// A whole tensor as `f32`, row major.
+    ///
+    /// # Errors
+    /// As [`Self::read_rows`], or it is not of floats.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
+        let mut bytes = vec![];
+        self.read_rows(name, 0..shape.first().copied().unwrap_or(1), &mut bytes)?;
+        to_floats(name, dtype, &bytes)
+    }
+
     /// Tensors that are not in `used`, sorted.
     pub fn unused<'a>(&self, used: impl IntoIterator<Item = &'a str>) -> Vec<String> {
         let Weights::Files { tensors, .. } = &self.weights else { return vec![] };
         let used: BTreeSet<_> = used.into_iter().collect();
         tensors.keys().filter(|n| !used.contains(n.as_str())).cloned().collect()
     }
+}
+
+fn to_floats(name: &str, dtype: DType, bytes: &[u8]) -> Result<Vec<f32>> {
+    Ok(match dtype {
+        DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        DType::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
+    })
 }
 
 impl WeightSource for Checkpoint {
@@ -284,13 +304,7 @@ impl Weights {
         let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
         let mut bytes = vec![];
         self.read_rows(name, 0..shape.first().copied().unwrap_or(1), &mut bytes)?;
-        let floats = match dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            DType::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-            other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
-        };
-        Ok((floats, shape.to_vec()))
+        Ok((to_floats(name, dtype, &bytes)?, shape.to_vec()))
     }
 
     /// Opens the weights in a directory, those of open_clip first or last; needs no configuration.

@@ -18,7 +18,7 @@ use std::{
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
 use vlmc_ir::{Graph, Verified, Weights, verify};
-use vlmc_passes::{Pass, Target};
+use vlmc_passes::{Checked, Target, Trace};
 
 /// Name and version of this compiler, as manifests have it.
 pub const COMPILER: &str = concat!("vlmc ", env!("CARGO_PKG_VERSION"));
@@ -75,6 +75,9 @@ pub struct Report {
     pub weight_bytes: u64,
     /// What the user should know: what was left out, and what is missing.
     pub warnings: Vec<String>,
+    /// What each pass did.
+    #[serde(skip)]
+    pub passes: Vec<Trace>,
 }
 
 impl Model {
@@ -144,10 +147,19 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
-    pub fn lower_for(&self, target: &Target, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
+    pub fn lower_for(&self, target: &Target, after: impl FnMut(&Trace, &Verified)) -> Result<Lowered> {
         let lowered = self.lower()?;
-        let program = vlmc_passes::run(target, lowered.program, &vlmc_passes::pipeline(target), after)?;
+        let program = vlmc_passes::run(target, lowered.program, target.passes, after)?;
         Ok(Lowered { program, ..lowered })
+    }
+
+    /// Holds every pass of `target` to its contract: see [`vlmc_passes::check`].
+    ///
+    /// # Errors
+    /// As [`Self::lower`], or a pass that is wrong, or a model that cannot be checked.
+    pub fn check_passes(&self, target: &Target) -> Result<Vec<Checked>> {
+        let source = |name: &str| self.checkpoint.floats(name).map_err(|e| e.to_string());
+        Ok(vlmc_passes::check(target, self.lower()?.program, target.passes, 0, &source)?)
     }
 
     /// How pictures become tensors, if the checkpoint says.
@@ -193,7 +205,8 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused, unknown } = self.lower_for(target, |_, _| {})?;
+        let mut passes = vec![];
+        let Lowered { program, task, unused, unknown } = self.lower_for(target, |trace, _| passes.push(trace.clone()))?;
         let processor = self.processor()?;
         let mut warnings = vec![];
         if !unknown.is_empty() {
@@ -254,6 +267,7 @@ impl Model {
             parameters,
             weight_bytes,
             warnings,
+            passes,
         })
     }
 

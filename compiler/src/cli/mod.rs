@@ -14,6 +14,7 @@ use std::{
     process::ExitCode,
 };
 use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc_passes::{Checked, Trace};
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
@@ -79,6 +80,15 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// Print what each pass did: where rules fired and where they did not, and why
+    #[arg(long, conflicts_with = "json")]
+    trace_passes: bool,
+    /// Check that no pass changes what the model computes
+    ///
+    /// Runs the program before and after each pass in the reference interpreter, with the checkpoint's weights and inputs that
+    /// are drawn. For small models: it takes at most 256 MiB of weights as f32.
+    #[arg(long)]
+    check_passes: bool,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -255,7 +265,19 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
+    if args.check_passes {
+        for checked in model.check_passes(target::named(&args.target.target)?)? {
+            let Checked { trace, contract, samples, difference } = checked;
+            let text = format!("checked {}: {contract}, {samples} runs, largest relative difference {difference:e}\n", trace.pass);
+            if !args.json {
+                print(&text)?;
+            }
+        }
+    }
     let report = compile_to(&model, &args.target.target, &out)?;
+    if args.trace_passes {
+        print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
+    }
     if args.json {
         return print_json(&report);
     }

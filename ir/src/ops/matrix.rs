@@ -4,7 +4,7 @@ use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, expect_
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::ArrayD;
 use serde::{Deserialize, Serialize};
-use vlmc_artifact::program::Binary;
+use vlmc_artifact::program::{Binary, Unary};
 
 /// `a f32[..., m, k]`, `b f32[..., k, n]` (leading axes broadcast) to `f32[..., m, n]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,9 +51,13 @@ fn split2<T>(shape: &[T]) -> (&[T], [&T; 2]) {
     (batch, [&last[0], &last[1]])
 }
 
-/// `x f32[..., k]`, `weight [n, k]`, optional `bias [n]` to `x weightᵀ + bias`, `f32[..., n]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Linear {}
+/// `x f32[..., k]`, `weight [n, k]`, optional `bias [n]` to `act(x weightᵀ + bias)`, `f32[..., n]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Linear {
+    /// Function of each element of the result, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act: Option<Unary>,
+}
 
 impl OpDef for Linear {
     const NAME: &'static str = "linear";
@@ -68,6 +72,7 @@ impl OpDef for Linear {
         expect_float(w, "weight")?;
         expect(w.rank() == 2, || format!("weight must have 2 axes, is {w}"))?;
         expect(x.last()? == &w.shape[1], || format!("last dim of {x} and {w} differ"))?;
+        expect(self.act != Some(Unary::Not), || "the activation must be one of floats".into())?;
         if let Some(b) = bias {
             expect_float(b, "bias")?;
             expect_shape(b, &w.shape[..1], "bias")?;
@@ -78,11 +83,12 @@ impl OpDef for Linear {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        if let Some(act) = self.act {
+            let [y] = g.apply(Self { act: None }, args);
+            return Some(vec![g.unary(act, y)]);
+        }
         let y = g.matmul(args[0], g.transpose(g.cast(args[1], DType::F32), &[1, 0]));
-        Some(vec![match args.get(2) {
-            Some(bias) => y + g.cast(*bias, DType::F32),
-            None => y,
-        }])
+        Some(vec![args.get(2).map_or(y, |bias| y + g.cast(*bias, DType::F32))])
     }
 }
 

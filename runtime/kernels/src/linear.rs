@@ -1,12 +1,12 @@
 //! Products with a weight matrix in panels, and rows of a table.
 
 use crate::{
-    Kernels,
+    Kernels, Src, elementwise,
     isa::Task,
     lanes::{Lanes, N},
 };
 use half::{bf16, f16};
-use vlmc_artifact::program::{Layout, PANEL};
+use vlmc_artifact::program::{Layout, PANEL, Unary};
 
 const _: () = assert!(PANEL == N, "a panel's row is one vector of lanes");
 
@@ -224,6 +224,7 @@ struct Product<'a, W> {
     k: usize,
     panels: &'a [W],
     bias: &'a [f32],
+    act: Option<Unary>,
     /// Rows of the output for these panels, `[m, n]` with a stride.
     out: OutColumns,
     m: usize,
@@ -261,12 +262,19 @@ impl<W: Element> Task for Product<'_, W> {
                 let rows = ROWS.min(self.m - row);
                 // SAFETY: the caller's promise.
                 unsafe { Tile { x: &self.x[row * self.k..], x_stride: self.k, k: self.k, rows, panel, out: &mut tile }.compute::<L>() };
+                for values in &mut tile[..rows] {
+                    values.iter_mut().zip(&bias).for_each(|(v, b)| *v += b);
+                }
+                if let Some(act) = self.act {
+                    // SAFETY: the caller's promise.
+                    unsafe { elementwise::map::<L>(act, tile[..rows].as_flattened_mut()) };
+                }
                 for (r, values) in tile.iter().enumerate().take(rows) {
                     let at = (row + r) * self.out.stride + column;
                     assert!(at + width <= self.out.len);
-                    for c in 0..width {
+                    for (c, v) in values.iter().enumerate().take(width) {
                         // SAFETY: in bounds by the assertion; no other thread has this column.
-                        unsafe { self.out.data.add(at + c).write(values[c] + bias[c]) };
+                        unsafe { self.out.data.add(at + c).write(*v) };
                     }
                 }
             }
@@ -275,11 +283,11 @@ impl<W: Element> Task for Product<'_, W> {
 }
 
 impl Kernels {
-    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` if there is one, to `out [m, n]`.
+    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, out: &mut [f32]) {
+    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, act: Option<Unary>, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
         if n == 0 || out.is_empty() {
             assert!(out.is_empty(), "out must be [m, n]");
@@ -291,6 +299,9 @@ impl Kernels {
         assert!(bias.is_empty() || bias.len() == n, "bias must be [n]");
         if k == 0 {
             out.chunks_exact_mut(n).for_each(|row| if bias.is_empty() { row.fill(0.0) } else { row.copy_from_slice(bias) });
+            if let Some(act) = act {
+                self.unary(act, Src::InPlace, out);
+            }
             return;
         }
         let panels = n.div_ceil(N);
@@ -304,7 +315,7 @@ impl Kernels {
                 let first_panel = piece * step;
                 let end = (first_panel + step).min(panels);
                 let panels = &data[first_panel * k * N..end * k * N];
-                self.isa.run(Product { x, k, panels, bias, out: columns, m, n, first_panel });
+                self.isa.run(Product { x, k, panels, bias, act, out: columns, m, n, first_panel });
             });
         });
     }
@@ -383,13 +394,20 @@ mod tests {
                 let kernels = Kernels::with_isa(threads, isa).unwrap();
                 for (data, w) in [Floats::F32(&pw), Floats::F16(&ph), Floats::BF16(&pb)].into_iter().zip(&widened) {
                     let mut out = vec![f32::NAN; m * n];
-                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut out);
+                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, None, &mut out);
                     for (a, e) in out.iter().zip(naive(&x, w, &b, m, n, k)) {
                         prop_assert!((a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{isa:?} {a} {e}");
                     }
                     let mut alone = vec![f32::NAN; m * n];
-                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut alone);
+                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, None, &mut alone);
                     prop_assert_eq!(&out, &alone);
+                    // With an activation, what the activation makes of the result.
+                    for act in [Unary::Gelu, Unary::Tanh] {
+                        let (mut fused, mut after) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                        kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, Some(act), &mut fused);
+                        kernels.unary(act, Src::Slice(&out), &mut after);
+                        prop_assert_eq!(&fused, &after);
+                    }
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Mixtures of experts: each chosen expert's product over the rows that chose it.
 
 use crate::{
-    Kernels, Panels, Src,
+    Kernels, Panels,
     linear::{BadIndex, Floats},
 };
 use vlmc_artifact::program::{PANEL, Unary};
@@ -73,11 +73,10 @@ impl Kernels {
             gate.resize(of.len() * m, 0.0);
             up.resize(of.len() * m, 0.0);
             y.resize(of.len() * h, 0.0);
-            self.linear(&rows, &wg, None, &mut gate);
-            self.linear(&rows, &wu, None, &mut up);
-            self.unary(w.act, Src::InPlace, &mut gate);
+            self.linear(&rows, &wg, None, Some(w.act), &mut gate);
+            self.linear(&rows, &wu, None, None, &mut up);
             gate.iter_mut().zip(&up).for_each(|(g, u)| *g *= u);
-            self.linear(&gate, &wd, None, &mut y);
+            self.linear(&gate, &wd, None, None, &mut y);
             for ((row, weight), y) in of.iter().zip(y.chunks_exact(h)) {
                 out[row * h..(row + 1) * h].iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
             }
