@@ -139,7 +139,7 @@ fn differ(before: &Array, after: &Array, contract: Contract) -> Result<f32, Stri
         let relative = (x - y).abs() / scale.max(f32::MIN_POSITIVE);
         let allowed = if contract == Contract::Exact { 0.0 } else { CLOSE };
         // A NaN is further than anything.
-        if !(relative <= allowed) {
+        if relative.is_nan() || relative > allowed {
             let promise = if contract == Contract::Exact { "bit for bit".to_string() } else { format!("within {CLOSE:e}") };
             return Err(format!("differs: element {i} is {y}, was {x}, and the largest is {scale}; promised was the same {promise}"));
         }

@@ -50,14 +50,11 @@ pub fn plan(graph: &Graph, symbols: &[Symbol], in_place: fn(&Op) -> &'static [us
     let mut busy_until: Vec<usize> = vec![];
     for (id, node) in graph.nodes() {
         let now = id.index();
-        match &node.op {
-            Op::Reshape(_) => {
-                if let Some(slot) = plan.slot(node.args[0]) {
-                    plan.of.insert(node.outs[0], slot);
-                }
-                continue;
+        if matches!(node.op, Op::Reshape(_)) {
+            if let Some(slot) = plan.slot(node.args[0]) {
+                plan.of.insert(node.outs[0], slot);
             }
-            _ => {}
+            continue;
         }
         for (result, out) in node.outs.iter().enumerate() {
             // A state lies elsewhere.
