@@ -68,6 +68,13 @@ pub struct Checked {
     pub difference: f32,
 }
 
+impl std::fmt::Display for Checked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { trace, contract, samples, difference } = self;
+        write!(f, "checked {}: {contract}, {samples} runs, largest relative difference {difference:e}", trace.pass)
+    }
+}
+
 /// Runs `passes` and holds each to its contract: every graph gives the same outputs and states before and after it, bit for bit
 /// or up to 1e-5 of the largest element, for inputs and values of the symbols drawn with `seed`. `source` reads a checkpoint
 /// tensor as `f32`.

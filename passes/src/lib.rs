@@ -9,6 +9,7 @@ mod clean;
 mod legalize;
 mod masks;
 pub mod memory;
+pub mod quantize;
 mod rules;
 mod target;
 mod trace;

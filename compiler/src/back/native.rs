@@ -149,7 +149,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
 fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
     Ok(Some(match op {
         Op::Reshape(_) => return Ok(None),
-        Op::Linear(o) => Kernel::Linear { act: o.act },
+        Op::Linear(o) => Kernel::Linear { dynamic: o.dynamic, act: o.act },
         Op::Gated(o) => Kernel::Gated { act: o.act },
         Op::Embedding(_) => Kernel::Embedding,
         Op::LayerNorm(o) => Kernel::LayerNorm { eps: o.eps },

@@ -202,7 +202,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
     let finite = |v: f64| ensure(v.is_finite(), || format!("{v} is not a finite number"));
 
     Ok(match kernel {
-        Kernel::Linear { act } => {
+        Kernel::Linear { act, .. } => {
             ensure(*act != Some(Unary::Not), || "the activation must be one of floats".into())?;
             ensure(matches!(args.len(), 2 | 3), || format!("takes 2 or 3 operands, got {}", args.len()))?;
             dtype(0, DType::F32)?;
