@@ -21,7 +21,7 @@ use std::{
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
 use vlmc_ir::{Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
-    Pass, Target,
+    Checked, Target, Trace,
     quantize::{Calibration, Choice, Outcome, Policy, quantize},
 };
 
@@ -88,6 +88,9 @@ pub struct Report {
     pub weights: BTreeMap<String, usize>,
     /// What the user should know: what was left out, and what is missing.
     pub warnings: Vec<String>,
+    /// What each pass did.
+    #[serde(skip)]
+    pub passes: Vec<Trace>,
 }
 
 impl Model {
@@ -169,12 +172,22 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
-    pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
+    pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Trace, &Verified)) -> Result<Lowered> {
         let lowered = self.lower_with_codes(target)?;
         let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
         self.found.apply(&mut program);
-        let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
+        let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
+    }
+
+    /// Holds every pass of `target` to its contract, on the weights that `policy` quantizes: see [`vlmc_passes::check`].
+    ///
+    /// # Errors
+    /// As [`Self::lower`], or a pass that is wrong, or a model that cannot be checked.
+    pub fn check_passes(&self, target: &Target, policy: &Policy) -> Result<Vec<Checked>> {
+        let source = |name: &str| self.checkpoint.floats(name).map_err(|e| e.to_string());
+        let (program, _) = quantize(target, policy, self.lower_with_codes(target)?.program.into_inner())?;
+        Ok(vlmc_passes::check(target, verified(program)?, target.passes, 0, &source)?)
     }
 
     /// How pictures become tensors, if the checkpoint says.
@@ -221,7 +234,9 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused, unknown, outcomes } = self.lower_for(target, options.policy, |_, _| {})?;
+        let mut passes = vec![];
+        let Lowered { program, task, unused, unknown, outcomes } =
+            self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
         let processor = self.processor()?;
         let mut warnings = vec![];
         for (name, outcome) in &outcomes {
@@ -295,6 +310,7 @@ impl Model {
                 types
             }),
             warnings,
+            passes,
         })
     }
 

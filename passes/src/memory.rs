@@ -19,7 +19,7 @@ impl Plan {
 }
 
 /// Gives every result of `graph` a slot such that no two that are alive at the same time share one, but: a reshape lies where
-/// its operand lies, and a node may overwrite an operand that dies there if `in_place` lists it and their types are the same.
+/// its operand lies, and a node may overwrite with its first result an operand that dies there if `in_place` lists it and their types are the same.
 ///
 /// Slots are handed out in execution order. A value takes a free slot that is large enough for all values of the symbols, if
 /// possible the smallest; else it enlarges the largest free slot that it covers; else it opens one.
@@ -50,17 +50,17 @@ pub fn plan(graph: &Graph, symbols: &[Symbol], in_place: fn(&Op) -> &'static [us
     let mut busy_until: Vec<usize> = vec![];
     for (id, node) in graph.nodes() {
         let now = id.index();
-        match &node.op {
-            Op::Append(_) => continue,
-            Op::Reshape(_) => {
-                if let Some(slot) = plan.slot(node.args[0]) {
-                    plan.of.insert(node.outs[0], slot);
-                }
+        if matches!(node.op, Op::Reshape(_)) {
+            if let Some(slot) = plan.slot(node.args[0]) {
+                plan.of.insert(node.outs[0], slot);
+            }
+            continue;
+        }
+        for (result, out) in node.outs.iter().enumerate() {
+            // A state lies elsewhere.
+            if node.op.appends().iter().any(|(_, present)| *present == result) {
                 continue;
             }
-            _ => {}
-        }
-        for out in &node.outs {
             let ty = graph.ty(*out);
             let until = last_use.get(out).copied().unwrap_or(now);
             let dying = |operand: &usize| {
@@ -69,7 +69,8 @@ pub fn plan(graph: &Graph, symbols: &[Symbol], in_place: fn(&Op) -> &'static [us
                 let alone = node.args.iter().filter(|a| plan.slot(**a) == Some(slot)).count() == 1;
                 (alone && graph.ty(v) == ty && busy_until[slot as usize] == now).then_some(slot)
             };
-            let slot = match in_place(&node.op).iter().find_map(dying) {
+            let overwritten = if result == 0 { in_place(&node.op) } else { &[] };
+            let slot = match overwritten.iter().find_map(dying) {
                 Some(slot) => slot,
                 None => {
                     let size = bytes(ty);

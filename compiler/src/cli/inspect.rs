@@ -238,12 +238,12 @@ pub(super) fn dump(args: &DumpArgs) -> Result<()> {
     let mut program = (*model.lower()?.program).clone();
     if let Some(wanted) = &args.after {
         let target = target::named(&args.target.target)?;
-        let passes: Vec<&str> = vlmc_passes::pipeline(target).iter().map(|p| p.name).collect();
+        let passes: Vec<&str> = target.passes.iter().map(|p| p.name).collect();
         if !passes.contains(&wanted.as_str()) {
             bail!("--after: target '{}' has no pass '{wanted}'; its passes are {}", target.name, passes.join(", "));
         }
-        model.lower_for(target, &policy, |pass, after| {
-            if pass.name == wanted {
+        model.lower_for(target, &policy, |trace, after| {
+            if trace.pass == wanted {
                 program = (**after).clone();
             }
         })?;
@@ -327,7 +327,8 @@ fn listing(p: &vlmc_runtime::artifact::program::Program, f: &vlmc_runtime::artif
             let _ = writeln!(out, "  [{scope}]");
         }
         let args: Vec<String> = s.args.iter().map(|a| value(*a)).collect();
-        let _ = writeln!(out, "  {} = {:?}({})", value(s.out), s.kernel, args.join(", "));
+        let outs: Vec<String> = s.outs.iter().map(|o| value(*o)).collect();
+        let _ = writeln!(out, "  {} = {:?}({})", outs.join(", "), s.kernel, args.join(", "));
     }
     out
 }

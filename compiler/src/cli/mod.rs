@@ -23,7 +23,10 @@ use vlmc::{
     calibrate::{self, Budgeted, Report, chosen},
     compile, hub, samples, synth, target,
 };
-use vlmc_passes::quantize::{Part, Policy};
+use vlmc_passes::{
+    Trace,
+    quantize::{Part, Policy},
+};
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
@@ -118,6 +121,15 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// Print what each pass did: where rules fired and where they did not, and why
+    #[arg(long, conflicts_with = "json")]
+    trace_passes: bool,
+    /// Check that no pass changes what the model computes
+    ///
+    /// Runs the program before and after each pass in the reference interpreter, with the checkpoint's weights and inputs that
+    /// are drawn. For small models: it takes at most 256 MiB of weights as f32.
+    #[arg(long)]
+    check_passes: bool,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -347,7 +359,16 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
     let (model, policy) = quantized(args, model)?;
+    if args.check_passes {
+        let checked = model.check_passes(target::named(&args.target.target)?, &policy)?;
+        if !args.json {
+            print(&checked.iter().map(|c| format!("{c}\n")).collect::<String>())?;
+        }
+    }
     let report = compile_to(&model, &args.target.target, &policy, &out)?;
+    if args.trace_passes {
+        print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
+    }
     if args.json {
         return print_json(&report);
     }

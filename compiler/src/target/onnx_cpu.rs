@@ -30,6 +30,8 @@ pub(super) const TARGET: Target = Target {
         match op {
             // x * sigmoid(...) is two nodes that every reader fuses or runs as fast.
             Op::Elementwise1(o) if matches!(o.f, Unary::Silu | Unary::QuickGelu) => Support::Decompose,
+            // There is no product with an activation.
+            Op::Linear(o) if o.act.is_some() => Support::Decompose,
             // Attention takes a mask tensor, which the pass `given-masks` makes.
             Op::Attention(o) if matches!(o.mask, Mask::Causal | Mask::Segments) => Support::Decompose,
             // With fewer leading axes there is no batch to attend in, with more no such op.
@@ -77,9 +79,13 @@ pub(super) const TARGET: Target = Target {
             | Op::Route(_)
             | Op::TileRows(_)
             | Op::GridRelative(_)
+            | Op::Gated(_)
+            | Op::AddLayerNorm(_)
+            | Op::AddRmsNorm(_)
+            | Op::RotaryAttention(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },
     storage: |_| DType::F32,
-    given_masks: true,
+    passes: vlmc_passes::ONNX,
 };

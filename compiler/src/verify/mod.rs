@@ -41,12 +41,13 @@ use std::{
 use tap::Tapped;
 use vlmc_artifact::{
     Scheme,
-    program::Program,
+    program::{Program, Unary},
     quant::{Codes, Method},
 };
 use vlmc_ir::{
     DType, Def, Graph, Type,
     interp::{self, Array},
+    ops::Elementwise1,
     weights::WeightDef,
 };
 use vlmc_runtime::{
@@ -496,6 +497,8 @@ struct State {
 struct Record {
     operands: Vec<Kept>,
     result: Kept,
+    /// Function that was applied to the result.
+    act: Option<Unary>,
     /// Its part of the result's last axis.
     columns: Range<usize>,
     storage: Storage,
@@ -554,7 +557,7 @@ impl State {
         if !self.active {
             return Ok(());
         }
-        let Observed { entry, weights, operands, result } = observed;
+        let Observed { entry, weights, operands, result, act } = observed;
         let parts: Vec<Vec<String>> = weights.iter().map(|w| self.stored.parts(w)).filter(|p| !p.is_empty()).collect();
         let Some(count) = parts.first().map(Vec::len).filter(|n| parts.iter().all(|p| p.len() == *n)) else { return Ok(()) };
         let width = result.shape().last().copied().unwrap_or(1);
@@ -572,7 +575,7 @@ impl State {
             let key = (entry.clone(), parts.iter().map(|p| p[i].clone()).collect());
             let columns = start..start + width;
             start += width;
-            self.records.entry(key).or_default().push(Record { operands: operands.clone(), result: result.clone(), columns, storage });
+            self.records.entry(key).or_default().push(Record { operands: operands.clone(), result: result.clone(), act, columns, storage });
         }
         Ok(())
     }
@@ -614,6 +617,14 @@ impl State {
         let got = columns(&self.spool.get(&record.result)?, &record.columns)?;
         let local = local(step, &others, record, &self.spool)?;
         let errors = |reference: &Array| {
+            let applied = |f| {
+                let ty = Type::new(DType::F32, reference.shape().iter().copied());
+                interp::eval(&Elementwise1 { f }.into(), &[ty], &[reference], step.symbols).ok()?.pop()
+            };
+            let reference = match record.act {
+                Some(f) => applied(f)?,
+                None => reference.clone(),
+            };
             let reference: Vec<f32> = reference.f32().ok()?.iter().copied().collect();
             (reference.len() == got.len()).then(|| Errors::of(&got, &reference))
         };

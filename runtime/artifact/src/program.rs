@@ -115,7 +115,7 @@ pub enum Place {
     /// Elements, row-major; integers and booleans as numbers.
     Literal(Vec<f64>),
     /// State `i`, after this call's rows were appended: rows lie with the stride of the state's capacity, so only
-    /// [`Kernel::Append`] may write and [`Kernel::Attention`] read it.
+    /// [`Kernel::Append`] and [`Kernel::RotaryAttention`] may write and only attention read it.
     State(u32),
 }
 
@@ -127,8 +127,8 @@ pub struct Step {
     pub kernel: Kernel,
     /// Operands: indices into [`Function::values`].
     pub args: Vec<u32>,
-    /// Result.
-    pub out: u32,
+    /// Results.
+    pub outs: Vec<u32>,
     /// Where in the model the call comes from, e.g. `blocks.0.attn`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
@@ -138,12 +138,21 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kernel", rename_all = "snake_case")]
 pub enum Kernel {
-    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16, bf16 or quantized), optional `bias f32[n]` -> `f32[..., n]` = x wᵀ + bias.
+    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16, bf16 or quantized), optional `bias f32[n]` -> `f32[..., n]` =
+    /// act(x wᵀ + bias).
     Linear {
         /// `w` is quantized, and so is `x` first: to -127..=127 in the groups of columns of `w`, each row and group with the
         /// scale max|x| / 127: the nearest integer to x * (127 / max|x|), of two the even one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dynamic: bool,
+        /// Function of each element of the result, if there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        act: Option<Unary>,
+    },
+    /// `x f32[..., 2 n]` -> `f32[..., n]`: `act(a) * b` of the halves of the last axis.
+    Gated {
+        /// Function of the first half.
+        act: Unary,
     },
     /// `table [n, h]` (rows or panel16; panel16 if quantized), `ids i64[...]` -> `f32[..., h]`. An id outside `0..n` is an error.
     Embedding,
@@ -154,6 +163,16 @@ pub enum Kernel {
     },
     /// `x f32[..., n]`, `weight f32[n]` -> `x / sqrt(mean(x²) + eps) * weight`.
     RmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// `x`, `y f32[..., n]` and the vectors of [`Kernel::LayerNorm`] -> `x + y` and its norm, in two slots.
+    AddLayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// `x`, `y f32[..., n]` and the vector of [`Kernel::RmsNorm`] -> `x + y` and its norm, in two slots.
+    AddRmsNorm {
         /// Added to the mean square.
         eps: f64,
     },
@@ -168,8 +187,17 @@ pub enum Kernel {
         /// Which keys a query sees.
         mask: Mask,
     },
-    /// `new f32[batch, heads, s, d]` -> appended to the state that `out` names, along its axis.
+    /// `new f32[batch, heads, s, d]` -> appended to the state that is the result, along its axis.
     Append,
+    /// `q f32[batch, heads, s, d]`, `k f32[batch, kv_heads, s, d]`, `v f32[batch, kv_heads, s, dv]`, `cos`, `sin
+    /// f32[batch, s, d/2]`, mask operand as [`Mask`] says -> attention of the rotated `q` to the states that are the second and
+    /// the third result, after the rotated `k` and `v` were appended to them.
+    RotaryAttention {
+        /// Multiplies the scores.
+        scale: f64,
+        /// Which keys a query sees.
+        mask: Mask,
+    },
     /// Elementwise function of one operand, may work in place.
     Unary {
         /// The function.

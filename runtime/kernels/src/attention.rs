@@ -8,6 +8,7 @@ use crate::{
     isa::Task,
     lanes::{self, Lanes, N},
     linear::{ROWS, Tile},
+    norm::rotate,
 };
 use std::ops::Range;
 
@@ -70,6 +71,8 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// Mask.
     pub seen: Seen<'a>,
+    /// cos and sin `[lead, s, d/2]` by which queries are rotated first.
+    pub rotary: Option<[&'a [f32]; 2]>,
 }
 
 /// A run of queries and the range of keys outside of which they see nothing.
@@ -150,20 +153,35 @@ impl Task for Head<'_, '_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
+        let rotated = self.rotated();
+        let this = Head { q: rotated.as_deref().unwrap_or(self.q), ..self };
         // SAFETY: the caller's promise.
         unsafe {
-            if self.run.keys.is_empty() {
-                self.out.fill(0.0);
-            } else if self.run.queries.len() < PACK {
-                self.direct::<L>();
+            if this.run.keys.is_empty() {
+                this.out.fill(0.0);
+            } else if this.run.queries.len() < PACK {
+                this.direct::<L>();
             } else {
-                self.packed::<L>();
+                this.packed::<L>();
             }
         }
     }
 }
 
 impl Head<'_, '_> {
+    /// The queries, if they are to be rotated.
+    #[inline(always)]
+    fn rotated(&self) -> Option<Vec<f32>> {
+        let [cos, sin] = self.a.rotary?;
+        let mut q = self.q.to_vec();
+        let half = self.a.d / 2;
+        for (i, row) in q.chunks_exact_mut(self.a.d.max(1)).enumerate() {
+            let at = (self.lead * self.a.s + self.run.queries.start + i) * half;
+            rotate(row, &cos[at..at + half], &sin[at..at + half]);
+        }
+        Some(q)
+    }
+
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
@@ -342,6 +360,10 @@ impl Kernels {
             Seen::Given(mask, strides) => assert!(rows * t == 0 || a.reaches(mask.len(), strides), "the mask is too small"),
             Seen::Biased(bias, strides) => assert!(rows * t == 0 || a.reaches(bias.len(), strides), "the bias is too small"),
         }
+        if let Some([cos, sin]) = a.rotary {
+            let fits = d.is_multiple_of(2) && cos.len() == lead * s * (d / 2) && sin.len() == cos.len();
+            assert!(fits, "cos and sin must be [lead, s, d/2], with even d");
+        }
         if out.is_empty() {
             return;
         }
@@ -443,13 +465,23 @@ mod tests {
                 _ => Seen::Biased(&bias, [0, s * t, t, 1]),
             };
             let keys = |data| Keys { data, head_stride };
-            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen };
+            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None };
             let expected = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
                 Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
+                }
+                // Queries that are rotated here give what queries give that were rotated before.
+                if d.is_multiple_of(2) {
+                    let k = Kernels::with_isa(threads, isa).unwrap();
+                    let (sin, cos): (Vec<f32>, Vec<f32>) = (0..lead * s * d / 2).map(|i| (i as f32).sin_cos()).unzip();
+                    let (mut turned, mut before, mut within) = (vec![0.0; q.len()], vec![f32::NAN; out.len()], vec![f32::NAN; out.len()]);
+                    k.rotary(&q, &cos, &sin, [lead, heads, s, d], &mut turned);
+                    k.attention(&Attention { q: &turned, ..a }, &mut before);
+                    k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut within);
+                    prop_assert_eq!(before, within);
                 }
             }
         }

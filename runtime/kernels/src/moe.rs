@@ -1,7 +1,7 @@
 //! Mixtures of experts: each chosen expert's product over the rows that chose it.
 
 use crate::{
-    Kernels, Panels, Src,
+    Kernels, Panels,
     linear::{BadIndex, Floats},
 };
 use vlmc_artifact::program::{PANEL, Unary};
@@ -75,11 +75,10 @@ impl Kernels {
             gate.resize(of.len() * m, 0.0);
             up.resize(of.len() * m, 0.0);
             y.resize(of.len() * h, 0.0);
-            self.linear(&rows, &wg, None, w.dynamic, &mut gate);
-            self.linear(&rows, &wu, None, w.dynamic, &mut up);
-            self.unary(w.act, Src::InPlace, &mut gate);
+            self.linear(&rows, &wg, None, Some(w.act), w.dynamic, &mut gate);
+            self.linear(&rows, &wu, None, None, w.dynamic, &mut up);
             gate.iter_mut().zip(&up).for_each(|(g, u)| *g *= u);
-            self.linear(&gate, &wd, None, w.dynamic, &mut y);
+            self.linear(&gate, &wd, None, None, w.dynamic, &mut y);
             for ((row, weight), y) in of.iter().zip(y.chunks_exact(h)) {
                 out[row * h..(row + 1) * h].iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
             }
@@ -158,7 +157,7 @@ mod tests {
             let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu, dynamic };
             let product = |x: &[f32], of: &Experts<'_>, e: i64| {
                 let mut out = vec![0.0; of.n];
-                kernels.linear(x, &of.expert(e as usize).unwrap(), None, dynamic, &mut out);
+                kernels.linear(x, &of.expert(e as usize).unwrap(), None, None, dynamic, &mut out);
                 out
             };
             let mut expected = vec![0.0; 2 * h];

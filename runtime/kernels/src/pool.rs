@@ -119,7 +119,12 @@ impl Pool {
 
     /// Splits `data` into pieces of `len` elements and calls `job` with the index of each piece and the piece.
     pub fn chunks<T: Send>(&self, data: &mut [T], len: usize, job: impl Fn(usize, &mut [T]) + Sync) {
-        let pieces: Vec<_> = data.chunks_mut(len.max(1)).map(|c| Mutex::new(Some(c))).collect();
+        self.pieces(data.chunks_mut(len.max(1)), job);
+    }
+
+    /// Calls `job` with the index of each piece and the piece.
+    pub(crate) fn pieces<P: Send>(&self, pieces: impl Iterator<Item = P>, job: impl Fn(usize, P) + Sync) {
+        let pieces: Vec<_> = pieces.map(|p| Mutex::new(Some(p))).collect();
         self.run(pieces.len(), |i| {
             if let Some(piece) = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
                 job(i, piece);

@@ -677,18 +677,18 @@ mod tests {
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let kernels = Kernels::with_isa(threads, isa).unwrap();
                 let mut out = vec![f32::NAN; m * n];
-                kernels.linear(&x, &w, bias, dynamic, &mut out);
+                kernels.linear(&x, &w, bias, None, dynamic, &mut out);
                 for (o, (e, size)) in out.iter().zip(&expected) {
                     prop_assert!((f64::from(*o) - e).abs() <= 1e-5 * (1e-3 + size), "{isa:?}: {o} instead of {e} of {size}");
                 }
                 let mut alone = vec![f32::NAN; m * n];
-                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, bias, dynamic, &mut alone);
+                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, bias, None, dynamic, &mut alone);
                 prop_assert_eq!(&out, &alone);
                 if dynamic && n > 0 && k > 0 {
                     // Rows do not depend on each other.
                     let mut row = vec![f32::NAN; n];
                     for (x, out) in x.chunks_exact(k).zip(out.chunks_exact(n)) {
-                        kernels.linear(x, &w, bias, dynamic, &mut row);
+                        kernels.linear(x, &w, bias, None, dynamic, &mut row);
                         prop_assert_eq!(&row, out);
                     }
                 }
@@ -730,7 +730,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
             let mut out = [0.0; 2];
             let x = [vec![-1.0; k], vec![1.0; k]].concat();
-            Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, true, &mut out);
+            Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, None, true, &mut out);
             let e = 255.0 * k as f32;
             assert!((out[0] + e).abs() < 1e-4 * e && (out[1] - e).abs() < 1e-4 * e, "{isa:?} {out:?}");
         }
@@ -747,7 +747,7 @@ mod tests {
                 let mut x = vec![1.0; 3 * k];
                 x[k + 1] = bad;
                 let mut out = vec![0.0; 60];
-                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, true, &mut out);
+                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, None, true, &mut out);
                 for row in [&out[..20], &out[40..]] {
                     assert!(row.iter().all(|v| (v - 20.0).abs() < 0.1), "{isa:?} {bad}: {row:?}");
                 }

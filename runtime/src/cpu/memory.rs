@@ -6,7 +6,7 @@ use vlmc_artifact::{
     Bindings, DType, Dim,
     program::{Function, Layout, Place},
 };
-use vlmc_kernels::{Floats, Keys};
+use vlmc_kernels::{Floats, Kernels, Keys};
 
 /// Values of dims.
 pub(super) fn extents(shape: &[Dim], symbols: &Bindings) -> Result<Vec<usize>, String> {
@@ -83,6 +83,11 @@ impl State {
         }
         self.len = len;
         Ok(())
+    }
+
+    /// Rotates the last `s` rows of `[batch, heads, s, width]` by `cos` and `sin [batch, s, width/2]`.
+    pub(super) fn rotate(&mut self, k: &Kernels, cos: &[f32], sin: &[f32], [_, heads, s, width]: [usize; 4]) {
+        k.rotate_rows(&mut self.data, self.capacity * width, self.len - s, cos, sin, [heads, s, width]);
     }
 }
 
