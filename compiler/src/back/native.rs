@@ -175,7 +175,7 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
         Op::Slice(o) => Kernel::Slice { axis: o.axis, start: o.start.clone() },
         Op::Gather(o) => Kernel::Gather { axis: o.axis },
         Op::TopK(o) => Kernel::TopK { k: o.k },
-        Op::Moe(o) => Kernel::Moe { act: o.act },
+        Op::Moe(o) => Kernel::Moe { act: o.act, dynamic: o.dynamic },
         _ => return Err("has no kernel; it was not legalised"),
     }))
 }

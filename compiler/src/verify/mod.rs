@@ -24,7 +24,8 @@ use crate::{
     digest,
     safetensors_header::Header,
 };
-use measure::kl;
+pub(crate) use measure::kl;
+pub(crate) use reference::array;
 use reference::{Reference, Step};
 use serde::Serialize;
 use spool::{Kept, Spool};
@@ -66,6 +67,7 @@ pub struct Options<'a> {
 }
 
 /// Tensors of a request, named as in the Hugging Face forward signature.
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Where it comes from.
     pub name: String,
@@ -303,7 +305,7 @@ impl Runner {
     /// All that the model gives; its nodes are told of, but for those of single tokens.
     fn run(&mut self, request: &Request, new_tokens: usize, state: &RefCell<State>) -> Result<Tensors> {
         let Request { name, tensors } = request;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: name.clone(), message: e.to_string() };
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: name.clone(), message: e.to_string() };
         state.borrow_mut().active = true;
         match self {
             Self::Others(engine) => forward(&mut **engine, tensors).map_err(failed),
@@ -330,7 +332,7 @@ fn compare_outputs(request: &Request, got: &Tensors, expected: &Tensors) -> Resu
         let g = got.get(name).map(Tensor::f32).transpose()?.unwrap_or_default();
         if g.len() != r.len() {
             let message = format!("the artifact gives {} numbers as '{name}', the reference {}", g.len(), r.len());
-            return Err(Error::Model { model: request.name.clone(), message });
+            return Err(Error::Request { name: request.name.clone(), message });
         }
         outputs.insert(name.clone(), Errors::of(g, r));
         let width = reference.shape().last().copied().unwrap_or(1);

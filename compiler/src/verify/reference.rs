@@ -100,7 +100,7 @@ impl Observer for Forward<'_> {
         node: &Node,
         weights: &Resident<'_>,
         operands: &[Vec<Option<&Array>>],
-        results: &[Vec<Array>],
+        results: &mut [Vec<Array>],
     ) -> Result<(), String> {
         let [operands] = operands else { return Err("one sample at a time".into()) };
         (self.watcher)(&Step { graph: self.graph, symbols: self.symbols, node, weights, operands, results: &results[0] })
@@ -180,7 +180,7 @@ impl Engine for Reference {
     }
 }
 
-pub(super) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
+pub(crate) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
     fn with<T: Clone>(t: &Tensor, data: &[T]) -> vlmc_runtime::Result<ArrayD<T>> {
         ArrayD::from_shape_vec(IxDyn(t.shape()), data.to_vec()).map_err(|e| failed("a tensor", e))
     }

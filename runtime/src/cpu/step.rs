@@ -130,12 +130,16 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
         };
     }
     match &step.kernel {
-        Kernel::Linear { act, .. } => {
+        Kernel::Linear { dynamic, act } => {
             let [n, kk] = [arg_shape(1)[0], arg_shape(1)[1]];
             let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
             let panels = Panels::new(data, n, kk).ok_or("a weight has the wrong length")?;
             let bias = (step.args.len() > 2).then(|| f32s(2)).transpose()?;
-            k.linear(f32s(0)?, &panels, bias, *act, out!(f32));
+            let out = out!(f32);
+            k.linear(f32s(0)?, &panels, bias, *dynamic, out);
+            if let Some(act) = act {
+                k.unary(*act, Src::InPlace, out);
+            }
         }
         Kernel::Gated { act } => k.gated(*act, f32s(0)?, shape.last().copied().unwrap_or(1), out!(f32)),
         Kernel::Embedding => {
@@ -193,13 +197,13 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 moves::top_k(row, out);
             }
         }
-        Kernel::Moe { act } => {
+        Kernel::Moe { act, dynamic } => {
             let experts = |i: usize| {
                 let View::Floats(data) = f.view(arg(i))? else { return Err("weights must be floats".to_string()) };
                 let [e, n, kk] = [arg_shape(i)[0], arg_shape(i)[1], arg_shape(i)[2]];
                 Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
             };
-            let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act };
+            let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act, dynamic: *dynamic };
             k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, out!(f32)).map_err(bad_index)?;
         }
         Kernel::Append | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return Err("not a computation of one result".into()),
