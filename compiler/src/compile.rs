@@ -186,7 +186,8 @@ impl Model {
     /// As [`Self::lower`], or a pass that is wrong, or a model that cannot be checked.
     pub fn check_passes(&self, target: &Target, policy: &Policy) -> Result<Vec<Checked>> {
         let source = |name: &str| self.checkpoint.floats(name).map_err(|e| e.to_string());
-        let (program, _) = quantize(target, policy, self.lower_with_codes(target)?.program.into_inner())?;
+        let (mut program, _) = quantize(target, policy, self.lower_with_codes(target)?.program.into_inner())?;
+        self.found.apply(&mut program);
         Ok(vlmc_passes::check(target, verified(program)?, target.passes, 0, &source)?)
     }
 
