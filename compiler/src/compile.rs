@@ -193,67 +193,76 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused, unknown } = self.lower_for(target, |_, _| {})?;
-        let processor = self.processor()?;
+        let lowered = self.lower_for(target, |_, _| {})?;
+        let Lowered { program, task, unused, unknown } = &lowered;
         let mut warnings = vec![];
         if !unknown.is_empty() {
-            let fields = abridged(&unknown);
+            let fields = abridged(unknown);
             warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));
         }
         if !unused.is_empty() {
-            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
+            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(unused)));
         }
 
         let dir = ArtifactDir::create(options.out)?;
         let weights = dir.path().join(WEIGHTS);
         let (entries, stored, writer) = if target.name == "cpu" {
-            let (native, stored) = back::native::lower(&program)?;
+            let (native, stored) = back::native::lower(program)?;
             let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
             write_file(&dir.path().join(PROGRAM), &json)?;
-            let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
-            let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
-            let writer = writer(&program, &stored, &weights)?;
-            (entries, stored, writer)
+            let writer = writer(program, &stored, &weights)?;
+            (native_entries(program, &native), stored, writer)
         } else {
-            let stored = back::onnx::stored(&program);
-            let writer = writer(&program, &stored, &weights)?;
+            let stored = back::onnx::stored(program);
+            let writer = writer(program, &stored, &weights)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(&program, WEIGHTS, &place)? {
+            for (name, model) in back::onnx::emit(program, WEIGHTS, &place)? {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
             (entries, stored, writer)
         };
-        let total = stored.iter().filter_map(|s| s.spec(program.weights.get(&s.weight)?).bytes()).sum();
+        let total = weight_bytes(program, &stored);
         let done = AtomicU64::new(0);
-        back::write(&program, &self.checkpoint, &stored, &writer, &|bytes| {
+        back::write(program, &self.checkpoint, &stored, &writer, &|bytes| {
             (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
+        let manifest = self.manifest(target, &lowered, entries)?;
+        self.copy_side_files(dir.path(), task, manifest.processor.is_some(), &mut warnings)?;
+        let (architecture, parameters) = (manifest.architecture.clone(), manifest.parameters);
+        dir.commit(manifest)?;
+        Ok(Report { out: options.out.into(), architecture, target: target.name.into(), parameters, weight_bytes, warnings })
+    }
 
-        let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
-        dir.commit(Manifest {
+    /// What an artifact for `cpu` would hold, without its files: manifest, program and bytes of the weights.
+    ///
+    /// # Errors
+    /// As [`Self::lower_for`].
+    pub fn outline(&self) -> Result<(Manifest, vlmc_artifact::program::Program, u64)> {
+        let target = target::named("cpu")?;
+        let lowered = self.lower_for(target, |_, _| {})?;
+        let (native, stored) = back::native::lower(&lowered.program)?;
+        let manifest = self.manifest(target, &lowered, native_entries(&lowered.program, &native))?;
+        Ok((manifest, native, weight_bytes(&lowered.program, &stored)))
+    }
+
+    /// The manifest, but for the list of files.
+    fn manifest(&self, target: &Target, lowered: &Lowered, entries: Vec<Entry>) -> Result<Manifest> {
+        let program = &lowered.program;
+        Ok(Manifest {
             format: FORMAT,
             compiler: COMPILER.into(),
             target: target.name.into(),
             architecture: program.name.clone(),
-            parameters,
+            parameters: program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum(),
             source: self.checkpoint.source(),
             symbols: program.symbols.clone(),
             entries,
-            task,
-            processor,
+            task: lowered.task.clone(),
+            processor: self.processor()?,
             generation: self.generation()?,
             files: Default::default(),
-        })?;
-        Ok(Report {
-            out: options.out.into(),
-            architecture: program.name.clone(),
-            target: target.name.into(),
-            parameters,
-            weight_bytes,
-            warnings,
         })
     }
 
@@ -338,6 +347,16 @@ fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsW
     let spec =
         |s: &Stored| program.weights.get(&s.weight).map(|def| s.spec(def)).ok_or_else(|| Error::tensor(&s.weight, "is not declared"));
     WeightsWriter::create(path, &stored.iter().map(spec).collect::<Result<Vec<TensorSpec>>>()?)
+}
+
+/// Bytes of the tensors of a weight file.
+fn weight_bytes(program: &Verified, stored: &[Stored]) -> u64 {
+    stored.iter().filter_map(|s| s.spec(program.weights.get(&s.weight)?).bytes()).sum()
+}
+
+fn native_entries(program: &Verified, native: &vlmc_artifact::program::Program) -> Vec<Entry> {
+    let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
+    program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect()
 }
 
 fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {

@@ -13,7 +13,7 @@ use vlmc_passes::memory;
 /// [`Error::Backend`] if the program was not legalised for this target.
 pub fn lower(program: &Verified) -> Result<(out::Program, Vec<Stored>)> {
     let mut weights = WeightTable::new(program);
-    let functions = program.graphs.iter().map(|g| Lowering::new(g, program, &mut weights).run()).collect::<Result<_>>()?;
+    let functions = program.graphs.iter().map(|g| Lowering::new(g, &mut weights).run()).collect::<Result<_>>()?;
     Ok((out::Program { symbols: program.symbols.clone(), weights: weights.used, functions }, weights.stored))
 }
 
@@ -62,8 +62,8 @@ struct Lowering<'a, 'w> {
 }
 
 impl<'a, 'w> Lowering<'a, 'w> {
-    fn new(graph: &'a Graph, program: &'a Verified, weights: &'w mut WeightTable<'a>) -> Self {
-        let plan = memory::plan(graph, &program.symbols, works_in_place);
+    fn new(graph: &'a Graph, weights: &'w mut WeightTable<'a>) -> Self {
+        let plan = memory::plan(graph, works_in_place);
         Self { graph, plan, weights, values: vec![], index: HashMap::new(), steps: vec![] }
     }
 
@@ -82,8 +82,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
             .iter()
             .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis })
             .collect();
-        let slots = self.plan.slots;
-        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, slots, values: self.values, steps: self.steps })
+        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, values: self.values, steps: self.steps })
     }
 
     /// Index of a value in the function; `layout` says how an op wants a weight.
@@ -192,7 +191,32 @@ fn works_in_place(op: &Op) -> &'static [usize] {
     }
 }
 
-/// Bytes of all slots of a function, as the runtime lays them out.
+/// Bytes of the values of a function that are alive at once, at the step where they are the most.
 pub(crate) fn arena(f: &out::Function) -> Dim {
-    f.slots.iter().fold(Dim::from(0), |sum, s| &sum + &s.ceil_div(&64.into()) * 64)
+    let bytes: HashMap<u32, Dim> = f
+        .values
+        .iter()
+        .filter_map(|v| match v.place {
+            Place::Slot(i) => Some((i, v.shape.iter().fold(v.dtype.size().into(), |n: Dim, d| &n * d))),
+            _ => None,
+        })
+        .collect();
+    let (mut born, mut dying) = (vec![vec![]; f.steps.len() + 1], vec![vec![]; f.steps.len() + 1]);
+    for (slot, life) in f.lives().into_iter().enumerate() {
+        if let (Some(life), Some(bytes)) = (life, bytes.get(&(slot as u32))) {
+            born[*life.start()].push(bytes);
+            dying[*life.end()].push(bytes);
+        }
+    }
+    let mut alive = Dim::from(0);
+    let mut largest: Vec<Dim> = vec![];
+    for (born, dying) in born.iter().zip(&dying) {
+        alive = born.iter().fold(alive, |sum, b| &sum + *b);
+        if !largest.iter().any(|l| l.covers(&alive)) {
+            largest.retain(|l| !alive.covers(l));
+            largest.push(alive.clone());
+        }
+        alive = dying.iter().fold(alive, |sum, b| &sum - *b);
+    }
+    largest.into_iter().reduce(|a, b| a.max_with(&b)).unwrap_or_default()
 }

@@ -288,8 +288,7 @@ fn dump_artifact(args: &DumpArgs) -> Result<()> {
 fn listing(p: &vlmc_runtime::artifact::program::Program, f: &vlmc_runtime::artifact::program::Function) -> String {
     use vlmc_runtime::artifact::program::Place;
     let mut out = String::new();
-    let slots: Vec<String> = f.slots.iter().map(Dim::to_string).collect();
-    let _ = writeln!(out, "function {}\n  slots {}", f.name, slots.join("; "));
+    let _ = writeln!(out, "function {}", f.name);
     let value = |i: u32| {
         let Some(v) = f.values.get(i as usize) else { return "?".to_string() };
         let place = match &v.place {

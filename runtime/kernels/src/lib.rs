@@ -19,11 +19,11 @@ pub mod moves;
 mod norm;
 mod pool;
 
-pub use attention::{Attention, Keys, Seen, Strides};
+pub use attention::{Attention, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
-pub use moe::{Experts, Moe};
+pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
 
 /// The kernels of one CPU: an instruction set and a pool of threads.

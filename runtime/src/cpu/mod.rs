@@ -1,5 +1,6 @@
 //! The engine of `cpu` artifacts: runs the compiled program step by step.
 
+mod arena;
 mod check;
 mod memory;
 mod step;
@@ -10,10 +11,12 @@ use crate::{
     artifact_dir::{Artifact, read_limited},
     binding,
 };
+use arena::{Arena, Lives, Places};
+pub(crate) use memory::state_bytes;
 use memory::{Frame, Literal, State};
 use std::num::NonZero;
 use vlmc_artifact::{
-    Entry, Manifest, PROGRAM,
+    Bindings, Entry, Manifest, PROGRAM,
     program::{Function, Place, Program},
 };
 use vlmc_kernels::Kernels;
@@ -21,8 +24,6 @@ use weights::Weights;
 
 /// Longest program that is read.
 const MAX_PROGRAM: u64 = 256 << 20;
-/// Most bytes of working memory that a request may need.
-const MAX_ARENA: i64 = 1 << 38;
 
 /// Runs a `cpu` artifact.
 pub struct CpuEngine {
@@ -30,6 +31,7 @@ pub struct CpuEngine {
     kernels: Kernels,
     weights: Weights,
     functions: Vec<Loaded>,
+    arena: Arena,
 }
 
 /// A function and what it keeps between runs.
@@ -39,9 +41,42 @@ struct Loaded {
     entry: usize,
     /// Literals by value, converted once.
     literals: Vec<Option<Literal>>,
-    /// Arena, one buffer per slot.
-    slots: Vec<Vec<u64>>,
+    lives: Lives,
+    /// Where results lie, for the sizes of the last run.
+    places: Places,
     states: Vec<State>,
+}
+
+/// Reads and checks the program of an artifact.
+///
+/// # Errors
+/// It could not be run safely.
+pub(crate) fn program(artifact: &Artifact) -> Result<Program> {
+    let path = artifact.require(PROGRAM)?;
+    let json = read_limited(&path, MAX_PROGRAM)?;
+    let program: Program = serde_json::from_slice(&json).map_err(|e| Error::file(&path, format!("is not a program: {e}")))?;
+    let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
+    check::program(&program).map_err(invalid)?;
+    check::layouts(&program).map_err(invalid)?;
+    Ok(program)
+}
+
+/// Bytes of memory that a run of an entry works in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Working {
+    /// All of it: results of steps, and what their kernels work with.
+    pub arena: usize,
+    /// What is in use at once, at the step where it is the most: no plan can take less.
+    pub largest_live: usize,
+    /// What kernels work with, at the step where it is the most.
+    pub scratch: usize,
+}
+
+/// What a run of a checked function works in, with these values of the symbols and so many threads.
+pub(crate) fn working(f: &Function, symbols: &Bindings, threads: usize) -> Result<Working, String> {
+    let lives = Lives::new(f);
+    let places = Places::new(&lives, memory::sizes(f, &lives, &memory::shapes(f, symbols)?, threads))?;
+    Ok(Working { arena: places.bytes(), largest_live: places.largest_live(), scratch: places.scratch() })
 }
 
 impl CpuEngine {
@@ -51,12 +86,9 @@ impl CpuEngine {
     /// # Errors
     /// The program or the weights are not what the manifest says, or could not be run safely.
     pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+        let program = program(artifact)?;
         let path = artifact.require(PROGRAM)?;
-        let json = read_limited(&path, MAX_PROGRAM)?;
-        let program: Program = serde_json::from_slice(&json).map_err(|e| Error::file(&path, format!("is not a program: {e}")))?;
         let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
-        check::program(&program).map_err(invalid)?;
-        check::layouts(&program).map_err(invalid)?;
         let weights = Weights::open(&artifact.require("weights.safetensors")?, &program.weights)?;
         let manifest = artifact.manifest().clone();
         let functions =
@@ -65,7 +97,7 @@ impl CpuEngine {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions })
+        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default() })
     }
 }
 
@@ -92,23 +124,35 @@ impl Loaded {
         Ok(Self {
             entry,
             literals: function.values.iter().map(literal).collect(),
-            slots: vec![vec![]; function.slots.len()],
+            lives: Lives::new(&function),
+            places: Places::default(),
             states: function.states.iter().map(|_| State::default()).collect(),
             function,
         })
     }
 
-    fn run(&mut self, kernels: &Kernels, weights: &Weights, bound: binding::Bound<'_>, entry: &Entry) -> Result<Vec<Tensor>> {
+    fn run(
+        &mut self,
+        kernels: &Kernels,
+        weights: &Weights,
+        arena: &mut Arena,
+        bound: binding::Bound<'_>,
+        entry: &Entry,
+    ) -> Result<Vec<Tensor>> {
         let symbols = &bound.symbols;
-        let shapes = self
-            .function
-            .values
-            .iter()
-            .map(|v| memory::extents(&v.shape, symbols))
-            .collect::<Result<Vec<_>, String>>()
-            .map_err(|why| Error::Input(format!("{}: {why}", entry.name)))?;
-        self.reserve(&shapes, symbols).map_err(|why| Error::Input(format!("{}: {why}", entry.name)))?;
-        for step in &self.function.steps {
+        let invalid = |why: String| Error::Input(format!("{}: {why}", entry.name));
+        let shapes = memory::shapes(&self.function, symbols).map_err(invalid)?;
+        let sizes = memory::sizes(&self.function, &self.lives, &shapes, kernels.pool().threads());
+        if !self.places.is_for(&sizes) {
+            self.places = Places::new(&self.lives, sizes).map_err(invalid)?;
+        }
+        let words = arena.fit(&self.places).map_err(invalid)?;
+        for (i, step) in self.function.steps.iter().enumerate() {
+            let out = match self.function.values[step.out as usize].place {
+                Place::Slot(slot) => self.places.slot(slot as usize),
+                _ => 0..0,
+            };
+            let (rest, [out, scratch]) = arena::split(words, [out, self.places.scratch_of(i)]).map_err(invalid)?;
             let mut frame = Frame {
                 function: &self.function,
                 shapes: &shapes,
@@ -116,10 +160,11 @@ impl Loaded {
                 inputs: &bound.inputs,
                 literals: &self.literals,
                 weights,
-                slots: &mut self.slots,
+                places: &self.places,
+                arena: rest,
                 states: &mut self.states,
             };
-            step::run(kernels, step, &mut frame).map_err(|why| {
+            step::run(kernels, step, &mut frame, out, scratch).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
                 Error::Input(format!("{}: {scope}{why}", entry.name))
             })?;
@@ -131,38 +176,11 @@ impl Loaded {
             inputs: &bound.inputs,
             literals: &self.literals,
             weights,
-            slots: &mut self.slots,
+            places: &self.places,
+            arena: arena::Rest::all(words),
             states: &mut self.states,
         };
         self.function.outputs.iter().map(|o| frame.tensor(o.value as usize)).collect()
-    }
-
-    /// Makes the arena large enough.
-    fn reserve(&mut self, shapes: &[Vec<usize>], symbols: &vlmc_artifact::Bindings) -> Result<(), String> {
-        let mut total = 0i64;
-        let mut sizes = vec![];
-        for s in &self.function.slots {
-            let bytes = s.eval(symbols).map_err(|e| e.to_string())?;
-            total = total.checked_add(bytes).filter(|t| bytes >= 0 && *t <= MAX_ARENA).ok_or("the request needs too much memory")?;
-            sizes.push(bytes as usize);
-        }
-        for (v, shape) in self.function.values.iter().zip(shapes) {
-            if let Place::Slot(i) = v.place {
-                let need = shape.iter().try_fold(v.dtype.size(), |n, d| n.checked_mul(*d));
-                if need.is_none_or(|n| n > sizes[i as usize]) {
-                    return Err(format!("slot {i} is too small for a value: the program is not valid"));
-                }
-            }
-        }
-        for (slot, bytes) in self.slots.iter_mut().zip(sizes) {
-            let words = bytes.div_ceil(8);
-            if slot.len() < words {
-                let more = words - slot.len();
-                slot.try_reserve_exact(more).map_err(|_| format!("there is no memory for {bytes} bytes"))?;
-                slot.resize(words, 0);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -179,7 +197,7 @@ impl Engine for CpuEngine {
         let now: Vec<_> = shapes.iter().map(|s| s.as_ref().map(<[usize; 4]>::as_slice)).collect();
         let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
         let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
-        let result = loaded.run(&self.kernels, &self.weights, bound, entry);
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, entry);
         if result.is_err() {
             loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
         }

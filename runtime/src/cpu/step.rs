@@ -5,23 +5,35 @@ use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
-use vlmc_kernels::{Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, moves};
+use vlmc_kernels::{
+    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch, moves,
+};
 
 type Done = Result<(), String>;
 
-/// Runs a step of a checked program.
+/// Runs a step of a checked program: `out` is the memory of its result, `scratch` is of as many bytes as [`scratch`] says.
 ///
 /// # Errors
 /// An index is out of range, an integer division by zero, no memory.
-pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
-    if let Kernel::Append = step.kernel {
-        return append(step, frame);
+pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>, out: &mut [u64], scratch: &mut [u64]) -> Done {
+    match step.kernel {
+        Kernel::Append => append(step, frame),
+        _ => compute(k, step, frame, out, scratch),
     }
-    let out = step.out as usize;
-    let mut buffer = frame.take(out);
-    let result = compute(k, step, frame, &mut buffer);
-    frame.put(out, buffer);
-    result
+}
+
+/// Bytes of memory that a step's kernel works with on so many threads. Saturates.
+pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usize {
+    let shape = |i: usize| shapes[step.args[i] as usize].as_slice();
+    let floats = match &step.kernel {
+        Kernel::Attention { .. } => {
+            let (q, k, v) = (shape(0), shape(1), shape(2));
+            attention_scratch(q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
+        }
+        Kernel::Moe { .. } => moe_scratch(shape(0)[0], shape(0)[1], shape(3)[1], shape(1)[1]),
+        _ => 0,
+    };
+    floats.saturating_mul(size_of::<f32>())
 }
 
 fn append(step: &Step, frame: &mut Frame<'_>) -> Done {
@@ -56,7 +68,7 @@ fn mask_strides(shape: &[usize]) -> Strides {
     strides
 }
 
-fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done {
+fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch: &mut [u64]) -> Done {
     let out = step.out as usize;
     let shape = f.shapes[out].as_slice();
     let len: usize = shape.iter().product();
@@ -138,7 +150,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                     }
                 },
             };
-            k.attention(&a, out!(f32));
+            k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }
         Kernel::TopK { k: count } => {
             let n = arg_shape(0).last().copied().unwrap_or(1);
@@ -154,7 +166,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
             };
             let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act };
-            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, out!(f32)).map_err(bad_index)?;
+            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, bytemuck::cast_slice_mut(scratch), out!(f32)).map_err(bad_index)?;
         }
         Kernel::Append => return Err("not a computation".into()),
         Kernel::Unary { f: Unary::Not } => {
@@ -216,8 +228,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                     (x + at * sa[axis], y + at * sb[axis])
                 })
             };
-            let bases: Vec<_> = (0..lead.iter().product()).map(base).collect();
-            k.matmul(f32s(0)?, f32s(1)?, &bases, [m, kk, n], out!(f32));
+            k.matmul(f32s(0)?, f32s(1)?, base, [m, kk, n], out!(f32));
         }
         Kernel::Transpose { perm } => {
             let from = moves::strides(arg_shape(0));
