@@ -6,6 +6,7 @@
 
 use std::{
     cmp::Reverse,
+    collections::HashMap,
     ops::{Range, RangeInclusive},
 };
 use vlmc_artifact::program::Function;
@@ -51,12 +52,10 @@ struct Part {
     life: RangeInclusive<usize>,
 }
 
-/// Places parts in their order, each as low as it can lie beside those that are in use at the same time. Returns the words that
-/// they need, and the number and first word of each.
-fn place(parts: &[Part]) -> (usize, Vec<(usize, usize)>) {
+/// Places parts in their order, each as low as it can lie beside those that are in use at the same time. Returns the words of each.
+fn place(parts: &[Part]) -> HashMap<usize, Range<usize>> {
     // Those that have a place, by where it is.
     let mut placed: Vec<(usize, &Part)> = vec![];
-    let mut end = 0;
     for part in parts {
         let mut start = 0;
         for (taken, other) in &placed {
@@ -69,9 +68,8 @@ fn place(parts: &[Part]) -> (usize, Vec<(usize, usize)>) {
             start = start.max(taken + other.words);
         }
         placed.insert(placed.partition_point(|(taken, _)| *taken < start), (start, part));
-        end = end.max(start + part.words);
     }
-    (end, placed.into_iter().map(|(start, part)| (part.index, start)).collect())
+    placed.into_iter().map(|(start, part)| (part.index, start..start + part.words)).collect()
 }
 
 /// Where the parts of an arena lie, for one set of sizes.
@@ -108,31 +106,25 @@ impl Places {
             Some(*sum)
         });
         let largest = alive.max().unwrap_or(0) as usize;
-        // The first order is nearly always perfect; where it is not, another one often is.
-        let orders: [fn(&Part) -> (Reverse<usize>, usize); 3] = [
-            |p| (Reverse(p.words), *p.life.start()),
-            |p| (Reverse(p.life.end() - p.life.start()), *p.life.start()),
-            |p| (Reverse(0), *p.life.start()),
-        ];
-        let mut best: Option<(usize, Vec<(usize, usize)>)> = None;
+        // The largest first is nearly always perfect. Where it is not, those first that are large for long often are.
+        let orders: [fn(&Part) -> (Reverse<usize>, usize); 2] =
+            [|p| (Reverse(p.words), *p.life.start()), |p| (Reverse(p.words * (p.life.end() - p.life.start() + 1)), *p.life.start())];
+        let (mut words, mut placed) = (usize::MAX, HashMap::new());
         for order in orders {
             all.sort_by_key(order);
-            let (words, starts) = place(&all);
-            if best.as_ref().is_none_or(|(least, _)| words < *least) {
-                best = Some((words, starts));
+            let other = place(&all);
+            let end = other.values().map(|p| p.end).max().unwrap_or(0);
+            if end < words {
+                (words, placed) = (end, other);
             }
             if words == largest {
                 break;
             }
         }
-        let (words, starts) = best.unwrap_or_default();
         if words > MAX / WORD {
             return Err(format!("the request needs {} bytes of working memory", words * WORD));
         }
-        let mut parts = vec![0..0; sizes.len()];
-        for (index, start) in starts {
-            parts[index] = start..start + sizes[index].div_ceil(ALIGN) * (ALIGN / WORD);
-        }
+        let parts = (0..sizes.len()).map(|i| placed.get(&i).cloned().unwrap_or(0..0)).collect();
         Ok(Self { sizes, parts, slots: lives.slots(), words, largest })
     }
 
