@@ -73,7 +73,7 @@ impl WeightsWriter {
         let mut by_name = HashMap::with_capacity(specs.len());
         let (mut tensors, mut header, mut end, mut pads) = (Vec::with_capacity(specs.len()), String::new(), 0u64, 0);
         let mut list = |name: &str, dtype: DType, shape: &[usize], from: u64, to: u64| {
-            let entry = json!({"dtype": dtype.name().to_uppercase(), "shape": shape, "data_offsets": [from, to]});
+            let entry = json!({"dtype": dtype.to_string().to_uppercase(), "shape": shape, "data_offsets": [from, to]});
             header.push_str(&format!(",{}:{entry}", json!(name)));
         };
         for spec in specs {

@@ -5,6 +5,7 @@ use vlmc::{
     arch::{ARCHITECTURES, Preset},
     compile::Model,
 };
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Request, artifact::Task, of_program};
 
 fn open(preset: &Preset) -> Model {
@@ -19,7 +20,8 @@ fn open(preset: &Preset) -> Model {
 fn plans_are_close_to_what_is_alive_at_once() {
     let mut worst: f64 = 0.0;
     for preset in ARCHITECTURES.iter().flat_map(|a| a.presets) {
-        let (manifest, program, _) = open(preset).outline().unwrap_or_else(|e| panic!("{}: {e}", preset.name));
+        let (manifest, program, _) =
+            open(preset).outline(&Policy::named("none").unwrap()).unwrap_or_else(|e| panic!("{}: {e}", preset.name));
         // Vision alone is what a picture adds to a prompt; the context leaves room for the tokens of the largest.
         let longest = manifest.task.prompt().map_or(1, |p| p.max_positions);
         let pictures = if manifest.processor.is_some() { vec![vec![], vec![[448, 448]], vec![[1344, 1344]]] } else { vec![vec![]] };

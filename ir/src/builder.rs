@@ -479,7 +479,7 @@ impl<'g> Builder<'g> {
     #[track_caller]
     pub fn linear(&'g self, x: Val<'g>, w: W<'g>, out_features: usize) -> Val<'g> {
         let weight = self.linear_weight(x, w, out_features);
-        self.one(Linear {}, &[x, weight])
+        self.one(Linear::default(), &[x, weight])
     }
 
     /// `x wᵀ + b` with weights at `w / "weight"` and `w / "bias"`.
@@ -487,7 +487,7 @@ impl<'g> Builder<'g> {
     pub fn linear_bias(&'g self, x: Val<'g>, w: W<'g>, out_features: usize) -> Val<'g> {
         let weight = self.linear_weight(x, w, out_features);
         let bias = self.weight(w / "bias", &[out_features]);
-        self.one(Linear {}, &[x, weight, bias])
+        self.one(Linear::default(), &[x, weight, bias])
     }
 
     #[track_caller]
@@ -501,7 +501,7 @@ impl<'g> Builder<'g> {
     /// [`Linear`] with given weights.
     #[track_caller]
     pub fn linear_with(&'g self, x: Val<'g>, weight: Val<'g>, bias: Option<Val<'g>>) -> Val<'g> {
-        self.one(Linear {}, &[x, weight].into_iter().chain(bias).collect::<Vec<_>>())
+        self.one(Linear::default(), &[x, weight].into_iter().chain(bias).collect::<Vec<_>>())
     }
 
     /// Rows of the table at `w / "weight"`, `[entries, width]`, chosen by `ids`.

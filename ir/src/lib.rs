@@ -25,4 +25,4 @@ pub use graph::{Def, Graph, Node, NodeId, Port, Program, State, ValueId};
 pub use ops::Op;
 pub use types::{Literal, Type};
 pub use verify::{Diagnostic, Verified, verify};
-pub use vlmc_artifact::{Bindings, DType, Dim, Symbol};
+pub use vlmc_artifact::{Bindings, DType, Dim, Scheme, Symbol, quant};

@@ -3,6 +3,7 @@
 
 use crate::DType;
 use serde::{Deserialize, Serialize};
+use vlmc_artifact::{Scheme, quant::Method};
 
 /// How the elements of a weight follow from checkpoint tensors. All steps but [`Recipe::Transpose`] keep "row `r`
 /// needs a known range of source rows", so that any range of rows can be made on its own.
@@ -19,16 +20,43 @@ pub enum Recipe {
     Transpose(Box<Recipe>, usize),
     /// Recipes with equal row shapes, one after the other along the first axis.
     Concat(Vec<Recipe>),
+    /// Multiplied along the last axis by a tensor of that length.
+    Scale(Box<Recipe>, String),
+    /// Codes for the numbers of the inner recipe, found row by row of the last axis. Only in a weight of that quantized type,
+    /// at the top or in a `Concat` there.
+    Quantize(Box<Recipe>, Scheme, Method),
+    /// Codes that were found before: checkpoint tensors of that name and `.codes` (`u8`, of the weight's shape), `.scales` (`f32`,
+    /// of its rows and their groups) and `.zeros` (`u8`, as the scales). Only where `Quantize` may stand.
+    Codes(String, Scheme),
 }
 
 impl Recipe {
     /// Names of the checkpoint tensors that go into it.
     pub fn sources(&self) -> Vec<&str> {
         match self {
-            Self::Source(name) => vec![name],
-            Self::Reshape(inner, _) | Self::Cast(inner, _) | Self::Transpose(inner, _) => inner.sources(),
+            Self::Source(name) | Self::Codes(name, _) => vec![name],
+            Self::Reshape(inner, _) | Self::Cast(inner, _) | Self::Transpose(inner, _) | Self::Quantize(inner, ..) => inner.sources(),
+            Self::Scale(inner, by) => [inner.sources(), vec![by]].concat(),
             Self::Concat(parts) => parts.iter().flat_map(Self::sources).collect(),
         }
+    }
+
+    /// The same with other names of sources, or what was wrong with one; in the order of [`Self::sources`].
+    ///
+    /// # Errors
+    /// What `f` said.
+    pub fn map_sources<E>(&self, f: &mut impl FnMut(&str) -> Result<String, E>) -> Result<Self, E> {
+        let mut boxed = |r: &Recipe| r.map_sources(f).map(Box::new);
+        Ok(match self {
+            Self::Reshape(inner, shape) => Self::Reshape(boxed(inner)?, shape.clone()),
+            Self::Cast(inner, dtype) => Self::Cast(boxed(inner)?, *dtype),
+            Self::Transpose(inner, rows) => Self::Transpose(boxed(inner)?, *rows),
+            Self::Quantize(inner, scheme, method) => Self::Quantize(boxed(inner)?, *scheme, *method),
+            Self::Scale(inner, by) => Self::Scale(boxed(inner)?, f(by)?),
+            Self::Concat(parts) => Self::Concat(parts.iter().map(|p| p.map_sources(f)).collect::<Result<_, _>>()?),
+            Self::Source(name) => Self::Source(f(name)?),
+            Self::Codes(name, scheme) => Self::Codes(f(name)?, *scheme),
+        })
     }
 }
 
@@ -55,5 +83,11 @@ impl WeightDef {
             return self.clone();
         }
         Self { dtype, shape: self.shape.clone(), recipe: Recipe::Cast(Box::new(self.recipe.clone()), dtype) }
+    }
+
+    /// The same weight, quantized.
+    pub fn quantize(&self, scheme: Scheme, method: Method) -> Self {
+        let recipe = Recipe::Quantize(Box::new(self.recipe.clone()), scheme, method);
+        Self { dtype: DType::Quant(scheme), shape: self.shape.clone(), recipe }
     }
 }

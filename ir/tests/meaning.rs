@@ -5,9 +5,9 @@ use ndarray::{ArrayD, Dimension, IxDyn};
 use std::collections::BTreeMap;
 use vlmc_artifact::program::Reduce;
 use vlmc_ir::{
-    Bindings, Builder, DType, Val,
+    Bindings, Builder, DType, Op, Type, Val,
     interp::{self, Array, Env, EvalError},
-    ops::{Mask, NtkRope},
+    ops::{Linear, Mask, NtkRope},
 };
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
@@ -255,4 +255,20 @@ fn values_without_meaning() {
     let x = b.input("x", DType::F32, [2, 3]);
     b.output("y", x + b.input("z", DType::F32, [2, 4]));
     assert_eq!(b.finish().unwrap_err().to_string(), "g: add(f32[2, 3], f32[2, 4]): dims 3 and 4 do not broadcast");
+}
+
+/// A linear layer of quantized weights with dynamic activations: steps of 1/127 of each group's largest number.
+#[test]
+fn dynamic_linear_rounds_its_operand() {
+    let op = Op::from(Linear { dynamic: true });
+    let types = [Type::new(DType::F32, [1, 40]), Type::new("int4g32".parse().unwrap(), [1, 40])];
+    // The second group has 8 columns, and the largest of them is 254: steps of 2, halves to even.
+    let numbers = [(0, 127.0), (1, 1.4), (2, -0.6), (32, 254.0), (33, 1.0), (34, 3.0), (35, -3.0)];
+    let x = floats(&[1, 40], |i| numbers.iter().find(|(at, _)| *at == i).map_or(0.0, |(_, v)| *v));
+    for (at, want) in [(0, 127.0), (1, 1.0), (2, -1.0), (3, 0.0), (32, 254.0), (33, 0.0), (34, 4.0), (35, -4.0)] {
+        let one = floats(&[1, 40], |i| f64::from(u8::from(i == at)));
+        let out = interp::eval(&op, &types, &[&x, &one], &Bindings::default()).unwrap();
+        assert_eq!(out[0], floats(&[1, 1], |_| want), "column {at}");
+    }
+    assert!(op.infer(&[types[0].clone(), Type::new(DType::F32, [1, 40])]).is_err());
 }

@@ -147,7 +147,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
 fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
     Ok(Some(match op {
         Op::Reshape(_) => return Ok(None),
-        Op::Linear(_) => Kernel::Linear,
+        Op::Linear(o) => Kernel::Linear { dynamic: o.dynamic },
         Op::Embedding(_) => Kernel::Embedding,
         Op::LayerNorm(o) => Kernel::LayerNorm { eps: o.eps },
         Op::RmsNorm(o) => Kernel::RmsNorm { eps: o.eps },

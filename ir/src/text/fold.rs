@@ -6,7 +6,10 @@
 
 use super::syntax::*;
 use crate::{Def, Graph, Node, Op, Program, Type, ValueId, weights::Recipe};
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+};
 
 pub(super) fn program(p: &Program) -> File {
     let mut used: BTreeMap<&str, &Type> = BTreeMap::new();
@@ -55,13 +58,8 @@ fn written(weight: &str, recipe: &Recipe) -> Recipe {
 }
 
 fn map_sources(recipe: &Recipe, f: &mut impl FnMut(&str) -> String) -> Recipe {
-    match recipe {
-        Recipe::Source(name) => Recipe::Source(f(name)),
-        Recipe::Reshape(inner, shape) => Recipe::Reshape(Box::new(map_sources(inner, f)), shape.clone()),
-        Recipe::Cast(inner, dtype) => Recipe::Cast(Box::new(map_sources(inner, f)), *dtype),
-        Recipe::Transpose(inner, rows) => Recipe::Transpose(Box::new(map_sources(inner, f)), *rows),
-        Recipe::Concat(parts) => Recipe::Concat(parts.iter().map(|p| map_sources(p, f)).collect()),
-    }
+    let Ok(recipe) = recipe.map_sources(&mut |s| Ok::<_, Infallible>(f(s)));
+    recipe
 }
 
 /// Runs that may repeat: `count` times `len` items, with the indices from `first`.

@@ -38,7 +38,11 @@
 //! value     = number | "[" value,* "]" | string | text without comma, except in parentheses
 //! default   = "weights" "=" recipe
 //! weight    = "weight" name type "=" recipe
-//! recipe    = "*" | name | "reshape" "(" recipe "," "[" int,* "]" ")" | "cast" "(" recipe "," dtype ")" | "concat" "(" recipe,* ")"
+//! recipe    = source | "reshape" "(" recipe "," "[" int,* "]" ")" | "cast" "(" recipe "," dtype ")" | "concat" "(" recipe,* ")"
+//!           | "transpose" "(" recipe "," int ")" | "scale" "(" recipe "," source ")"
+//!           | "quantize" "(" recipe "," dtype "," method ")" | "codes" "(" source "," dtype ")"
+//! source    = "*" | name
+//! method    = "round" | "search"
 //! name      = letters, digits, "_" and ".", but no "." in front; or a JSON string
 //! ```
 //!

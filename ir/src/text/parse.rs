@@ -4,6 +4,7 @@ use super::{Fail, syntax::*, unfold::check_size};
 use crate::{DType, Dim, Literal, Op, Symbol, Type, weights::Recipe};
 use serde_json::{Map, Value};
 use std::ops::Range;
+use vlmc_artifact::Scheme;
 
 type Result<T> = std::result::Result<T, Fail>;
 
@@ -523,9 +524,46 @@ impl<'a> Parser<'a> {
                 self.expect(",")?;
                 Recipe::Transpose(source, self.int("a number of rows")?)
             }
-            other => return self.fail_at(start, format!("unknown recipe '{other}'; there are reshape, cast, transpose and concat")),
+            "scale" => {
+                let source = Box::new(inner(self)?);
+                self.expect(",")?;
+                Recipe::Scale(source, self.source()?)
+            }
+            "quantize" => {
+                let source = Box::new(inner(self)?);
+                self.expect(",")?;
+                let scheme = self.scheme()?;
+                self.expect(",")?;
+                let (start, method) = (self.start(), self.name()?);
+                match method.0.parse() {
+                    Ok(method) => Recipe::Quantize(source, scheme, method),
+                    Err(why) => return self.fail_at(start, why),
+                }
+            }
+            "codes" => {
+                let name = self.source()?;
+                self.expect(",")?;
+                Recipe::Codes(name, self.scheme()?)
+            }
+            other => {
+                let known = "there are reshape, cast, transpose, concat, scale, quantize and codes";
+                return self.fail_at(start, format!("unknown recipe '{other}'; {known}"));
+            }
         };
         self.expect(")")?;
         Ok(recipe)
+    }
+
+    /// Name of a recipe's source, or `*`.
+    fn source(&mut self) -> Result<String> {
+        if self.eat(OWN) { Ok(OWN.into()) } else { Ok(self.name()?.0) }
+    }
+
+    fn scheme(&mut self) -> Result<Scheme> {
+        let start = self.start();
+        match self.dtype()? {
+            DType::Quant(scheme) => Ok(scheme),
+            other => self.fail_at(start, format!("{other} is no quantized type")),
+        }
     }
 }

@@ -98,15 +98,7 @@ fn numbers(ty: &Type) -> std::result::Result<Vec<usize>, String> {
 }
 
 fn resolve_sources(recipe: &Recipe, own: &str, i: Option<i64>) -> std::result::Result<Recipe, String> {
-    let inner = |r: &Recipe| resolve_sources(r, own, i);
-    Ok(match recipe {
-        Recipe::Source(name) if name == OWN => Recipe::Source(own.into()),
-        Recipe::Source(name) => Recipe::Source(Name(name.clone()).resolve(i)?),
-        Recipe::Reshape(r, shape) => Recipe::Reshape(Box::new(inner(r)?), shape.clone()),
-        Recipe::Cast(r, dtype) => Recipe::Cast(Box::new(inner(r)?), *dtype),
-        Recipe::Transpose(r, rows) => Recipe::Transpose(Box::new(inner(r)?), *rows),
-        Recipe::Concat(parts) => Recipe::Concat(parts.iter().map(inner).collect::<std::result::Result<_, _>>()?),
-    })
+    recipe.map_sources(&mut |name| if name == OWN { Ok(own.into()) } else { Name(name.into()).resolve(i) })
 }
 
 fn graph(text: &GraphText, budget: &mut Budget) -> Result<Graph> {

@@ -1,11 +1,11 @@
 //! Element types.
 
+use crate::Scheme;
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
 /// Element type of a tensor, named as safetensors and the IR text name it (`f32`, `bf16`, `i64`, `bool`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
     /// One byte per element, 0 or 1.
     Bool,
@@ -23,30 +23,38 @@ pub enum DType {
     BF16,
     /// IEEE single precision.
     F32,
+    /// Real numbers as codes with scales; weights only.
+    Quant(Scheme),
 }
 
 impl DType {
-    /// All types, in the order of their declaration.
+    /// All plain types, in the order of their declaration.
     pub const ALL: [DType; 8] = [Self::Bool, Self::U8, Self::I8, Self::I32, Self::I64, Self::F16, Self::BF16, Self::F32];
 
-    /// Bytes per element.
+    /// Bytes per element; of a quantized type, of a code before it is packed.
     pub fn size(self) -> usize {
         match self {
-            Self::Bool | Self::U8 | Self::I8 => 1,
+            Self::Bool | Self::U8 | Self::I8 | Self::Quant(_) => 1,
             Self::F16 | Self::BF16 => 2,
             Self::I32 | Self::F32 => 4,
             Self::I64 => 8,
         }
     }
 
-    /// True for `f16`, `bf16` and `f32`.
+    /// True for `f16`, `bf16`, `f32`, and quantized types, which stand for real numbers too.
     pub fn is_float(self) -> bool {
-        matches!(self, Self::F16 | Self::BF16 | Self::F32)
+        matches!(self, Self::F16 | Self::BF16 | Self::F32 | Self::Quant(_))
     }
 
-    /// The name in IR text and manifests.
-    pub fn name(self) -> &'static str {
-        match self {
+    /// The scheme of a quantized type.
+    pub fn scheme(self) -> Option<Scheme> {
+        if let Self::Quant(scheme) = self { Some(scheme) } else { None }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
             Self::Bool => "bool",
             Self::U8 => "u8",
             Self::I8 => "i8",
@@ -55,13 +63,8 @@ impl DType {
             Self::F16 => "f16",
             Self::BF16 => "bf16",
             Self::F32 => "f32",
-        }
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
+            Self::Quant(scheme) => return scheme.fmt(f),
+        })
     }
 }
 
@@ -71,6 +74,21 @@ impl FromStr for DType {
     /// Accepts the lower-case name; safetensors' upper-case spelling (`BF16`) is accepted too.
     fn from_str(s: &str) -> Result<Self, String> {
         let lower = s.to_ascii_lowercase();
-        Self::ALL.into_iter().find(|d| d.name() == lower).ok_or_else(|| format!("unknown element type '{s}'"))
+        if lower.starts_with("int") {
+            return lower.parse().map(Self::Quant);
+        }
+        Self::ALL.into_iter().find(|d| d.to_string() == lower).ok_or_else(|| format!("unknown element type '{s}'"))
+    }
+}
+
+impl Serialize for DType {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DType {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
     }
 }

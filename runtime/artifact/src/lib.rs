@@ -8,7 +8,9 @@ mod dim;
 mod dtype;
 mod manifest;
 pub mod program;
+pub mod quant;
 
 pub use dim::{Bindings, Dim, DimError, DimFunction, Symbol};
 pub use dtype::DType;
 pub use manifest::*;
+pub use quant::Scheme;

@@ -43,6 +43,12 @@ pub enum Layout {
     /// Matrix `[n, k]` in panels of 16 rows: `[ceil(n/16), k, 16]`, missing rows zero. Element `(r, c)` is at
     /// `(r / 16, c, r % 16)`: a matrix product loads 16 outputs' weights for one `c` at once, and a panel is one
     /// sequential stream. A stack `[e, n, k]` of matrices is stored matrix by matrix.
+    ///
+    /// Of a quantized type: bytes `[ceil(n/16), panel_bytes]` ([`crate::quant::panel_bytes`]). A panel is a run of groups of
+    /// columns; a group has the scales of its 16 rows (`f16`, or `f32` where the group is the whole row), their zero points
+    /// if the scheme has them (`u8`), and blocks of codes, 4 bytes of each row: 4 columns at 8 bits; 8 columns at 4 bits, of
+    /// which columns 0 to 3 are the low halves of the bytes, and 4 to 7 the high ones. A last block that is not full ends
+    /// in zero bits.
     Panel16,
 }
 
@@ -160,9 +166,14 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kernel", rename_all = "snake_case")]
 pub enum Kernel {
-    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16 or bf16), optional `bias f32[n]` -> `f32[..., n]` = x wᵀ + bias.
-    Linear,
-    /// `table [n, h]` (rows or panel16), `ids i64[...]` -> `f32[..., h]`. An id outside `0..n` is an error.
+    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16, bf16 or quantized), optional `bias f32[n]` -> `f32[..., n]` = x wᵀ + bias.
+    Linear {
+        /// `w` is quantized, and so is `x` first: to -127..=127 in the groups of columns of `w`, each row and group with the
+        /// scale max|x| / 127: the nearest integer to x * (127 / max|x|), of two the even one.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dynamic: bool,
+    },
+    /// `table [n, h]` (rows or panel16; panel16 if quantized), `ids i64[...]` -> `f32[..., h]`. An id outside `0..n` is an error.
     Embedding,
     /// `x f32[..., n]`, `weight f32[n]`, `bias f32[n]` -> `(x - mean) / sqrt(var + eps) * weight + bias`, biased variance.
     LayerNorm {
@@ -291,6 +302,8 @@ pub enum Unary {
     Erf,
     Sigmoid,
     Floor,
+    /// To the nearest integer, of two the even one.
+    Round,
     /// `x * sigmoid(x)`.
     Silu,
     /// `x * sigmoid(1.702 x)`.

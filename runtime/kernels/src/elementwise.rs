@@ -43,6 +43,7 @@ impl Task for Map<'_> {
             Unary::Cos => scalar(data, f32::cos),
             Unary::Exp => scalar(data, f32::exp),
             Unary::Floor => scalar(data, f32::floor),
+            Unary::Round => scalar(data, f32::round_ties_even),
             Unary::Tanh => scalar(data, f32::tanh),
             // Booleans do not come here.
             Unary::Not => {}

@@ -18,6 +18,7 @@ mod moe;
 pub mod moves;
 mod norm;
 mod pool;
+mod quantize;
 
 pub use attention::{Attention, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;
@@ -25,6 +26,7 @@ pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
 pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
+pub use quantize::quantize;
 
 /// The kernels of one CPU: an instruction set and a pool of threads.
 pub struct Kernels {

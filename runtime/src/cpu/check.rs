@@ -123,7 +123,7 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
             ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
         }
         if let (Place::Weight(_), false) = (&a.place, is_plain(a.dtype)) {
-            let widens = matches!((&step.kernel, i), (Kernel::Linear, 1) | (Kernel::Embedding, 0) | (Kernel::Moe { .. }, 3..=5));
+            let widens = matches!((&step.kernel, i), (Kernel::Linear { .. }, 1) | (Kernel::Embedding, 0) | (Kernel::Moe { .. }, 3..=5));
             ensure(widens, || format!("operand {i} is {}, which this kernel does not widen", a.dtype))?;
         }
     }
@@ -180,7 +180,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
     let finite = |v: f64| ensure(v.is_finite(), || format!("{v} is not a finite number"));
 
     Ok(match kernel {
-        Kernel::Linear => {
+        Kernel::Linear { .. } => {
             ensure(matches!(args.len(), 2 | 3), || format!("takes 2 or 3 operands, got {}", args.len()))?;
             dtype(0, DType::F32)?;
             rank(0, 1)?;
@@ -425,7 +425,7 @@ pub(super) fn layouts(p: &Program) -> Check {
                 let Place::Weight(w) = get(f, *a)?.place else { continue };
                 let panels = p.weights[w as usize].layout == Layout::Panel16;
                 let fits = match (&step.kernel, operand) {
-                    (Kernel::Linear, 1) | (Kernel::Moe { .. }, 3..=5) => panels,
+                    (Kernel::Linear { .. }, 1) | (Kernel::Moe { .. }, 3..=5) => panels,
                     (Kernel::Embedding, 0) => true,
                     _ => !panels,
                 };

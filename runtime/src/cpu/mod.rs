@@ -3,17 +3,19 @@
 mod arena;
 mod check;
 mod memory;
+mod observe;
 mod step;
 mod weights;
 
 use crate::{
-    Engine, Error, Result, Tensor,
+    Engine, Error, Observer, Result, Tensor,
     artifact_dir::{Artifact, read_limited},
     binding,
 };
-use arena::{Arena, Lives, Places};
+use arena::{Arena, Lives, Places, Rest};
 pub(crate) use memory::state_bytes;
 use memory::{Frame, Literal, State};
+use observe::Watch;
 use std::num::NonZero;
 use vlmc_artifact::{
     Bindings, Entry, Manifest, PROGRAM,
@@ -32,6 +34,7 @@ pub struct CpuEngine {
     weights: Weights,
     functions: Vec<Loaded>,
     arena: Arena,
+    observer: Option<Observer>,
 }
 
 /// A function and what it keeps between runs.
@@ -97,7 +100,12 @@ impl CpuEngine {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default() })
+        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None })
+    }
+
+    /// Tells `observer` of every step with weights from now on.
+    pub fn observe(&mut self, observer: Observer) {
+        self.observer = Some(observer);
     }
 }
 
@@ -138,6 +146,7 @@ impl Loaded {
         arena: &mut Arena,
         bound: binding::Bound<'_>,
         entry: &Entry,
+        mut watch: Option<Watch<'_>>,
     ) -> Result<Vec<Tensor>> {
         let symbols = &bound.symbols;
         let invalid = |why: String| Error::Input(format!("{}: {why}", entry.name));
@@ -147,39 +156,38 @@ impl Loaded {
             self.places = Places::new(&self.lives, sizes).map_err(invalid)?;
         }
         let words = arena.fit(&self.places).map_err(invalid)?;
+        // What a step sees, of which part of the arena.
+        macro_rules! frame {
+            ($arena:expr) => {
+                Frame {
+                    function: &self.function,
+                    shapes: &shapes,
+                    symbols,
+                    inputs: &bound.inputs,
+                    literals: &self.literals,
+                    weights,
+                    places: &self.places,
+                    arena: $arena,
+                    states: &mut self.states,
+                }
+            };
+        }
         for (i, step) in self.function.steps.iter().enumerate() {
+            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words))))?;
             let out = match self.function.values[step.out as usize].place {
                 Place::Slot(slot) => self.places.slot(slot as usize),
                 _ => 0..0,
             };
             let (rest, [out, scratch]) = arena::split(words, [out, self.places.scratch_of(i)]).map_err(invalid)?;
-            let mut frame = Frame {
-                function: &self.function,
-                shapes: &shapes,
-                symbols,
-                inputs: &bound.inputs,
-                literals: &self.literals,
-                weights,
-                places: &self.places,
-                arena: rest,
-                states: &mut self.states,
-            };
-            step::run(kernels, step, &mut frame, out, scratch).map_err(|why| {
+            step::run(kernels, step, &mut frame!(rest), out, scratch).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
                 Error::Input(format!("{}: {scope}{why}", entry.name))
             })?;
+            if let Some(watch) = &mut watch {
+                watch.after(step, &frame!(Rest::all(words)), before)?;
+            }
         }
-        let frame = Frame {
-            function: &self.function,
-            shapes: &shapes,
-            symbols,
-            inputs: &bound.inputs,
-            literals: &self.literals,
-            weights,
-            places: &self.places,
-            arena: arena::Rest::all(words),
-            states: &mut self.states,
-        };
+        let frame = frame!(Rest::all(words));
         self.function.outputs.iter().map(|o| frame.tensor(o.value as usize)).collect()
     }
 }
@@ -197,7 +205,8 @@ impl Engine for CpuEngine {
         let now: Vec<_> = shapes.iter().map(|s| s.as_ref().map(<[usize; 4]>::as_slice)).collect();
         let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
         let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
-        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, entry);
+        let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, entry, watch);
         if result.is_err() {
             loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
         }

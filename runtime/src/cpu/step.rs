@@ -103,7 +103,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
         };
     }
     match &step.kernel {
-        Kernel::Linear => {
+        Kernel::Linear { .. } => {
             let [n, kk] = [arg_shape(1)[0], arg_shape(1)[1]];
             let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
             let panels = Panels::new(data, n, kk).ok_or("a weight has the wrong length")?;

@@ -18,6 +18,7 @@ pub(super) struct Weights {
 }
 
 struct Tensor {
+    name: String,
     range: Range<usize>,
     dtype: DType,
     layout: Layout,
@@ -62,7 +63,7 @@ impl Weights {
                 if !range.start.is_multiple_of(dtype.size()) {
                     return Err(wrong(format!("starts at byte {}, which is not aligned", range.start)));
                 }
-                Ok(Tensor { range, dtype, layout: w.layout })
+                Ok(Tensor { name: w.name.clone(), range, dtype, layout: w.layout })
             })
             .collect::<Result<_>>()?;
         Ok(Self { map, tensors })
@@ -77,6 +78,11 @@ impl Weights {
             DType::BF16 => Floats::BF16(bytemuck::cast_slice::<u8, bf16>(bytes)),
             _ => Floats::F32(bytemuck::cast_slice(bytes)),
         }
+    }
+
+    /// Name of weight `i`.
+    pub(super) fn name(&self, i: usize) -> &str {
+        &self.tensors[i].name
     }
 
     /// Order of the elements of weight `i`.

@@ -1,0 +1,456 @@
+//! Quantized weights: what their numbers mean, and how they are found.
+//!
+//! Element `(r, c)` of a matrix `[n, k]` is `scale[r, c / group] * (code[r, c] - zero[r, c / group])`. The compiler, the
+//! interpreter and the kernels share these definitions; how codes lie in memory is the layout's matter
+//! ([`crate::program::Layout`]).
+
+use crate::program::PANEL;
+use half::f16;
+use serde::{Deserialize, Serialize};
+use std::{fmt, ops::Range, str::FromStr};
+
+/// How the elements of a quantized weight are kept. Prints as `int8` (a scale per row), `int4g32` (a scale per 32 columns), or
+/// `int4g32z` (and a zero point).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Scheme {
+    /// Bits of a code: 4 or 8.
+    pub bits: u8,
+    /// Columns that share a scale: 16, 32, 64, 128 or 256; `None` for the whole row. The last group of a row may be shorter.
+    pub group: Option<u16>,
+    /// Whether groups have zero points of their own; else the zero is the middle code, 8 or 128.
+    pub zero_points: bool,
+}
+
+/// How scales are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// The largest number gets the largest code (round to nearest).
+    Round,
+    /// The least squared error among a fixed set of scales, each refitted to its codes.
+    Search,
+}
+
+impl Scheme {
+    /// 8 bits, a scale per row.
+    pub const INT8: Self = Self { bits: 8, group: None, zero_points: false };
+    /// 4 bits, a scale per 32 columns: 4.5 bits per weight.
+    pub const INT4: Self = Self { bits: 4, group: Some(32), zero_points: false };
+
+    /// Columns that share a scale, in rows of `k`.
+    pub fn group_len(self, k: usize) -> usize {
+        self.group.map_or(k, usize::from).max(1)
+    }
+
+    /// Scales of a row of `k` columns.
+    pub fn groups(self, k: usize) -> usize {
+        k.div_ceil(self.group_len(k))
+    }
+
+    /// The code that stands for 0 where there are no zero points.
+    pub fn middle(self) -> u8 {
+        1 << (self.bits - 1)
+    }
+
+    /// Largest code.
+    pub fn max_code(self) -> u8 {
+        (((1u16 << self.bits) - 1) & 0xff) as u8
+    }
+
+    /// Bytes of a scale: `f16` for groups, `f32` for whole rows, of which there are few.
+    pub fn scale_bytes(self) -> usize {
+        if self.group.is_some() { 2 } else { 4 }
+    }
+
+    /// A scale as it is kept.
+    #[inline(always)]
+    fn keep(self, scale: f32) -> f32 {
+        if self.group.is_some() { f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32() } else { scale }
+    }
+
+    /// Bits per weight in rows of `k` columns, scales and zero points counted.
+    pub fn bits_per_weight(self, k: usize) -> f64 {
+        let per_group = 8 * (self.scale_bytes() + usize::from(self.zero_points));
+        f64::from(self.bits) + (per_group * self.groups(k)) as f64 / k.max(1) as f64
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let group = self.group.map_or(String::new(), |g| format!("g{g}"));
+        f.pad(&format!("int{}{group}{}", self.bits, if self.zero_points { "z" } else { "" }))
+    }
+}
+
+impl FromStr for Scheme {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let unknown = || format!("unknown scheme '{s}': int4 or int8, then a group as g16, g32, g64, g128 or g256, then z for zero points");
+        let (rest, zero_points) = s.strip_suffix('z').map_or((s, false), |rest| (rest, true));
+        let (bits, group) = rest.split_once('g').map_or((rest, None), |(bits, group)| (bits, Some(group)));
+        let bits = match bits {
+            "int4" => 4,
+            "int8" => 8,
+            _ => return Err(unknown()),
+        };
+        let group = group.map(|g| g.parse().ok().filter(|g| [16, 32, 64, 128, 256].contains(g)).ok_or_else(unknown)).transpose()?;
+        Ok(Self { bits, group, zero_points })
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Round => "round",
+            Self::Search => "search",
+        })
+    }
+}
+
+impl FromStr for Method {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        [Self::Round, Self::Search]
+            .into_iter()
+            .find(|m| m.to_string() == s)
+            .ok_or_else(|| format!("unknown way to choose scales '{s}': round or search"))
+    }
+}
+
+impl Serialize for Scheme {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Scheme {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Codes of rows, row-major and a byte each, with their scales and zeros.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Codes {
+    /// `[rows, k]`.
+    pub codes: Vec<u8>,
+    /// `[rows, groups]`, as they are kept.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`: the zero points, or the middle code.
+    pub zeros: Vec<u8>,
+}
+
+impl Codes {
+    /// Quantizes rows of `k` columns.
+    #[inline(always)]
+    pub fn of(rows: &[f32], k: usize, scheme: Scheme, method: Method) -> Self {
+        let mut out = Self { codes: vec![0; rows.len()], ..Self::default() };
+        let k = k.max(1);
+        for (row, codes) in rows.chunks_exact(k).zip(out.codes.chunks_exact_mut(k)) {
+            let len = scheme.group_len(k);
+            for (x, codes) in row.chunks(len).zip(codes.chunks_mut(len)) {
+                let (scale, zero) = quantize_group(x, scheme, method, codes);
+                out.scales.push(scale);
+                out.zeros.push(zero);
+            }
+        }
+        out
+    }
+
+    /// Some of the rows, each of `k` columns.
+    pub fn rows(&self, rows: Range<usize>, k: usize, scheme: Scheme) -> Self {
+        let groups = scheme.groups(k);
+        let of = |r: &Range<usize>, width: usize| r.start * width..r.end * width;
+        Self {
+            codes: self.codes[of(&rows, k)].to_vec(),
+            scales: self.scales[of(&rows, groups)].to_vec(),
+            zeros: self.zeros[of(&rows, groups)].to_vec(),
+        }
+    }
+
+    /// Adds rows of equal length.
+    pub fn append(&mut self, more: Self) {
+        self.codes.extend(more.codes);
+        self.scales.extend(more.scales);
+        self.zeros.extend(more.zeros);
+    }
+
+    /// The numbers that the codes stand for, `[rows, k]`.
+    pub fn dequantize(&self, k: usize, scheme: Scheme) -> Vec<f32> {
+        let k = k.max(1);
+        let groups = scheme.groups(k);
+        let row = |(r, codes): (usize, &[u8])| {
+            codes
+                .chunks(scheme.group_len(k))
+                .enumerate()
+                .flat_map(|(g, codes)| {
+                    let at = r * groups + g;
+                    let (scale, zero) = (self.scales[at], i16::from(self.zeros[at]));
+                    codes.iter().map(move |c| scale * f32::from(i16::from(*c) - zero)).collect::<Vec<_>>()
+                })
+                .collect::<Vec<_>>()
+        };
+        self.codes.chunks_exact(k).enumerate().flat_map(row).collect()
+    }
+}
+
+/// Columns of a block of codes in a panel: 4 bytes of a row, 8 columns at 4 bits and 4 at 8 bits.
+pub fn block_len(scheme: Scheme) -> usize {
+    32 / usize::from(scheme.bits)
+}
+
+/// Bytes of a panel of 16 rows of `k` columns, see [`crate::program::Layout::Panel16`]; `None` if that is no number.
+pub fn panel_bytes(scheme: Scheme, k: usize) -> Option<usize> {
+    let len = scheme.group_len(k);
+    let head = PANEL * (scheme.scale_bytes() + usize::from(scheme.zero_points));
+    let group = |columns: usize| columns.div_ceil(block_len(scheme)).checked_mul(4 * PANEL)?.checked_add(head);
+    let (whole, rest) = (k / len, k % len);
+    let rest = if rest > 0 { group(rest)? } else { 0 };
+    group(len)?.checked_mul(whole)?.checked_add(rest)
+}
+
+/// Codes of any number of rows to panels; rows that the last panel lacks have scale 0.
+pub fn pack_panels(rows: &Codes, k: usize, scheme: Scheme) -> Vec<u8> {
+    let n = rows.codes.len() / k.max(1);
+    let (len, groups, block) = (scheme.group_len(k), scheme.groups(k), block_len(scheme));
+    let mut out = Vec::with_capacity(n.div_ceil(PANEL) * panel_bytes(scheme, k).unwrap_or(0));
+    for first in (0..n).step_by(PANEL) {
+        let panel = PANEL.min(n - first);
+        for g in 0..groups {
+            let at = |r: usize| (first + r) * groups + g;
+            for r in 0..PANEL {
+                let scale = if r < panel { rows.scales[at(r)] } else { 0.0 };
+                match scheme.group {
+                    Some(_) => out.extend_from_slice(&f16::from_f32(scale).to_le_bytes()),
+                    None => out.extend_from_slice(&scale.to_le_bytes()),
+                }
+            }
+            if scheme.zero_points {
+                out.extend((0..PANEL).map(|r| if r < panel { rows.zeros[at(r)] } else { 0 }));
+            }
+            let columns = g * len..k.min((g + 1) * len);
+            let start = out.len();
+            out.resize(start + columns.len().div_ceil(block) * 4 * PANEL, 0);
+            let codes = &mut out[start..];
+            for r in 0..panel {
+                let row = &rows.codes[(first + r) * k..][columns.clone()];
+                for (block, row) in row.chunks(block).enumerate() {
+                    let bytes = &mut codes[(block * PANEL + r) * 4..][..4];
+                    for (c, code) in row.iter().enumerate() {
+                        bytes[c % 4] |= if scheme.bits == 4 && c >= 4 { code << 4 } else { *code };
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Candidates of [`Method::Search`]: codes that the largest number of a group gets, of 8. Smaller ones spend range on it;
+/// larger ones cut it off.
+const PEAKS: [f32; 12] = [6.6, 7.0, 7.3, 7.6, 7.9, 8.2, 8.5, 8.8, 9.2, 9.7, 10.3, 11.0];
+/// The same for ranges with a zero point: the part of the range that is kept.
+const SHRINKS: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7];
+
+const LANES: usize = 16;
+
+/// Sums over a group in a fixed order, so that every machine chooses alike.
+#[inline(always)]
+fn sums<const S: usize>(x: &[f32], mut each: impl FnMut(f32) -> [f32; S]) -> [f32; S] {
+    let mut lanes = [[0f32; LANES]; S];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (i, v) in chunk.iter().enumerate() {
+            let parts = each(*v);
+            for s in 0..S {
+                lanes[s][i] += parts[s];
+            }
+        }
+    }
+    for (i, v) in rest.iter().enumerate() {
+        let parts = each(*v);
+        for s in 0..S {
+            lanes[s][i] += parts[s];
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lanes in &mut lanes {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+        }
+        width /= 2;
+    }
+    std::array::from_fn(|s| lanes[s][0])
+}
+
+/// To the nearest integer, ties to even, for numbers below 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
+#[inline(always)]
+fn round(v: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (v + MAGIC) - MAGIC
+}
+
+/// Codes of one group that share a scale; gives the scale, as it is kept, and the zero. Not-a-number counts as 0.
+#[inline(always)]
+fn quantize_group(x: &[f32], scheme: Scheme, method: Method, codes: &mut [u8]) -> (f32, u8) {
+    let (scale, zero) = if scheme.zero_points { asymmetric(x, scheme, method) } else { (symmetric(x, scheme, method), scheme.middle()) };
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let (zero_f, top) = (f32::from(zero), f32::from(scheme.max_code()));
+    for (x, code) in x.iter().zip(codes) {
+        *code = (round((x * inverse).clamp(-512.0, 512.0)) + zero_f).clamp(0.0, top) as u8;
+    }
+    (scale, zero)
+}
+
+/// The number of largest size, with its sign.
+#[inline(always)]
+fn peak(x: &[f32]) -> f32 {
+    let (mut low, mut high) = (0f32, 0f32);
+    for v in x {
+        low = low.min(*v);
+        high = high.max(*v);
+    }
+    let peak = if -low > high { low } else { high };
+    if peak.is_finite() { peak } else { f32::MAX.copysign(peak) }
+}
+
+#[inline(always)]
+fn symmetric(x: &[f32], scheme: Scheme, method: Method) -> f32 {
+    let peak = peak(x);
+    let middle = f32::from(scheme.middle());
+    if peak == 0.0 {
+        return 0.0;
+    }
+    let plain = scheme.keep(peak.abs() / (middle - 1.0));
+    if method == Method::Round || scheme.bits == 8 {
+        return plain;
+    }
+    // The lowest code has one more step than the highest: a scale of either sign puts the peak on either side.
+    let mut best = (f32::NEG_INFINITY, plain);
+    for sign in [-1.0f32, 1.0] {
+        for code in PEAKS {
+            let inverse = sign * code / peak;
+            // The codes' best scale is xy / yy, and leaves the error xx - xy² / yy (llama.cpp, `make_qx_quants`).
+            let [xy, yy] = sums(x, |v| {
+                let y = round(v * inverse).clamp(-middle, middle - 1.0);
+                [v * y, y * y]
+            });
+            let gain = if yy > 0.0 { xy * xy / yy } else { 0.0 };
+            if gain > best.0 {
+                best = (gain, xy / yy);
+            }
+        }
+    }
+    scheme.keep(best.1)
+}
+
+#[inline(always)]
+fn asymmetric(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
+    let (mut low, mut high) = (0f32, 0f32);
+    for v in x {
+        low = low.min(*v);
+        high = high.max(*v);
+    }
+    let top = f32::from(scheme.max_code());
+    let at = |shrink: f32| {
+        let scale = scheme.keep(((high - low).min(f32::MAX) * shrink) / top);
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        (scale, inverse, round(-low * shrink * inverse).clamp(0.0, top))
+    };
+    let (plain, _, zero) = at(1.0);
+    if method == Method::Round || plain == 0.0 {
+        return (plain, zero as u8);
+    }
+    let mut best = (f32::INFINITY, plain, zero);
+    for shrink in SHRINKS {
+        let (_, inverse, zero) = at(shrink);
+        let code = |v: f32| (round((v * inverse).clamp(-512.0, 512.0)) + zero).clamp(0.0, top) - zero;
+        let [xy, yy] = sums(x, |v| [v * code(v), code(v) * code(v)]);
+        if yy == 0.0 {
+            continue;
+        }
+        let scale = scheme.keep(xy / yy);
+        let [error] = sums(x, |v| [(v - scale * code(v)) * (v - scale * code(v))]);
+        if error < best.0 {
+            best = (error, scale, zero);
+        }
+    }
+    (best.1, best.2 as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            f64::from(state) / f64::from(u32::MAX)
+        };
+        (0..n).map(|_| ((0..12).map(|_| uniform()).sum::<f64>() - 6.0) as f32 * 0.02).collect()
+    }
+
+    fn error(x: &[f32], k: usize, scheme: Scheme, method: Method) -> f64 {
+        let y = Codes::of(x, k, scheme, method).dequantize(k, scheme);
+        let square = |v: f64| v * v;
+        let e: f64 = x.iter().zip(&y).map(|(a, b)| square(f64::from(a - b))).sum();
+        (e / x.iter().map(|v| square(f64::from(*v))).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn names() {
+        for name in ["int8", "int4", "int4g32", "int4g128z", "int8g64", "int8z"] {
+            assert_eq!(name.parse::<Scheme>().unwrap().to_string(), name);
+        }
+        for name in ["int5", "int4g33", "int4gz", "", "int4z32"] {
+            assert!(name.parse::<Scheme>().is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn errors_are_as_expected() {
+        let x = noise(256 * 64, 1);
+        let of = |s: &str, m| error(&x, 256, s.parse().unwrap(), m);
+        // Of a normal distribution: round to nearest 4-bit groups of 32 lose about 9 %.
+        let (round, search) = (of("int4g32", Method::Round), of("int4g32", Method::Search));
+        assert!((0.085..0.10).contains(&round), "{round}");
+        assert!(search < 0.9 * round, "{search} of {round}");
+        assert!(of("int4g32z", Method::Search) < of("int4g32z", Method::Round));
+        assert!(of("int4g32z", Method::Search) < round);
+        assert!(of("int8", Method::Round) < 0.01);
+        assert!(of("int4g128", Method::Search) < of("int4g128", Method::Round));
+    }
+
+    #[test]
+    fn panels_have_their_length() {
+        for name in ["int8", "int4", "int4g32", "int4g16z", "int8g64", "int8z"] {
+            let scheme: Scheme = name.parse().unwrap();
+            for (n, k) in [(1, 1), (16, 32), (17, 40), (33, 100)] {
+                let codes = Codes::of(&noise(n * k, 3), k, scheme, Method::Search);
+                let bytes = pack_panels(&codes, k, scheme);
+                assert_eq!(bytes.len(), n.div_ceil(PANEL) * panel_bytes(scheme, k).unwrap(), "{name} {n} {k}");
+            }
+        }
+        assert_eq!(panel_bytes(Scheme::INT4, 64), Some(2 * (32 + 256)));
+    }
+
+    #[test]
+    fn odd_groups() {
+        let scheme = Scheme::INT4;
+        for x in [vec![], vec![0.0; 40], vec![f32::NAN; 40], vec![f32::INFINITY, 1.0], vec![1e-30; 33], vec![3.0; 17]] {
+            let k = x.len();
+            let codes = Codes::of(&x, k, scheme, Method::Search);
+            assert_eq!(codes.scales.len(), scheme.groups(k.max(1)) * usize::from(k > 0));
+            assert!(codes.scales.iter().all(|s| s.is_finite()) && codes.codes.iter().all(|c| *c < 16));
+        }
+        let three = Codes::of(&[3.0; 17], 17, scheme, Method::Search).dequantize(17, scheme);
+        assert!(three.iter().all(|v| (v - 3.0).abs() < 2e-3), "{three:?}");
+    }
+}
