@@ -32,7 +32,7 @@ pub use error::{Error, Result};
 pub use forward::{Tensors, forward};
 pub use generate::{Finish, GenerateOptions, Reply};
 pub use model::{Conversation, Model, Part, open_engine};
-pub use needs::{Needs, Request, Run, needs, of_program};
+pub use needs::{Needs, Request, Run, needs};
 pub use pipeline::{Features, Outputs, Pipeline, Scored};
 pub use resize::resize;
 pub use tensor::{Data, Tensor};

@@ -1,7 +1,7 @@
 //! How much memory a request takes, told from its sizes alone: nothing is run and no weight is read.
 
 use crate::{
-    Artifact, Error, Result,
+    Error, Result,
     binding::{extents, in_range, solve},
     cpu::{self, Working},
     cross,
@@ -53,20 +53,12 @@ impl Needs {
     }
 }
 
-/// What a request to the model of an artifact takes.
-///
-/// # Errors
-/// The artifact is damaged, or its model does not take such a request.
-pub fn needs(artifact: &Artifact, request: &Request) -> Result<Needs> {
-    let program = (artifact.manifest().target == "cpu").then(|| cpu::program(artifact)).transpose()?;
-    of_program(artifact.manifest(), program.as_ref(), request)
-}
-
-/// What a request to a program takes, if it is compiled for vlmc's own runtime.
+/// What a request to a model takes: all of it if there is a program, which must have been checked or come from the compiler, and
+/// else the KV cache only.
 ///
 /// # Errors
 /// The model does not take such a request.
-pub fn of_program(manifest: &Manifest, program: Option<&Program>, request: &Request) -> Result<Needs> {
+pub fn needs(manifest: &Manifest, program: Option<&Program>, request: &Request) -> Result<Needs> {
     let plan = Planner { manifest, program, request };
     match &manifest.task {
         Task::Generate(rules) => plan.answer(rules),
