@@ -191,7 +191,7 @@ fn works_in_place(op: &Op) -> &'static [usize] {
     }
 }
 
-/// Bytes of the values of a function that are alive at once, at the step where they are the most.
+/// At most so many bytes of a function's values are alive at once: of each product of symbols the most that there is at any step.
 pub(crate) fn arena(f: &out::Function) -> Dim {
     let bytes: HashMap<u32, Dim> = f
         .values
@@ -209,14 +209,14 @@ pub(crate) fn arena(f: &out::Function) -> Dim {
         }
     }
     let mut alive = Dim::from(0);
-    let mut largest: Vec<Dim> = vec![];
+    let mut most: BTreeMap<Vec<Dim>, i64> = BTreeMap::new();
     for (born, dying) in born.iter().zip(&dying) {
         alive = born.iter().fold(alive, |sum, b| &sum + *b);
-        if !largest.iter().any(|l| l.covers(&alive)) {
-            largest.retain(|l| !alive.covers(l));
-            largest.push(alive.clone());
+        for (coefficient, product) in alive.as_terms() {
+            let most = most.entry(product).or_default();
+            *most = coefficient.max(*most);
         }
         alive = dying.iter().fold(alive, |sum, b| &sum - *b);
     }
-    largest.into_iter().reduce(|a, b| a.max_with(&b)).unwrap_or_default()
+    most.into_iter().fold(Dim::from(0), |sum, (most, product)| &sum + product.iter().fold(most.into(), |n: Dim, d| &n * d))
 }
