@@ -18,7 +18,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{Graph, Program, Verified, Weights, verify};
+use vlmc_ir::{
+    Graph, Program, Scheme, Verified, Weights, verify,
+    weights::{Recipe, WeightDef},
+};
 use vlmc_passes::{
     Pass, Target,
     quantize::{Outcome, Policy, quantize},
@@ -40,6 +43,8 @@ pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
     with_loss: bool,
+    /// Codes that calibration has found, by weight and scheme.
+    found: BTreeMap<(String, Scheme), Recipe>,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -101,8 +106,8 @@ impl Model {
     /// # Errors
     /// As [`Self::open`], or the adapters do not fit.
     pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
-        let Self { architecture, checkpoint, with_loss } = Self::open(dir)?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss })
+        let model = Self::open(dir)?;
+        Ok(Self { checkpoint: model.checkpoint.with_lora(lora, model.architecture.canonical_name)?, ..model })
     }
 
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
@@ -115,13 +120,19 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?, with_loss: false })
+        let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
+        Ok(Self { architecture, checkpoint, with_loss: false, found: BTreeMap::new() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
     #[must_use]
     pub fn with_loss(self) -> Self {
         Self { with_loss: true, ..self }
+    }
+
+    /// The model with tensors that calibration has found, and the recipes of weights that use them.
+    pub(crate) fn with_found(self, add: impl FnOnce(Checkpoint) -> Checkpoint, found: BTreeMap<(String, Scheme), Recipe>) -> Self {
+        Self { checkpoint: add(self.checkpoint), found, ..self }
     }
 
     /// The frontend.
@@ -149,14 +160,24 @@ impl Model {
         Ok(Lowered { program: verified(program)?, task, unused, unknown, outcomes: BTreeMap::new() })
     }
 
+    /// As [`Self::lower`], with the codes of layers that come quantized where `target` runs them.
+    pub(crate) fn lower_with_codes(&self, target: &Target) -> Result<Lowered> {
+        let lowered = self.lower()?;
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        Ok(Lowered { program: verified(program)?, ..lowered })
+    }
+
     /// The program as `target` runs it, quantized by `policy`; `after` sees it after each pass.
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
-        let lowered = self.lower()?;
-        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
-        let (program, outcomes) = quantize(target, policy, program)?;
+        let lowered = self.lower_with_codes(target)?;
+        let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
+        program.map_weights(|name, w| {
+            let found = w.dtype.scheme().and_then(|scheme| self.found.get(&(name.to_string(), scheme)));
+            found.map_or_else(|| w.clone(), |recipe| WeightDef { recipe: recipe.clone(), ..w.clone() })
+        });
         let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -398,7 +419,7 @@ fn native_entries(program: &Verified, native: &vlmc_artifact::program::Program) 
     program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect()
 }
 
-fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
+pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
     let port = |p: &vlmc_ir::Port| {
         let ty = g.ty(p.value);
         Port { name: p.name.clone(), dtype: ty.dtype, shape: ty.shape.clone() }

@@ -649,7 +649,7 @@ impl<'g> Builder<'g> {
     /// See [`Moe`]; the weights of the experts are given as `[gate, up, down]`.
     #[track_caller]
     pub fn moe(&'g self, x: Val<'g>, experts: Val<'g>, weights: Val<'g>, [gate, up, down]: [Val<'g>; 3], act: Unary) -> Val<'g> {
-        self.one(Moe { act }, &[x, experts, weights, gate, up, down])
+        self.one(Moe { act, dynamic: false }, &[x, experts, weights, gate, up, down])
     }
 
     /// See [`Route`]: experts and their weights.

@@ -3,11 +3,11 @@
 
 use ndarray::{ArrayD, Dimension, IxDyn};
 use std::collections::BTreeMap;
-use vlmc_artifact::program::Reduce;
+use vlmc_artifact::program::{Reduce, Unary};
 use vlmc_ir::{
     Bindings, Builder, DType, Op, Type, Val,
     interp::{self, Array, Env, EvalError},
-    ops::{Linear, Mask, NtkRope},
+    ops::{Linear, Mask, Moe, NtkRope},
 };
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
@@ -271,4 +271,34 @@ fn dynamic_linear_rounds_its_operand() {
         assert_eq!(out[0], floats(&[1, 1], |_| want), "column {at}");
     }
     assert!(op.infer(&[types[0].clone(), Type::new(DType::F32, [1, 40])]).is_err());
+}
+
+/// One expert of identities: `x * silu(x)` of rounded numbers, rounded again.
+#[test]
+fn dynamic_moe_rounds_what_its_stacks_multiply() {
+    let op = |dynamic| Op::from(Moe { act: Unary::Silu, dynamic });
+    let types = |stack: &str| {
+        let stack = Type::new(stack.parse().unwrap(), [1, 2, 2]);
+        vec![
+            Type::new(DType::F32, [1, 2]),
+            Type::new(DType::I64, [1, 1]),
+            Type::new(DType::F32, [1, 1]),
+            stack.clone(),
+            stack.clone(),
+            stack,
+        ]
+    };
+    let run = |dynamic: bool| {
+        let identity = floats(&[1, 2, 2], |i| f64::from(u8::from(i % 3 == 0)));
+        // 0.102 is 12.95 steps of 1 / 127.
+        let x = floats(&[1, 2], |i| [1.0, 0.102][i]);
+        let args = vec![x, ints(&[1, 1], &[0]), floats(&[1, 1], |_| 1.0), identity.clone(), identity.clone(), identity];
+        interp::eval(&op(dynamic), &types("int8"), args, &Bindings::default()).unwrap().remove(0)
+    };
+    let gated = |v: f64| v * v / (1.0 + (-v).exp());
+    close(&run(false), &[1, 2], |i| [gated(1.0), gated(0.102)][i[1]]);
+    let step = gated(1.0) / 127.0;
+    close(&run(true), &[1, 2], |i| [gated(1.0), (gated(13.0 / 127.0) / step).round() * step][i[1]]);
+    assert!(op(false).infer(&types("f32")).is_ok());
+    assert!(op(true).infer(&types("f32")).is_err());
 }

@@ -177,7 +177,7 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
         Op::Slice(o) => Kernel::Slice { axis: o.axis, start: o.start.clone() },
         Op::Gather(o) => Kernel::Gather { axis: o.axis },
         Op::TopK(o) => Kernel::TopK { k: o.k },
-        Op::Moe(o) => Kernel::Moe { act: o.act },
+        Op::Moe(o) => Kernel::Moe { act: o.act, dynamic: o.dynamic },
         _ => return Err("has no kernel; it was not legalised"),
     }))
 }
@@ -218,5 +218,5 @@ pub(crate) fn arena(f: &out::Function) -> Dim {
         }
         alive = dying.iter().fold(alive, |sum, b| &sum - *b);
     }
-    most.into_iter().fold(Dim::from(0), |sum, (most, product)| &sum + product.iter().fold(most.into(), |n: Dim, d| &n * d))
+    most.into_iter().fold(Dim::from(0), |sum, (product, most)| &sum + product.iter().fold(most.into(), |n: Dim, d| &n * d))
 }

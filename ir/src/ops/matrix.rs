@@ -135,7 +135,7 @@ impl OpDef for Linear {
 }
 
 /// `x` in steps of max|x| / 127 of a row's columns, in groups as `scheme` has them. The columns must be of known number.
-fn round_to_8_bits<'g>(g: &'g Builder<'g>, x: Val<'g>, scheme: Scheme) -> Option<Val<'g>> {
+pub(super) fn round_to_8_bits<'g>(g: &'g Builder<'g>, x: Val<'g>, scheme: Scheme) -> Option<Val<'g>> {
     let axis = x.ty().rank().checked_sub(1)?;
     let k = usize::try_from(x.dim(axis).as_const()?).ok()?;
     let len = scheme.group_len(k);

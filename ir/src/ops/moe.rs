@@ -1,6 +1,6 @@
 //! Mixtures of experts.
 
-use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, operands};
+use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, matrix::round_to_8_bits, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{ArrayD, IxDyn};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,9 @@ impl OpDef for TopK {
 pub struct Moe {
     /// Activation of the gate.
     pub act: Unary,
+    /// What each of the stacks multiplies is first rounded to 8 bits, as [`super::Linear`] does; they must be quantized.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dynamic: bool,
 }
 
 impl OpDef for Moe {
@@ -66,6 +69,7 @@ impl OpDef for Moe {
         for (w, what) in [(gate, "gate"), (up, "up"), (down, "down")] {
             expect_float(w, what)?;
             expect(w.rank() == 3, || format!("{what} must have 3 axes, is {w}"))?;
+            expect(!self.dynamic || w.dtype.scheme().is_some(), || format!("x is rounded for quantized weights only, not {what} {w}"))?;
         }
         let (e, m, h) = (gate.shape[0].clone(), gate.shape[1].clone(), x.shape[1].clone());
         expect_shape(gate, &[e.clone(), m.clone(), h.clone()], "gate")?;
@@ -83,9 +87,15 @@ impl OpDef for Moe {
         let share = g.reduce(Reduce::Sum, g.cast(chosen, DType::F32) * g.unsqueeze(weights, 2), &[1]);
         let share = g.reshape(g.transpose(share, &[1, 0]), [e, n.clone(), 1.into()]);
         let x3 = g.reshape(x, [1.into(), n, h]);
-        let product = |x: Val<'g>, w: Val<'g>| g.matmul(x, g.transpose(g.cast(w, DType::F32), &[0, 2, 1]));
-        let inner = g.unary(self.act, product(x3, gate)) * product(x3, up);
-        Some(vec![g.reduce(Reduce::Sum, product(inner, down) * share, &[0])])
+        let product = |x: Val<'g>, w: Val<'g>| {
+            let x = match w.ty().dtype.scheme().filter(|_| self.dynamic) {
+                Some(scheme) => round_to_8_bits(g, x, scheme)?,
+                None => x,
+            };
+            Some(g.matmul(x, g.transpose(g.cast(w, DType::F32), &[0, 2, 1])))
+        };
+        let inner = g.unary(self.act, product(x3, gate)?) * product(x3, up)?;
+        Some(vec![g.reduce(Reduce::Sum, product(inner, down)? * share, &[0])])
     }
 }
 

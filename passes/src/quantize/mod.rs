@@ -1,6 +1,7 @@
 //! Quantization: a policy turns weights into quantized types, and linear layers of such weights into ones that round what
 //! they read.
 
+pub mod gptq;
 mod policy;
 
 pub use policy::{BUILT_IN, Choice, Part, Policy, PolicyError};

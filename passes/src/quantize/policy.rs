@@ -2,6 +2,7 @@
 
 use globset::{Glob, GlobMatcher};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use vlmc_ir::{Scheme, quant::Method};
 
 /// What a weight is to a model. Weights of no part (norms, biases, positions, convolutions) are never quantized.
@@ -73,7 +74,8 @@ struct FileRule {
 }
 
 impl Choice {
-    fn new(scheme: Scheme, dynamic: bool) -> Self {
+    /// Scales chosen by search.
+    pub fn new(scheme: Scheme, dynamic: bool) -> Self {
         Self { scheme, method: Method::Search, dynamic }
     }
 }
@@ -152,6 +154,19 @@ impl Policy {
             policy.rules.push((pattern, choice));
         }
         Ok(policy)
+    }
+
+    /// The policy that names weights and their schemes one by one; others are as in `int8`.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn listing(schemes: &BTreeMap<String, Scheme>) -> Result<Self, PolicyError> {
+        let mut text = String::from("base = \"int8\"\n");
+        for (name, scheme) in schemes {
+            let pattern = toml::Value::String(globset::escape(name));
+            text += &format!("[[rule]]\nweights = {pattern}\nscheme = \"{scheme}\"\n");
+        }
+        Self::parse(&text)
     }
 
     /// How a weight of that name and part is quantized.

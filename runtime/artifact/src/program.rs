@@ -264,11 +264,14 @@ pub enum Kernel {
         k: usize,
     },
     /// `x f32[n, h]`, `experts i64[n, k]`, `weights f32[n, k]`, `gate`, `up [e, m, h]`, `down [e, h, m]` (stacks in panel16;
-    /// f32, f16 or bf16) -> `f32[n, h]`: the sum over the chosen experts of `weight * down(act(gate x) * up x)`. An expert
+    /// f32, f16, bf16 or quantized) -> `f32[n, h]`: the sum over the chosen experts of `weight * down(act(gate x) * up x)`. An expert
     /// outside `0..e` is an error.
     Moe {
         /// Activation of the gate.
         act: Unary,
+        /// The stacks are quantized, and so is first what each of them multiplies, as [`Kernel::Linear`] says.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dynamic: bool,
     },
 }
 

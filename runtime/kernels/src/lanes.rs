@@ -28,6 +28,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn round(self) -> Self;
     /// `2^self` for integers from -126 to 127.
     unsafe fn exp2i(self) -> Self;
+    /// The nearest integers, of two the even one, from -127 to 127.
+    unsafe fn store_i8(self, a: &mut [i8; N]);
     unsafe fn sum(self) -> f32;
     unsafe fn largest(self) -> f32;
 }
@@ -117,6 +119,10 @@ impl Lanes for Scalar {
         Self(self.0.map(|v| f32::from_bits(((v as i32 + 127) as u32) << 23)))
     }
     #[inline(always)]
+    unsafe fn store_i8(self, a: &mut [i8; N]) {
+        *a = self.0.map(|v| v.round_ties_even() as i8);
+    }
+    #[inline(always)]
     unsafe fn sum(self) -> f32 {
         self.0.iter().sum()
     }
@@ -135,7 +141,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     // SAFETY of all methods: the trait asks for the instruction set; loads and stores are of arrays of 16 elements.
     impl Lanes for Avx512 {
@@ -199,6 +205,10 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn store_i8(self, a: &mut [i8; N]) {
+            unsafe { _mm_storeu_si128(a.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))) }
+        }
+        #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
@@ -209,7 +219,7 @@ mod x86 {
     }
 
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(__m256, __m256);
+    pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
     impl Avx2 {
         #[inline(always)]
@@ -292,6 +302,16 @@ mod x86 {
                     _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
                 };
                 Self(one(self.0), one(self.1))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_i8(self, a: &mut [i8; N]) {
+            unsafe {
+                // Packing goes by halves of registers: put the quarters in order again.
+                let both = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+                let both = _mm256_permute4x64_epi64::<0b11_01_10_00>(both);
+                let bytes = _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
+                _mm_storeu_si128(a.as_mut_ptr().cast(), bytes);
             }
         }
         #[inline(always)]

@@ -11,6 +11,7 @@
 
 mod attention;
 mod elementwise;
+mod ints;
 pub mod isa;
 mod lanes;
 mod linear;
@@ -19,6 +20,7 @@ pub mod moves;
 mod norm;
 mod pool;
 mod quantize;
+mod quantized;
 
 pub use attention::{Attention, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;
@@ -27,22 +29,25 @@ pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
 pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
 pub use quantize::quantize;
+use std::sync::Mutex;
 
 /// The kernels of one CPU: an instruction set and a pool of threads.
 pub struct Kernels {
     isa: Isa,
     pool: Pool,
+    /// Rounded activations of a product, kept from one to the next: of each row `k` bytes, and 8 for each scale.
+    scratch: Mutex<Vec<i32>>,
 }
 
 impl Kernels {
     /// With the best instruction set that this CPU has.
     pub fn new(threads: usize) -> Self {
-        Self { isa: Isa::detect(), pool: Pool::new(threads) }
+        Self { isa: Isa::detect(), pool: Pool::new(threads), scratch: Mutex::default() }
     }
 
     /// With a given instruction set; `None` if this CPU lacks it.
     pub fn with_isa(threads: usize, isa: Isa) -> Option<Self> {
-        isa.is_supported().then(|| Self { isa, pool: Pool::new(threads) })
+        isa.is_supported().then(|| Self { isa, pool: Pool::new(threads), scratch: Mutex::default() })
     }
 
     /// The instruction set.

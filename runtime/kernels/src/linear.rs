@@ -4,37 +4,52 @@ use crate::{
     Kernels,
     isa::Task,
     lanes::{Lanes, N},
+    quantized::{Grid, Piece},
 };
 use half::{bf16, f16};
-use vlmc_artifact::program::{Layout, PANEL};
+use std::sync::PoisonError;
+use vlmc_artifact::{
+    Scheme,
+    program::{Layout, PANEL},
+};
 
 const _: () = assert!(PANEL == N, "a panel's row is one vector of lanes");
 
-/// Float elements as stored; kernels widen them to `f32`, which is exact.
+/// Real numbers as stored.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
 pub enum Floats<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     BF16(&'a [bf16]),
+    /// Bytes of whole panels.
+    Quant(&'a [u8], Scheme),
 }
 
 impl<'a> Floats<'a> {
-    /// The elements of a range.
+    /// A range of what [`Self::len`] counts.
     pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Floats<'a> {
         match self {
             Self::F32(a) => Floats::F32(&a[range]),
             Self::F16(a) => Floats::F16(&a[range]),
             Self::BF16(a) => Floats::BF16(&a[range]),
+            Self::Quant(a, scheme) => Floats::Quant(&a[range], scheme),
         }
     }
 
+    /// Elements, or bytes of panels.
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::F32(a) => a.len(),
             Self::F16(a) => a.len(),
             Self::BF16(a) => a.len(),
+            Self::Quant(a, _) => a.len(),
         }
+    }
+
+    /// What [`Self::len`] must be of a panel of 16 rows of `k` columns.
+    pub(crate) fn panel_len(&self, k: usize) -> Option<usize> {
+        if let Self::Quant(_, scheme) = self { Grid::new(*scheme, k).panel_bytes() } else { k.checked_mul(PANEL) }
     }
 }
 
@@ -47,9 +62,9 @@ pub struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// `None` if `data` does not have `ceil(n / 16) * k * 16` elements.
+    /// `None` if `data` is not as long as `ceil(n / 16)` panels.
     pub fn new(data: Floats<'a>, n: usize, k: usize) -> Option<Self> {
-        let len = n.div_ceil(PANEL).checked_mul(k)?.checked_mul(PANEL)?;
+        let len = n.div_ceil(PANEL).checked_mul(data.panel_len(k)?)?;
         (data.len() == len).then_some(Self { data, n, k })
     }
 }
@@ -64,10 +79,38 @@ pub struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// `None` if `data` does not have as many elements as the shape and layout need.
+    /// `None` if `data` is not as long as the shape and layout need, or is quantized but not in panels.
     pub fn new(data: Floats<'a>, layout: Layout, n: usize, width: usize) -> Option<Self> {
-        let rows = if layout == Layout::Panel16 { n.div_ceil(PANEL).checked_mul(PANEL)? } else { n };
-        (data.len() == rows.checked_mul(width)?).then_some(Self { data, layout, n, width })
+        let len = match (layout, data) {
+            (Layout::Panel16, _) => n.div_ceil(PANEL).checked_mul(data.panel_len(width)?)?,
+            (Layout::Rows, Floats::Quant(..)) => return None,
+            (Layout::Rows, _) => n.checked_mul(width)?,
+        };
+        (data.len() == len).then_some(Self { data, layout, n, width })
+    }
+
+    /// Row `row < n`.
+    fn row(&self, row: usize, out: &mut [f32]) {
+        match self.data {
+            Floats::F32(data) => self.floats(data, row, out),
+            Floats::F16(data) => self.floats(data, row, out),
+            Floats::BF16(data) => self.floats(data, row, out),
+            Floats::Quant(bytes, scheme) => {
+                let grid = Grid::new(scheme, self.width);
+                let len = grid.panel_bytes().unwrap_or(0);
+                grid.row(&bytes[row / PANEL * len..], row % PANEL, out);
+            }
+        }
+    }
+
+    fn floats<W: Element>(&self, data: &[W], row: usize, out: &mut [f32]) {
+        match self.layout {
+            Layout::Rows => out.iter_mut().zip(&data[row * self.width..]).for_each(|(o, v)| *o = v.to_f32()),
+            Layout::Panel16 => {
+                let panel = &data[row / PANEL * PANEL * self.width..];
+                out.iter_mut().enumerate().for_each(|(c, o)| *o = panel[c * PANEL + row % PANEL].to_f32());
+            }
+        }
     }
 }
 
@@ -107,17 +150,6 @@ macro_rules! element {
 element!(f32, load, x => x);
 element!(f16, load_f16, x => f16::to_f32(x));
 element!(bf16, load_bf16, x => bf16::to_f32(x));
-
-/// Runs `$body` with `$w` bound to the slice inside.
-macro_rules! with_elements {
-    ($floats:expr, $w:ident => $body:expr) => {
-        match $floats {
-            Floats::F32($w) => $body,
-            Floats::F16($w) => $body,
-            Floats::BF16($w) => $body,
-        }
-    };
-}
 
 /// Rows `[n, k]` to panels; missing rows of the last panel are zero.
 pub fn pack_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {
@@ -227,25 +259,78 @@ struct Product<'a, W> {
     k: usize,
     panels: &'a [W],
     bias: &'a [f32],
-    /// Rows of the output for these panels, `[m, n]` with a stride.
     out: OutColumns,
     m: usize,
-    n: usize,
     first_panel: usize,
 }
 
-/// Columns of the output that belong to one thread.
+/// Columns of the output `[m, n]` that belong to one thread, a panel's at a time.
 #[derive(Clone, Copy)]
-struct OutColumns {
+pub(crate) struct OutColumns {
     data: *mut f32,
     len: usize,
-    stride: usize,
+    n: usize,
 }
 
-// SAFETY: threads write disjoint columns (see `Kernels::linear`).
+// SAFETY: threads use disjoint columns (see `Kernels::linear`).
 unsafe impl Send for OutColumns {}
 // SAFETY: as above.
 unsafe impl Sync for OutColumns {}
+
+impl OutColumns {
+    /// Place of the first element and number of elements.
+    #[inline(always)]
+    fn range(self, row: usize, column: usize) -> (usize, usize) {
+        let (at, width) = (row * self.n + column, N.min(self.n - column));
+        assert!(at + width <= self.len);
+        (at, width)
+    }
+
+    /// Elements from `column` on, zeros after the last column.
+    ///
+    /// # Safety
+    /// No other thread uses these columns.
+    #[inline(always)]
+    pub(crate) unsafe fn read(self, row: usize, column: usize) -> [f32; N] {
+        let (at, width) = self.range(row, column);
+        // SAFETY: in bounds by the assertion; no other thread has these columns.
+        unsafe {
+            let from = self.data.add(at);
+            if width == N {
+                return from.cast::<[f32; N]>().read_unaligned();
+            }
+            std::array::from_fn(|i| if i < width { from.add(i).read() } else { 0.0 })
+        }
+    }
+
+    /// Writes elements from `column` on, as many as there are columns.
+    ///
+    /// # Safety
+    /// As [`Self::read`].
+    #[inline(always)]
+    pub(crate) unsafe fn write(self, row: usize, column: usize, values: &[f32; N]) {
+        let (at, width) = self.range(row, column);
+        // SAFETY: in bounds by the assertion; no other thread has these columns.
+        unsafe {
+            let to = self.data.add(at);
+            if width == N {
+                to.cast::<[f32; N]>().write_unaligned(*values);
+            } else {
+                values.iter().take(width).enumerate().for_each(|(i, v)| to.add(i).write(*v));
+            }
+        }
+    }
+
+    /// Elements of `bias [n]`, which may be empty, from `column` on; zeros where there are none.
+    #[inline(always)]
+    pub(crate) fn bias(self, bias: &[f32], column: usize) -> [f32; N] {
+        let mut values = [0.0; N];
+        if let Some(bias) = bias.get(column..self.n.min(column + N)) {
+            values[..bias.len()].copy_from_slice(bias);
+        }
+        values
+    }
+}
 
 impl<W: Element> Task for Product<'_, W> {
     type Out = ();
@@ -255,22 +340,14 @@ impl<W: Element> Task for Product<'_, W> {
         let mut tile = [[0.0; N]; ROWS];
         for (p, panel) in self.panels.chunks_exact((self.k * N).max(1)).enumerate() {
             let column = (self.first_panel + p) * N;
-            let width = N.min(self.n - column);
-            let mut bias = [0.0; N];
-            if !self.bias.is_empty() {
-                bias[..width].copy_from_slice(&self.bias[column..column + width]);
-            }
+            let bias = self.out.bias(self.bias, column);
             for row in (0..self.m).step_by(ROWS) {
                 let rows = ROWS.min(self.m - row);
                 // SAFETY: the caller's promise.
                 unsafe { Tile { x: &self.x[row * self.k..], x_stride: self.k, k: self.k, rows, panel, out: &mut tile }.compute::<L>() };
                 for (r, values) in tile.iter().enumerate().take(rows) {
-                    let at = (row + r) * self.out.stride + column;
-                    assert!(at + width <= self.out.len);
-                    for c in 0..width {
-                        // SAFETY: in bounds by the assertion; no other thread has this column.
-                        unsafe { self.out.data.add(at + c).write(values[c] + bias[c]) };
-                    }
+                    // SAFETY: `Kernels::linear` gives each panel to one thread.
+                    unsafe { self.out.write(row + r, column, &std::array::from_fn(|c| values[c] + bias[c])) };
                 }
             }
         }
@@ -278,12 +355,14 @@ impl<W: Element> Task for Product<'_, W> {
 }
 
 impl Kernels {
-    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` if there is one, to `out [m, n]`.
+    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` if there is one, to `out [m, n]`. With `dynamic`, `x` is rounded to
+    /// 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says.
     ///
     /// # Panics
-    /// If the lengths do not fit.
-    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, out: &mut [f32]) {
+    /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
+    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, dynamic: bool, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
+        assert!(!dynamic || matches!(w.data, Floats::Quant(..)), "x is rounded for quantized weights only");
         if n == 0 || out.is_empty() {
             assert!(out.is_empty(), "out must be [m, n]");
             return;
@@ -296,19 +375,47 @@ impl Kernels {
             out.chunks_exact_mut(n).for_each(|row| if bias.is_empty() { row.fill(0.0) } else { row.copy_from_slice(bias) });
             return;
         }
-        let panels = n.div_ceil(N);
+        let out = OutColumns { data: out.as_mut_ptr(), len: out.len(), n };
+        match w.data {
+            Floats::F32(panels) => self.float_product(x, panels, k, bias, m, out),
+            Floats::F16(panels) => self.float_product(x, panels, k, bias, m, out),
+            Floats::BF16(panels) => self.float_product(x, panels, k, bias, m, out),
+            Floats::Quant(panels, scheme) => {
+                let grid = Grid::new(scheme, k);
+                let pieces = |product: &(dyn Fn(Piece<'_>) + Sync)| {
+                    self.panel_pieces(panels, m * n * k, n, m, |first_panel, panels| {
+                        product(Piece { grid, panels, first_panel, bias, out, m })
+                    });
+                };
+                if dynamic {
+                    let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
+                    self.round_rows(x, m, grid, &mut words);
+                    pieces(&|piece| self.rounded_product(&words, piece));
+                    *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+                } else {
+                    pieces(&|piece| self.widened_product(x, piece));
+                }
+            }
+        }
+    }
+
+    fn float_product<W: Element>(&self, x: &[f32], panels: &[W], k: usize, bias: &[f32], m: usize, out: OutColumns) {
+        self.panel_pieces(panels, m * out.n * k, out.n, m, |first_panel, panels| {
+            self.isa.run(Product { x, k, panels, bias, out, m, first_panel });
+        });
+    }
+
+    /// Splits the panels of `n` rows among threads: calls `job` with each piece and the number of its first panel. Pieces begin at
+    /// even panels.
+    fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
+        let count = n.div_ceil(N);
+        let len = panels.len() / count;
         // Large contiguous pieces read memory best; with many rows, more pieces balance the load.
-        let work = m * n * k;
         let pieces = if work < 1 << 16 { 1 } else { self.pool.threads() * if m > ROWS { 4 } else { 1 } };
-        let step = panels.div_ceil(pieces.clamp(1, panels));
-        let columns = OutColumns { data: out.as_mut_ptr(), len: out.len(), stride: n };
-        with_elements!(w.data, data => {
-            self.pool.run(panels.div_ceil(step), |piece| {
-                let first_panel = piece * step;
-                let end = (first_panel + step).min(panels);
-                let panels = &data[first_panel * k * N..end * k * N];
-                self.isa.run(Product { x, k, panels, bias, out: columns, m, n, first_panel });
-            });
+        let step = count.div_ceil(pieces.clamp(1, count)).next_multiple_of(2);
+        self.pool.run(count.div_ceil(step), |piece| {
+            let first = piece * step;
+            job(first, &panels[first * len..(first + step).min(count) * len]);
         });
     }
 
@@ -346,13 +453,7 @@ impl Kernels {
         for (i, id) in ids.iter().enumerate() {
             let row = usize::try_from(*id).ok().filter(|r| *r < table.n).ok_or(BadIndex { index: *id, len: table.n })?;
             let out = &mut out[i * width..(i + 1) * width];
-            with_elements!(table.data, data => match table.layout {
-                Layout::Rows => out.iter_mut().zip(&data[row * width..]).for_each(|(o, v)| *o = v.to_f32()),
-                Layout::Panel16 => {
-                    let panel = &data[row / PANEL * PANEL * width..];
-                    out.iter_mut().enumerate().for_each(|(c, o)| *o = panel[c * PANEL + row % PANEL].to_f32());
-                }
-            });
+            table.row(row, out);
         }
         Ok(())
     }
@@ -386,12 +487,12 @@ mod tests {
                 let kernels = Kernels::with_isa(threads, isa).unwrap();
                 for (data, w) in [Floats::F32(&pw), Floats::F16(&ph), Floats::BF16(&pb)].into_iter().zip(&widened) {
                     let mut out = vec![f32::NAN; m * n];
-                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut out);
+                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, false, &mut out);
                     for (a, e) in out.iter().zip(naive(&x, w, &b, m, n, k)) {
                         prop_assert!((a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{isa:?} {a} {e}");
                     }
                     let mut alone = vec![f32::NAN; m * n];
-                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, &mut alone);
+                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, false, &mut alone);
                     prop_assert_eq!(&out, &alone);
                 }
             }

@@ -16,9 +16,9 @@ pub struct Experts<'a> {
 }
 
 impl<'a> Experts<'a> {
-    /// `None` if `data` does not have as many elements.
+    /// `None` if `data` is not as long.
     pub fn new(data: Floats<'a>, e: usize, n: usize, k: usize) -> Option<Self> {
-        let len = n.div_ceil(PANEL).checked_mul(k)?.checked_mul(PANEL)?.checked_mul(e)?;
+        let len = n.div_ceil(PANEL).checked_mul(data.panel_len(k)?)?.checked_mul(e)?;
         (data.len() == len).then_some(Self { data, e, n, k })
     }
 
@@ -39,6 +39,8 @@ pub struct Moe<'a> {
     pub down: Experts<'a>,
     /// Activation of the gate.
     pub act: Unary,
+    /// Whether what the matrices multiply is rounded to 8 bits first; they must be quantized then.
+    pub dynamic: bool,
 }
 
 /// Rows of an expert that are computed at once: bounds the memory that it takes. A multiple of the rows of a tile, so that a
@@ -110,11 +112,11 @@ impl Kernels {
                 for (to, choice) in rows.chunks_exact_mut(h).zip(chosen) {
                     to.copy_from_slice(&x[*choice as usize / k * h..][..h]);
                 }
-                self.linear(rows, &wg, None, gate);
-                self.linear(rows, &wu, None, up);
+                self.linear(rows, &wg, None, w.dynamic, gate);
+                self.linear(rows, &wu, None, w.dynamic, up);
                 self.unary(w.act, Src::InPlace, gate);
                 gate.iter_mut().zip(&*up).for_each(|(g, u)| *g *= u);
-                self.linear(gate, &wd, None, y);
+                self.linear(gate, &wd, None, w.dynamic, y);
                 for (choice, y) in chosen.iter().map(|c| *c as usize).zip(y.chunks_exact(h)) {
                     out[choice / k * h..][..h].iter_mut().zip(y).for_each(|(o, y)| *o += weights[choice] * y);
                 }
@@ -128,6 +130,10 @@ impl Kernels {
 mod tests {
     use super::*;
     use crate::{Isa, pack_panels};
+    use vlmc_artifact::{
+        Scheme,
+        quant::{self, Codes, Method},
+    };
 
     #[test]
     fn moe_matches_its_formula() {
@@ -161,7 +167,7 @@ mod tests {
         let packed = |w: &[f32], rows: usize, k: usize| w.chunks_exact(rows * k).flat_map(|w| pack_panels(w, rows, k)).collect::<Vec<_>>();
         let (gate, up, down) = (packed(&gate, m, h), packed(&up, m, h), packed(&down, h, m));
         let stack = |w, n, k| Experts::new(Floats::F32(w), e, n, k).unwrap();
-        let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu };
+        let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu, dynamic: false };
         for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
             let kernels = Kernels::with_isa(2, isa).unwrap();
             let mut out = vec![f32::NAN; n * h];
@@ -172,6 +178,42 @@ mod tests {
             }
             let bad = kernels.moe(&x, &vec![9; n * k], &weights, &w, &mut scratch, &mut out).unwrap_err();
             assert_eq!((bad.index, bad.len), (9, 4));
+        }
+    }
+    #[test]
+    fn quantized_experts_multiply_as_linear_does() {
+        let (h, m, e) = (40, 19, 3);
+        let noise = |n: usize, seed: usize| (0..n).map(|i| ((i * 7919 + seed) % 251) as f32 / 125.0 - 1.0).collect::<Vec<_>>();
+        let scheme: Scheme = "int4g32z".parse().unwrap();
+        let bytes = |n: usize, k: usize, seed| {
+            let codes = |i| Codes::of(&noise(n * k, seed + i), k, scheme, Method::Round);
+            (0..e).flat_map(|i| quant::pack_panels(&codes(i), k, scheme)).collect::<Vec<_>>()
+        };
+        let (gate, up, down) = (bytes(m, h, 1), bytes(m, h, 50), bytes(h, m, 99));
+        let stack = |w, n, k| Experts::new(Floats::Quant(w, scheme), e, n, k).unwrap();
+        assert!(Experts::new(Floats::Quant(&gate, scheme), e, m, h + 8).is_none());
+        let (x, experts, weights) = (noise(2 * h, 3), [2, 0, 1, 2], [0.5, 0.25, 1.0, -1.0]);
+        let kernels = Kernels::new(2);
+        for dynamic in [false, true] {
+            let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu, dynamic };
+            let product = |x: &[f32], of: &Experts<'_>, e: i64| {
+                let mut out = vec![0.0; of.n];
+                kernels.linear(x, &of.expert(e as usize).unwrap(), None, dynamic, &mut out);
+                out
+            };
+            let mut expected = vec![0.0; 2 * h];
+            for (i, (expert, weight)) in experts.iter().zip(weights).enumerate() {
+                let x = &x[i / 2 * h..][..h];
+                let mut inner = product(x, &w.gate, *expert);
+                kernels.unary(Unary::Silu, Src::InPlace, &mut inner);
+                inner.iter_mut().zip(product(x, &w.up, *expert)).for_each(|(g, u)| *g *= u);
+                expected[i / 2 * h..].iter_mut().zip(product(&inner, &w.down, *expert)).for_each(|(o, y)| *o += weight * y);
+            }
+            let mut out = vec![f32::NAN; 2 * h];
+            kernels.moe(&x, &experts, &weights, &w, &mut out).unwrap();
+            for (o, e) in out.iter().zip(&expected) {
+                assert!((o - e).abs() <= 1e-5 * (1.0 + e.abs()), "{dynamic}: {o} instead of {e}");
+            }
         }
     }
 }

@@ -175,16 +175,18 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
     let axis = |i: usize, a: usize| ensure(a < args[i].shape.len(), || format!("operand {i} has no axis {a}"));
     let no_panels = |i: usize| ensure(!matches!(args[i].place, Place::State(_)), || format!("operand {i} cannot be a state"));
     let float = |i: usize| ensure(args[i].dtype.is_float(), || format!("operand {i} must be of floats, is {}", args[i].dtype));
+    let quantized = |i: usize| args[i].dtype.scheme().is_some();
     let plain = |i: usize| ensure(is_plain(args[i].dtype), || format!("operand {i} cannot be {}", args[i].dtype));
     (0..args.len()).try_for_each(|i| if matches!(kernel, Kernel::Attention { .. }) { Ok(()) } else { no_panels(i) })?;
     let finite = |v: f64| ensure(v.is_finite(), || format!("{v} is not a finite number"));
 
     Ok(match kernel {
-        Kernel::Linear { .. } => {
+        Kernel::Linear { dynamic } => {
             ensure(matches!(args.len(), 2 | 3), || format!("takes 2 or 3 operands, got {}", args.len()))?;
             dtype(0, DType::F32)?;
             rank(0, 1)?;
             float(1)?;
+            ensure(!dynamic || quantized(1), || format!("operand 1 must be quantized if operand 0 is rounded, is {}", args[1].dtype))?;
             ensure(args[1].shape.len() == 2 && matches!(args[1].place, Place::Weight(_)), || {
                 "operand 1 must be a weight with 2 axes".into()
             })?;
@@ -383,7 +385,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             s.push((*k).into());
             (DType::I64, s)
         }
-        Kernel::Moe { act } => {
+        Kernel::Moe { act, dynamic } => {
             count(6)?;
             ensure(*act != Unary::Not, || "the activation must be one of floats".into())?;
             dtype(0, DType::F32)?;
@@ -395,6 +397,9 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             shape(2, &args[1].shape)?;
             for i in 3..6 {
                 float(i)?;
+                ensure(!dynamic || quantized(i), || {
+                    format!("operand {i} must be quantized if operand 0 is rounded, is {}", args[i].dtype)
+                })?;
                 ensure(args[i].shape.len() == 3 && matches!(args[i].place, Place::Weight(_)), || {
                     format!("operand {i} must be a weight with 3 axes")
                 })?;
@@ -426,7 +431,7 @@ pub(super) fn layouts(p: &Program) -> Check {
                 let panels = p.weights[w as usize].layout == Layout::Panel16;
                 let fits = match (&step.kernel, operand) {
                     (Kernel::Linear { .. }, 1) | (Kernel::Moe { .. }, 3..=5) => panels,
-                    (Kernel::Embedding, 0) => true,
+                    (Kernel::Embedding, 0) => panels || p.weights[w as usize].dtype.scheme().is_none(),
                     _ => !panels,
                 };
                 ensure(fits, || format!("function '{}': step {i}: operand {operand} has the wrong layout", f.name))?;
@@ -438,4 +443,51 @@ pub(super) fn layouts(p: &Program) -> Check {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vlmc_artifact::program::{NamedValue, Weight};
+
+    /// A function of one kernel with a weight, or why it is refused.
+    fn with_weight(kernel: Kernel, [x, w, out]: [(&str, &[usize]); 3], layout: Layout) -> Check {
+        let value = |(dtype, shape): (&str, &[usize]), place| Value {
+            dtype: dtype.parse().unwrap(),
+            shape: shape.iter().map(|d| Dim::from(*d)).collect(),
+            place,
+        };
+        let weight = Weight { name: "w".into(), dtype: w.0.parse().unwrap(), shape: w.1.to_vec(), layout };
+        let args = if kernel == Kernel::Embedding { vec![1, 0] } else { vec![0, 1] };
+        let function = Function {
+            name: "f".into(),
+            inputs: vec![NamedValue { name: "x".into(), value: 0 }],
+            outputs: vec![NamedValue { name: "y".into(), value: 2 }],
+            states: vec![],
+            slots: vec![4096.into()],
+            values: vec![value(x, Place::Input(0)), value(w, Place::Weight(0)), value(out, Place::Slot(0))],
+            steps: vec![Step { kernel, args, out: 2, scope: String::new() }],
+        };
+        let p = Program { symbols: vec![], weights: vec![weight], functions: vec![function] };
+        program(&p)?;
+        layouts(&p)
+    }
+
+    #[test]
+    fn quantized_weights_are_only_where_kernels_take_them() {
+        let linear =
+            |dynamic, w, layout| with_weight(Kernel::Linear { dynamic }, [("f32", &[3, 40]), (w, &[20, 40]), ("f32", &[3, 20])], layout);
+        assert_eq!(linear(true, "int4g32", Layout::Panel16), Ok(()));
+        assert_eq!(linear(false, "int8", Layout::Panel16), Ok(()));
+        assert_eq!(linear(false, "bf16", Layout::Panel16), Ok(()));
+        assert!(linear(true, "bf16", Layout::Panel16).unwrap_err().contains("must be quantized"));
+        assert!(linear(true, "int4g32", Layout::Rows).unwrap_err().contains("layout"));
+        let embedding = |w, layout| with_weight(Kernel::Embedding, [("i64", &[3]), (w, &[20, 40]), ("f32", &[3, 40])], layout);
+        assert_eq!(embedding("int8", Layout::Panel16), Ok(()));
+        assert_eq!(embedding("f32", Layout::Rows), Ok(()));
+        assert!(embedding("int8", Layout::Rows).unwrap_err().contains("layout"));
+        let add = |w| with_weight(Kernel::Binary { f: Binary::Add }, [("f32", &[3, 40]), (w, &[3, 40]), ("f32", &[3, 40])], Layout::Rows);
+        assert_eq!(add("f32"), Ok(()));
+        assert!(add("int8").unwrap_err().contains("does not widen"));
+    }
 }

@@ -103,12 +103,12 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
         };
     }
     match &step.kernel {
-        Kernel::Linear { .. } => {
+        Kernel::Linear { dynamic } => {
             let [n, kk] = [arg_shape(1)[0], arg_shape(1)[1]];
             let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
             let panels = Panels::new(data, n, kk).ok_or("a weight has the wrong length")?;
             let bias = (step.args.len() > 2).then(|| f32s(2)).transpose()?;
-            k.linear(f32s(0)?, &panels, bias, out!(f32));
+            k.linear(f32s(0)?, &panels, bias, *dynamic, out!(f32));
         }
         Kernel::Embedding => {
             let [n, width] = [arg_shape(0)[0], arg_shape(0)[1]];
@@ -159,13 +159,13 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
                 moves::top_k(row, out);
             }
         }
-        Kernel::Moe { act } => {
+        Kernel::Moe { act, dynamic } => {
             let experts = |i: usize| {
                 let View::Floats(data) = f.view(arg(i))? else { return Err("weights must be floats".to_string()) };
                 let [e, n, kk] = [arg_shape(i)[0], arg_shape(i)[1], arg_shape(i)[2]];
                 Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
             };
-            let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act };
+            let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act, dynamic: *dynamic };
             k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, bytemuck::cast_slice_mut(scratch), out!(f32)).map_err(bad_index)?;
         }
         Kernel::Append => return Err("not a computation".into()),
