@@ -210,7 +210,7 @@ mod tests {
                 expected[i / 2 * h..].iter_mut().zip(product(&inner, &w.down, *expert)).for_each(|(o, y)| *o += weight * y);
             }
             let mut out = vec![f32::NAN; 2 * h];
-            kernels.moe(&x, &experts, &weights, &w, &mut out).unwrap();
+            kernels.moe(&x, &experts, &weights, &w, &mut [f32::NAN; 1000], &mut out).unwrap();
             for (o, e) in out.iter().zip(&expected) {
                 assert!((o - e).abs() <= 1e-5 * (1.0 + e.abs()), "{dynamic}: {o} instead of {e}");
             }
