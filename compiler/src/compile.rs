@@ -5,6 +5,7 @@ use crate::{
     arch::{Architecture, SideFiles},
     artifact_dir::ArtifactDir,
     back::{self, Stored},
+    calibrate::Recipes,
     checkpoint::Checkpoint,
     loss, packed, target, tiktoken,
     weights_writer::{PAD, TensorSpec, WeightsWriter},
@@ -18,13 +19,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{
-    Graph, Program, Scheme, Verified, Weights, verify,
-    weights::{Recipe, WeightDef},
-};
+use vlmc_ir::{Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
     Pass, Target,
-    quantize::{Outcome, Policy, quantize},
+    quantize::{Calibration, Choice, Outcome, Policy, quantize},
 };
 
 /// Name and version of this compiler, as manifests have it.
@@ -43,8 +41,8 @@ pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
     with_loss: bool,
-    /// Codes that calibration has found, by weight and scheme.
-    found: BTreeMap<(String, Scheme), Recipe>,
+    /// What calibration has found.
+    found: Recipes,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -121,7 +119,7 @@ impl Model {
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
         let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
-        Ok(Self { architecture, checkpoint, with_loss: false, found: BTreeMap::new() })
+        Ok(Self { architecture, checkpoint, with_loss: false, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -131,7 +129,7 @@ impl Model {
     }
 
     /// The model with tensors that calibration has found, and the recipes of weights that use them.
-    pub(crate) fn with_found(self, add: impl FnOnce(Checkpoint) -> Checkpoint, found: BTreeMap<(String, Scheme), Recipe>) -> Self {
+    pub(crate) fn with_found(self, add: impl FnOnce(Checkpoint) -> Checkpoint, found: Recipes) -> Self {
         Self { checkpoint: add(self.checkpoint), found, ..self }
     }
 
@@ -174,10 +172,7 @@ impl Model {
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
         let lowered = self.lower_with_codes(target)?;
         let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
-        program.map_weights(|name, w| {
-            let found = w.dtype.scheme().and_then(|scheme| self.found.get(&(name.to_string(), scheme)));
-            found.map_or_else(|| w.clone(), |recipe| WeightDef { recipe: recipe.clone(), ..w.clone() })
-        });
+        self.found.apply(&mut program);
         let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -229,6 +224,13 @@ impl Model {
         let lowered = self.lower_for(target, options.policy, |_, _| {})?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
+        for (name, outcome) in &outcomes {
+            if let Outcome::Done(Choice { calibration: Calibration::Gptq | Calibration::Awq | Calibration::Smooth, .. }) = outcome
+                && self.found.is_empty()
+            {
+                return Err(Error::Uncalibrated(name.clone()));
+            }
+        }
         if !unknown.is_empty() {
             let fields = abridged(unknown);
             warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));

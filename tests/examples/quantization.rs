@@ -11,15 +11,18 @@ const MARKS: [&str; 2] = ["<!-- table: begin -->\n", "<!-- table: end -->\n"];
 const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
 const G64: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g64\"\n";
 const G128: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g128\"\n";
+const AWQ: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
 const ZEROS: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32z\"\n";
 
-const ROWS: [(&str, Way); 13] = [
+const ROWS: [(&str, Way); 15] = [
     ("none", Way::Policy("none")),
     ("int8", Way::Policy("int8")),
+    ("int8, calibrated (SmoothQuant)", Way::Calibrated("int8")),
     ("4 bits, groups of 32, round to nearest", Way::Policy(ROUND)),
     ("Q4_0 of llama.cpp", Way::Q4_0),
     ("int4 (groups of 32, searched scales)", Way::Policy("int4")),
-    ("int4, calibrated", Way::Calibrated("int4")),
+    ("int4, calibrated (GPTQ)", Way::Calibrated("int4")),
+    ("int4, calibrated by AWQ", Way::Calibrated(AWQ)),
     ("int4, groups of 32 with zero points", Way::Policy(ZEROS)),
     ("the same, calibrated", Way::Calibrated(ZEROS)),
     ("int4, groups of 64", Way::Policy(G64)),

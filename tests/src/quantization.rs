@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use vlmc::{
-    calibrate::{Budgeted, four_bits, requests},
+    calibrate::{Budgeted, chosen, requests},
     compile::{Model, Options},
     eval::{self, Answer, Evaluated, Score},
     samples::{self, Sample},
@@ -82,8 +82,7 @@ impl Bench {
             Way::Q4_0 => (model, policy("int4")),
             Way::Calibrated(text) => {
                 let (policy, requests) = (policy(text), calibration().unwrap_or_else(|e| panic!("{e}")));
-                let (model, report) =
-                    model.calibrate(&self.target, &four_bits(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+                let (model, report) = model.calibrate(&self.target, &chosen(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
                 assert!(!report.is_empty());
                 (model, policy)
             }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use vlmc::{
-    calibrate::{four_bits, requests},
+    calibrate::{chosen, requests},
     compile::{Model, Options},
     samples,
     verify::Request,
@@ -31,21 +31,30 @@ const RANDOM: [&str; 11] = [
     "deepseek-vl2-mla",
 ];
 
+const AWQ: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
 const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
 
 fn shapes_vl(target: &str) {
     let bench = Bench::new(target, None);
-    let [plain, int8, round, q4_0, search, calibrated] =
-        [Way::Policy("none"), Way::Policy("int8"), Way::Policy(ROUND), Way::Q4_0, Way::Policy("int4"), Way::Calibrated("int4")]
-            .map(|way| bench.run(way));
+    let ways = [
+        Way::Policy("none"),
+        Way::Policy("int8"),
+        Way::Policy(ROUND),
+        Way::Q4_0,
+        Way::Policy("int4"),
+        Way::Calibrated("int4"),
+        Way::Calibrated(AWQ),
+    ];
+    let [plain, int8, round, q4_0, search, calibrated, awq] = ways.map(|way| bench.run(way));
     assert_eq!((plain.score.samples, plain.score.known, plain.score.same), (300, 300, 300));
     assert_eq!(plain.score.max_kl, 0.0);
     // Points of 300 pictures.
     let lost = |right: usize| plain.score.right as i64 - right as i64;
     assert!(lost(int8.score.right) <= 3, "{int8:?}");
     assert!(lost(calibrated.score.right) <= 6, "{calibrated:?}");
-    assert!(lost(search.score.right) <= 6, "{search:?}");
+    assert!(lost(search.score.right) <= 6 && lost(awq.score.right) <= 6, "{search:?} {awq:?}");
     let kl = [&int8, &calibrated, &search, &round, &q4_0].map(|o| o.score.mean_kl);
+    println!("{target} {kl:?} awq {:?}", awq.score);
     assert!(kl[0] > 0.0 && kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3] && kl[2] < kl[4], "{kl:?}");
     assert!(search.weight_bytes < int8.weight_bytes && int8.weight_bytes < plain.weight_bytes);
     assert_eq!((search.weight_bytes, search.bits_per_weight), (calibrated.weight_bytes, calibrated.bits_per_weight));
@@ -99,7 +108,7 @@ fn bad_calibration_data() {
     std::fs::write(out.path().join("no.png"), "not a picture").unwrap();
     assert!(of(&list).contains("no.png"), "{}", of(&list));
 
-    let run = |requests: &[Request]| model().calibrate("onnx-cpu", &four_bits(&int4), requests, &|_| {}).err().unwrap().to_string();
+    let run = |requests: &[Request]| model().calibrate("onnx-cpu", &chosen(&int4), requests, &|_| {}).err().unwrap().to_string();
     assert!(run(&[]).contains("there are no samples"));
     let empty = Request { name: "line 7".into(), tensors: Tensors::new() };
     assert!(run(&[empty]).contains("line 7"));
@@ -128,7 +137,7 @@ fn errors(name: &str, target: &str, policies: &[(&Policy, bool)]) -> Vec<f64> {
                 Request { name: case.clone(), tensors: vlmc::exec::read(&inputs).unwrap() }
             };
             let requests: Vec<Request> = cases(&fixture).iter().map(request).collect();
-            model = model.calibrate(target, &four_bits(policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{name}: {e}")).0;
+            model = model.calibrate(target, &chosen(policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{name}: {e}")).0;
         }
         model.compile(&Options { target, policy, out: &artifact, progress: &|_, _| {} }).unwrap();
         let got = logits(&artifact);
@@ -164,4 +173,14 @@ fn random_models(target: &str) {
 #[test]
 fn random_models_onnx_cpu() {
     random_models("onnx-cpu");
+}
+
+#[test]
+fn random_models_cpu() {
+    random_models("cpu");
+}
+
+#[test]
+fn shapes_vl_cpu() {
+    shapes_vl("cpu");
 }

@@ -5,7 +5,7 @@ use crate::{Error, Result, checkpoint::Checkpoint, compile::Model, target, verif
 use std::collections::BTreeMap;
 use vlmc_ir::{Scheme, interp, quant::Method};
 use vlmc_kernels::Isa;
-use vlmc_passes::quantize::{Choice, Part, Policy};
+use vlmc_passes::quantize::{Calibration, Choice, Part, Policy};
 
 /// What a weight may be kept in: 4.125, 4.5 and 8 bits, and a little more for scales of rows.
 const SCHEMES: [Scheme; 3] = [Scheme { bits: 4, group: Some(128), zero_points: false }, Scheme::INT4, Scheme::INT8];
@@ -32,7 +32,9 @@ impl Model {
     pub fn within_budget(self, target: &str, budget: f64, requests: &[Request], progress: &dyn Fn(&str)) -> Result<Budgeted> {
         let candidates = |_: &str, part: Part| match part {
             Part::First | Part::Router | Part::Table => vec![],
-            Part::Decoder | Part::Experts | Part::Head | Part::Tower => SCHEMES.map(|s| Choice::new(s, true)).to_vec(),
+            Part::Decoder | Part::Experts | Part::Head | Part::Tower => {
+                SCHEMES.map(|s| Choice { calibration: Calibration::Gptq, ..Choice::new(s, true) }).to_vec()
+            }
         };
         let (model, report) = if requests.is_empty() {
             self.measure(target, &candidates, progress)?

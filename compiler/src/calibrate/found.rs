@@ -30,6 +30,12 @@ impl Found {
         self.append(format!("{name}.zeros"), Dtype::U8, &groups, &codes.zeros)
     }
 
+    /// Keeps a vector.
+    pub(super) fn put_vector(&mut self, name: &str, vector: &[f32]) -> Result<()> {
+        let bytes: Vec<u8> = vector.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.append(name.into(), Dtype::F32, &[vector.len()], &bytes)
+    }
+
     /// Codes that [`Self::put`] has kept.
     pub(super) fn get(&self, name: &str) -> Result<Codes> {
         let part = |part: &str| {

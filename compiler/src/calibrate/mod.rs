@@ -7,8 +7,10 @@
 mod budget;
 mod found;
 mod lockstep;
+mod recipes;
 
 pub use budget::Budgeted;
+pub(crate) use recipes::Recipes;
 
 use crate::{
     Error, Result,
@@ -20,10 +22,11 @@ use found::Found;
 use lockstep::Given;
 use ndarray::{Array2, ArrayD, Axis, Ix2, IxDyn, linalg::general_mat_mul, s};
 use rayon::prelude::*;
+use recipes::Folded;
 use std::{borrow::Cow, cell::RefCell, collections::BTreeMap};
-use vlmc_artifact::{FORMAT, Manifest, program::Unary};
+use vlmc_artifact::{FORMAT, Manifest, Task, program::Unary};
 use vlmc_ir::{
-    Bindings, DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
+    Bindings, DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, Verified,
     interp::{self, Array, Observer, Resident, Sample},
     ops::Elementwise1,
     quant::Codes,
@@ -32,9 +35,10 @@ use vlmc_ir::{
 use vlmc_passes::{
     Target,
     quantize::{
-        Choice, Part, Policy,
+        Calibration, Choice, Part, Policy,
         gptq::{Factor, output_error},
         parts, refusal,
+        scaling::{self, Layer},
     },
 };
 use vlmc_runtime::prepare::Preparer;
@@ -54,6 +58,56 @@ pub type Report = BTreeMap<String, Vec<Measured>>;
 /// Ways to keep a weight of a name and a part that codes are to be found for.
 pub type Candidates<'a> = &'a dyn Fn(&str, Part) -> Vec<Choice>;
 
+/// Outputs of samples by name.
+pub(crate) type Outputs = Vec<BTreeMap<String, Array>>;
+
+/// Runs an entry on all samples that come to it, before the eyes of an observer.
+pub(crate) type Run<'a> = &'a dyn Fn(&mut dyn Observer) -> Result<Outputs>;
+
+/// Interprets a model's program on all requests in step; `each` runs every entry.
+///
+/// # Errors
+/// There are no requests, one does not fit the model, or what `each` says.
+pub(crate) fn interpret(
+    model: &Model,
+    target: &Target,
+    program: &Verified,
+    task: Task,
+    requests: &[Request],
+    each: &mut dyn FnMut(&Graph, Run<'_>) -> Result<Outputs>,
+) -> Result<()> {
+    if requests.is_empty() {
+        return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
+    }
+    let manifest = Manifest {
+        format: FORMAT,
+        compiler: crate::compile::COMPILER.into(),
+        target: target.name.into(),
+        architecture: program.name.clone(),
+        parameters: 0,
+        source: model.checkpoint().source(),
+        symbols: program.symbols.clone(),
+        entries: program.graphs.iter().map(|g| entry(g, String::new(), None)).collect(),
+        task,
+        processor: model.processor()?,
+        generation: Default::default(),
+        files: Default::default(),
+        certificate: None,
+    };
+    let source = |name: &str| model.checkpoint().floats(name).map_err(|e| e.to_string());
+    let weights = |name: &str| {
+        let def = program.weights.get(name).ok_or_else(|| format!("no weight '{name}'"))?;
+        interp::weight(def, &source).map(Cow::Owned)
+    };
+    lockstep::run(&manifest, requests, &mut |name: &str, given: &[Given]| {
+        let graph = program.graphs.iter().find(|g| g.name == name);
+        let graph = graph.ok_or_else(|| Error::Backend(format!("no entry '{name}'")))?;
+        let samples: Vec<Sample<'_>> = given.iter().map(|g| Sample { symbols: &g.symbols, inputs: &g.inputs }).collect();
+        let failed = |e: interp::EvalError| Error::Model { model: "calibration".into(), message: e.to_string() };
+        each(graph, &|observer: &mut dyn Observer| interp::run_samples(graph, &samples, &weights, observer).map_err(failed))
+    })
+}
+
 impl Model {
     /// The model with codes for its weights that suit `requests`, in all schemes of `candidates`; later layers see the codes of the
     /// first. Compiled by a policy that chooses one of these, the model has these codes; weights that no request reaches (a tower, if
@@ -69,46 +123,26 @@ impl Model {
         progress: &dyn Fn(&str),
     ) -> Result<(Self, Report)> {
         let target = target::named(target)?;
-        if requests.is_empty() {
-            return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
-        }
         let Lowered { program, task, .. } = self.lower()?;
         let choices = self.choices(target, &program, candidates);
-        let manifest = Manifest {
-            format: FORMAT,
-            compiler: crate::compile::COMPILER.into(),
-            target: target.name.into(),
-            architecture: program.name.clone(),
-            parameters: 0,
-            source: self.checkpoint().source(),
-            symbols: program.symbols.clone(),
-            entries: program.graphs.iter().map(|g| entry(g, String::new(), None)).collect(),
-            task,
-            processor: self.processor()?,
-            generation: Default::default(),
-            files: Default::default(),
-            certificate: None,
-        };
-        let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new() });
+        let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new(), factors: BTreeMap::new(), folds: vec![] });
         let source = |name: &str| self.checkpoint().floats(name).map_err(|e| e.to_string());
-        let weights = |name: &str| {
+        let load = |name: &str| {
             let def = program.weights.get(name).ok_or_else(|| format!("no weight '{name}'"))?;
-            interp::weight(def, &source).map(Cow::Owned)
+            interp::weight(def, &source)
         };
-        lockstep::run(&manifest, requests, &mut |name: &str, given: &[Given]| {
-            let graph = program.graphs.iter().find(|g| g.name == name);
-            let graph = graph.ok_or_else(|| Error::Backend(format!("no entry '{name}'")))?;
-            let samples: Vec<Sample<'_>> = given.iter().map(|g| Sample { symbols: &g.symbols, inputs: &g.inputs }).collect();
-            let mut layers = Layers { graph, choices: &choices, findings: &findings, inputs: None, progress };
-            let failed = |e: interp::EvalError| Error::Model { model: "calibration".into(), message: e.to_string() };
-            interp::run_samples(graph, &samples, &weights, &mut layers).map_err(failed)
+        interpret(&self, target, &program, task, requests, &mut |graph, run| {
+            let layers = Layers { program: &program, graph, choices: &choices, findings: &findings, load: &load, inputs: None, progress };
+            let mut layers = layers;
+            run(&mut layers)
         })?;
-        let Findings { found, report } = findings.into_inner();
+        let Findings { found, report, folds, .. } = findings.into_inner();
         let recipe = |(name, measured): (&String, &Vec<Measured>)| {
             measured.iter().map(|m| ((name.clone(), m.scheme), Recipe::Codes(stored_name(name, m.scheme), m.scheme))).collect::<Vec<_>>()
         };
-        let recipes = report.iter().flat_map(recipe).collect();
-        Ok((self.with_found(|checkpoint| found.added_to(checkpoint), recipes), report))
+        let folded = |name: &String| folds.iter().any(|f| f.readers.contains_key(name));
+        let codes = report.iter().filter(|(name, _)| !folded(name)).flat_map(recipe).collect();
+        Ok((self.with_found(|checkpoint| found.added_to(checkpoint), Recipes { codes, folds }), report))
     }
 
     /// The candidates of each weight that `target` runs. What comes quantized stays as it is.
@@ -136,9 +170,20 @@ pub fn requests(model: &Model, samples: &[samples::Sample]) -> Result<Vec<Reques
     samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.answered(&preparer)? })).collect()
 }
 
-/// What a policy chooses for 4 bits, where calibration pays.
-pub fn four_bits(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
-    |name, part| policy.choice(name, part).filter(|c| c.scheme.bits == 4).into_iter().collect()
+/// What a policy chooses for weights that calibration can help, and how it does.
+pub fn chosen(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
+    |name, part| {
+        let choice = policy.choice(name, part).and_then(|c| {
+            let calibration = match c.calibration {
+                Calibration::Optional if c.scheme.bits == 4 => Calibration::Gptq,
+                Calibration::Optional if part == Part::Tower && c.dynamic => Calibration::Smooth,
+                Calibration::Optional | Calibration::Unused => return None,
+                explicit => explicit,
+            };
+            Some(Choice { calibration, ..c })
+        });
+        choice.into_iter().collect()
+    }
 }
 
 /// Name of the tensors that hold a weight's codes in a scheme.
@@ -149,6 +194,9 @@ fn stored_name(weight: &str, scheme: Scheme) -> String {
 struct Findings {
     found: Found,
     report: Report,
+    /// Of columns, by weight.
+    factors: BTreeMap<String, Vec<f32>>,
+    folds: Vec<Folded>,
 }
 
 impl Findings {
@@ -181,13 +229,27 @@ impl Findings {
     }
 }
 
+/// Rows of inputs that [`scaling::smooth`] is tried on.
+const TRIED_ROWS: usize = 256;
+
+/// What linear layers read; several may read the same.
+struct Inputs {
+    value: ValueId,
+    moments: Array2<f32>,
+    /// Of columns, if they are scaled.
+    factors: Option<Vec<f32>>,
+}
+
 /// Finds codes for the layers of a graph when they come.
 struct Layers<'a> {
+    program: &'a Program,
     graph: &'a Graph,
     choices: &'a BTreeMap<String, Vec<Choice>>,
     findings: &'a RefCell<Findings>,
-    /// What linear layers read last, as several may read the same, with its moments.
-    inputs: Option<(ValueId, Array2<f32>)>,
+    /// Reads a weight.
+    load: &'a dyn Fn(&str) -> Result<Array, String>,
+    /// What was read last.
+    inputs: Option<Inputs>,
     progress: &'a dyn Fn(&str),
 }
 
@@ -203,7 +265,10 @@ impl Observer for Layers<'_> {
             if let Some(measured) = findings.report.get(*name) {
                 let scheme = measured.first().ok_or("nothing was measured")?.scheme;
                 let codes = findings.found.get(&stored_name(name, scheme)).map_err(|e| e.to_string())?;
-                put(weights, name, |k| codes.dequantize(k, scheme))?;
+                match findings.factors.get(*name) {
+                    Some(factors) => put(weights, name, |_| scaling::unscaled(&codes, scheme, factors))?,
+                    None => put(weights, name, |k| codes.dequantize(k, scheme))?,
+                }
                 known = true;
             }
         }
@@ -215,11 +280,10 @@ impl Observer for Layers<'_> {
                 let Some(name) = wanted(1) else { return Ok(()) };
                 (self.progress)(name);
                 let x = node.args[0];
-                if self.inputs.as_ref().is_none_or(|(v, _)| *v != x) {
-                    self.inputs = Some((x, moments(&rows_of(operands, 0)?)));
+                if self.inputs.as_ref().is_none_or(|i| i.value != x) {
+                    self.inputs = Some(self.inputs(x, &rows_of(operands, 0)?)?);
                 }
-                let (_, moments) = self.inputs.as_ref().ok_or("no inputs")?;
-                self.linear(name, moments, weights)
+                self.linear(name, self.inputs.as_ref().ok_or("no inputs")?, weights)
             }
             Op::Moe(moe) => {
                 let experts = [3, 4, 5].map(wanted);
@@ -233,13 +297,71 @@ impl Observer for Layers<'_> {
 }
 
 impl Layers<'_> {
-    fn linear(&self, name: &str, moments: &Array2<f32>, weights: &mut Resident<'_>) -> Result<(), String> {
-        let w = weights.get(name).ok_or("the weight is not there")?.f32()?;
+    /// What is to be known of inputs, and the factors of their columns if their readers are to be scaled and can be.
+    fn inputs(&self, value: ValueId, x: &Array2<f32>) -> Result<Inputs, String> {
+        let mut inputs = Inputs { value, moments: moments(x), factors: None };
+        // What cannot be folded is quantized as it is.
+        let Ok(fold) = scaling::fold(self.program, self.graph, value) else { return Ok(inputs) };
+        let choices: Vec<&Choice> = fold.readers.iter().filter_map(|n| self.choices.get(n)?.first()).collect();
+        let ways: Vec<Calibration> = choices.iter().map(|c| c.calibration).collect();
+        let alike = choices.len() == fold.readers.len() && ways.iter().all(|w| *w == ways[0]);
+        if !alike || !matches!(ways[0], Calibration::Awq | Calibration::Smooth) {
+            return Ok(inputs);
+        }
+        let stacks = fold.readers.iter().map(|n| (self.load)(n)).collect::<Result<Vec<_>, _>>()?;
+        let mut layers = vec![];
+        for (stack, choice) in stacks.iter().zip(&choices) {
+            layers.push(Layer { rows: stack.f32()?.as_slice().ok_or("not contiguous")?, scheme: choice.scheme });
+        }
+        let rows = x.as_slice().ok_or("not contiguous")?;
+        inputs.factors = if ways[0] == Calibration::Awq {
+            let means: Vec<f32> = x.axis_iter(Axis(1)).map(|c| c.iter().map(|v| v.abs()).sum::<f32>() / x.nrows().max(1) as f32).collect();
+            scaling::awq(&layers, inputs.moments.as_slice().ok_or("not contiguous")?, &means)
+        } else {
+            let every = x.nrows().div_ceil(TRIED_ROWS).max(1);
+            let some: Vec<f32> = rows.chunks_exact(x.ncols().max(1)).step_by(every).flatten().copied().collect();
+            scaling::smooth(&layers, &some, x.ncols())
+        };
+        let Some(factors) = &inputs.factors else { return Ok(inputs) };
+        let mut findings = self.findings.borrow_mut();
+        let at = format!("{}@columns", fold.readers[0]);
+        let inverse: Vec<f32> = factors.iter().map(|f| 1.0 / f).collect();
+        findings.found.put_vector(&format!("{at}.multiplied"), factors).map_err(|e| e.to_string())?;
+        findings.found.put_vector(&format!("{at}.divided"), &inverse).map_err(|e| e.to_string())?;
+        let declared = |name: &String| self.program.weights.get(name).map(|w| Box::new(w.recipe.clone())).ok_or("not declared");
+        let mut folded = Folded { vectors: BTreeMap::new(), readers: BTreeMap::new() };
+        for name in &fold.vectors {
+            folded.vectors.insert(name.clone(), Recipe::Scale(declared(name)?, format!("{at}.divided")));
+        }
+        for (name, choice) in fold.readers.iter().zip(&choices) {
+            let scaled = Recipe::Scale(declared(name)?, format!("{at}.multiplied"));
+            let recipe = Recipe::Quantize(Box::new(scaled), choice.scheme, choice.method);
+            folded.readers.insert(name.clone(), (choice.scheme, recipe));
+            findings.factors.insert(name.clone(), factors.clone());
+        }
+        findings.folds.push(folded);
+        Ok(inputs)
+    }
+
+    fn linear(&self, name: &str, inputs: &Inputs, weights: &mut Resident<'_>) -> Result<(), String> {
+        let (w, moments) = (weights.get(name).ok_or("the weight is not there")?.f32()?, &inputs.moments);
         let (rows, shape) = (w.as_slice().ok_or("not contiguous")?, w.shape().to_vec());
-        let choices = &self.choices[name];
+        let (h, k) = (moments.as_slice().ok_or("not contiguous")?, moments.nrows());
+        let choices = self.choices[name].as_slice();
         let (mut codes, mut errors) = (vec![Codes::default(); choices.len()], vec![0.0; choices.len()]);
-        let stands_for = Findings::rows(rows, moments, choices, &mut codes, &mut errors)?;
-        let squares = output_error(rows, moments.as_slice().ok_or("not contiguous")?, moments.nrows());
+        let stands_for = match (choices, &inputs.factors) {
+            ([Choice { calibration: Calibration::Smooth, .. }], None) => return Ok(()),
+            ([Choice { calibration: Calibration::Awq | Calibration::Smooth, scheme, method, .. }], factors) => {
+                let ones = vec![1.0; k];
+                let factors = factors.as_ref().unwrap_or(&ones);
+                codes[0] = Codes::of(&scaling::scaled(rows, factors), k, *scheme, *method);
+                let stands_for = scaling::unscaled(&codes[0], *scheme, factors);
+                errors[0] = output_error(&rows.iter().zip(&stands_for).map(|(w, q)| w - q).collect::<Vec<_>>(), h, k);
+                stands_for
+            }
+            _ => Findings::rows(rows, moments, choices, &mut codes, &mut errors)?,
+        };
+        let squares = output_error(rows, h, k);
         self.findings.borrow_mut().keep(name, &shape, choices, &codes, &errors, squares).map_err(|e| e.to_string())?;
         put(weights, name, |_| stands_for)
     }

@@ -3,8 +3,9 @@
 
 pub mod gptq;
 mod policy;
+pub mod scaling;
 
-pub use policy::{BUILT_IN, Choice, Part, Policy, PolicyError};
+pub use policy::{BUILT_IN, Calibration, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
 use std::collections::BTreeMap;
