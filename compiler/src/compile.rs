@@ -8,7 +8,7 @@ use crate::{
     calibrate::Recipes,
     checkpoint::Checkpoint,
     loss, packed, target, tiktoken,
-    weights_writer::{PAD, WeightsWriter},
+    weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
 use prost::Message;
 use serde_json::Value;
@@ -236,11 +236,10 @@ impl Model {
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
         let mut passes = vec![];
-        let Lowered { program, task, unused, unknown, outcomes } =
-            self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
-        let processor = self.processor()?;
+        let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
+        let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
-        for (name, outcome) in &outcomes {
+        for (name, outcome) in outcomes {
             if let Outcome::Done(Choice { calibration: Calibration::Gptq | Calibration::Awq | Calibration::Smooth, .. }) = outcome
                 && self.found.is_empty()
             {
@@ -248,29 +247,27 @@ impl Model {
             }
         }
         if !unknown.is_empty() {
-            let fields = abridged(&unknown);
+            let fields = abridged(unknown);
             warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));
         }
         if !unused.is_empty() {
-            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
+            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(unused)));
         }
-        warnings.extend(refusals(&outcomes));
+        warnings.extend(refusals(outcomes));
 
         let dir = ArtifactDir::create(options.out)?;
         let weights = dir.path().join(WEIGHTS);
         let (entries, stored, writer) = if target.name == "cpu" {
-            let (native, stored) = back::native::lower(&program)?;
+            let (native, stored) = back::native::lower(program)?;
             let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
             write_file(&dir.path().join(PROGRAM), &json)?;
-            let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
-            let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
-            let writer = writer(&program, &stored, &weights)?;
-            (entries, stored, writer)
+            let writer = writer(program, &stored, &weights)?;
+            (native_entries(program, &native), stored, writer)
         } else {
-            let stored = back::onnx::stored(&program);
-            let writer = writer(&program, &stored, &weights)?;
+            let stored = back::onnx::stored(program);
+            let writer = writer(program, &stored, &weights)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(&program, WEIGHTS, &place)? {
+            for (name, model) in back::onnx::emit(program, WEIGHTS, &place)? {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
@@ -278,33 +275,17 @@ impl Model {
         };
         let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
         let done = AtomicU64::new(0);
-        back::write(&program, &self.checkpoint, &stored, &writer, &|elements| {
+        back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
             (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
-
-        let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
-        dir.commit(Manifest {
-            format: FORMAT,
-            compiler: COMPILER.into(),
-            target: target.name.into(),
-            architecture: program.name.clone(),
-            parameters,
-            source: self.checkpoint.source(),
-            symbols: program.symbols.clone(),
-            entries,
-            task,
-            processor,
-            generation: self.generation()?,
-            files: Default::default(),
-            certificate: None,
-        })?;
-        Ok(Report {
+        let manifest = self.manifest(target, &lowered, entries)?;
+        self.copy_side_files(dir.path(), task, manifest.processor.is_some(), &mut warnings)?;
+        let report = Report {
             out: options.out.into(),
-            architecture: program.name.clone(),
-            target: target.name.into(),
-            parameters,
+            architecture: manifest.architecture.clone(),
+            target: manifest.target.clone(),
+            parameters: manifest.parameters,
             weight_bytes,
             weights: program.weights.values().fold(BTreeMap::new(), |mut types, w| {
                 *types.entry(w.dtype.to_string()).or_default() += 1;
@@ -312,6 +293,41 @@ impl Model {
             }),
             warnings,
             passes,
+        };
+        dir.commit(manifest)?;
+        Ok(report)
+    }
+
+    /// What an artifact for `cpu` would hold, without its files: manifest, program and bytes of the weights.
+    ///
+    /// # Errors
+    /// As [`Self::lower_for`].
+    pub fn outline(&self, policy: &Policy) -> Result<(Manifest, vlmc_artifact::program::Program, u64)> {
+        let target = target::named("cpu")?;
+        let lowered = self.lower_for(target, policy, |_, _| {})?;
+        let (native, stored) = back::native::lower(&lowered.program)?;
+        let manifest = self.manifest(target, &lowered, native_entries(&lowered.program, &native))?;
+        let specs = specs(&lowered.program, &stored)?;
+        Ok((manifest, native, specs.iter().filter_map(TensorSpec::bytes).sum()))
+    }
+
+    /// The manifest, but for the list of files.
+    fn manifest(&self, target: &Target, lowered: &Lowered, entries: Vec<Entry>) -> Result<Manifest> {
+        let program = &lowered.program;
+        Ok(Manifest {
+            format: FORMAT,
+            compiler: COMPILER.into(),
+            target: target.name.into(),
+            architecture: program.name.clone(),
+            parameters: program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum(),
+            source: self.checkpoint.source(),
+            symbols: program.symbols.clone(),
+            entries,
+            task: lowered.task.clone(),
+            processor: self.processor()?,
+            generation: self.generation()?,
+            files: Default::default(),
+            certificate: None,
         })
     }
 
@@ -407,9 +423,18 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
 }
 
-fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
+fn specs(program: &Verified, stored: &[Stored]) -> Result<Vec<TensorSpec>> {
     let specs = |s: &Stored| s.specs(program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not declared"))?);
-    WeightsWriter::create(path, &stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
+    Ok(stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
+    WeightsWriter::create(path, &specs(program, stored)?)
+}
+
+fn native_entries(program: &Verified, native: &vlmc_artifact::program::Program) -> Vec<Entry> {
+    let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
+    program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect()
 }
 
 pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {

@@ -13,7 +13,7 @@ use vlmc_passes::memory;
 /// [`Error::Backend`] if the program was not legalised for this target.
 pub fn lower(program: &Verified) -> Result<(out::Program, Vec<Stored>)> {
     let mut weights = WeightTable::new(program);
-    let functions = program.graphs.iter().map(|g| Lowering::new(g, program, &mut weights).run()).collect::<Result<_>>()?;
+    let functions = program.graphs.iter().map(|g| Lowering::new(g, &mut weights).run()).collect::<Result<_>>()?;
     Ok((out::Program { symbols: program.symbols.clone(), weights: weights.used, functions }, weights.stored))
 }
 
@@ -62,8 +62,8 @@ struct Lowering<'a, 'w> {
 }
 
 impl<'a, 'w> Lowering<'a, 'w> {
-    fn new(graph: &'a Graph, program: &'a Verified, weights: &'w mut WeightTable<'a>) -> Self {
-        let plan = memory::plan(graph, &program.symbols, works_in_place);
+    fn new(graph: &'a Graph, weights: &'w mut WeightTable<'a>) -> Self {
+        let plan = memory::plan(graph, works_in_place);
         Self { graph, plan, weights, values: vec![], index: HashMap::new(), steps: vec![] }
     }
 
@@ -82,8 +82,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
             .iter()
             .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis })
             .collect();
-        let slots = self.plan.slots;
-        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, slots, values: self.values, steps: self.steps })
+        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, values: self.values, steps: self.steps })
     }
 
     /// Index of a value in the function; `layout` says how an op wants a weight.
@@ -198,7 +197,32 @@ fn works_in_place(op: &Op) -> &'static [usize] {
     }
 }
 
-/// Bytes of all slots of a function, as the runtime lays them out.
+/// At most so many bytes of a function's values are alive at once: of each product of symbols the most that there is at any step.
 pub(crate) fn arena(f: &out::Function) -> Dim {
-    f.slots.iter().fold(Dim::from(0), |sum, s| &sum + &s.ceil_div(&64.into()) * 64)
+    let bytes: HashMap<u32, Dim> = f
+        .values
+        .iter()
+        .filter_map(|v| match v.place {
+            Place::Slot(i) => Some((i, v.shape.iter().fold(v.dtype.size().into(), |n: Dim, d| &n * d))),
+            _ => None,
+        })
+        .collect();
+    let (mut born, mut dying) = (vec![vec![]; f.steps.len() + 1], vec![vec![]; f.steps.len() + 1]);
+    for (slot, life) in f.lives().into_iter().enumerate() {
+        if let (Some(life), Some(bytes)) = (life, bytes.get(&(slot as u32))) {
+            born[*life.start()].push(bytes);
+            dying[*life.end()].push(bytes);
+        }
+    }
+    let mut alive = Dim::from(0);
+    let mut most: BTreeMap<Vec<Dim>, i64> = BTreeMap::new();
+    for (born, dying) in born.iter().zip(&dying) {
+        alive = born.iter().fold(alive, |sum, b| &sum + *b);
+        for (coefficient, product) in alive.as_terms() {
+            let most = most.entry(product).or_default();
+            *most = coefficient.max(*most);
+        }
+        alive = dying.iter().fold(alive, |sum, b| &sum - *b);
+    }
+    most.into_iter().fold(Dim::from(0), |sum, (product, most)| &sum + product.iter().fold(most.into(), |n: Dim, d| &n * d))
 }

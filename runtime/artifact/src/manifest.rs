@@ -140,7 +140,8 @@ pub struct Entry {
     /// States, in layer order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub states: Vec<State>,
-    /// Bytes of working memory as planned by the compiler (CPU runtime only): activations, without weights and states.
+    /// At most so many bytes of results are in use at once (CPU runtime only), without weights, states and what kernels work
+    /// with. The runtime places them so that they take hardly more (`vlmc inspect --context` tells how much a request takes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arena: Option<Dim>,
 }

@@ -1,10 +1,14 @@
 //! The compiled program of a `cpu` artifact: per entry, a flat list of kernel calls over values placed in an arena.
 //!
 //! Every value is a contiguous row-major tensor, except states (see [`Place::State`]). Floating-point values are `f32`;
-//! only weights have narrower types. Slot sizes are functions of the symbols, so one plan serves every input size.
+//! only weights have narrower types.
+//!
+//! The program says which results share memory, not where it lies: that follows from their sizes and lives
+//! ([`Function::lives`]), which are known when the symbols are.
 
 use crate::{DType, Dim, Symbol};
 use serde::{Deserialize, Serialize};
+use std::ops::RangeInclusive;
 
 /// The content of `program.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,12 +66,36 @@ pub struct Function {
     pub outputs: Vec<NamedValue>,
     /// State tensors, indexed by [`Place::State`].
     pub states: Vec<StateDecl>,
-    /// Bytes of each arena slot; slots lie one after the other, each rounded up to 64 bytes.
-    pub slots: Vec<Dim>,
     /// All values.
     pub values: Vec<Value>,
     /// Kernel calls in execution order.
     pub steps: Vec<Step>,
+}
+
+impl Function {
+    /// By slot, the steps from the first that writes it to the last that uses it; to the end, if an output lies there. `None` for
+    /// a number that no step writes.
+    pub fn lives(&self) -> Vec<Option<RangeInclusive<usize>>> {
+        let slot = |value: u32| match self.values.get(value as usize)?.place {
+            Place::Slot(i) => Some(i as usize).filter(|i| *i < self.values.len()),
+            _ => None,
+        };
+        let slots = (0..self.values.len() as u32).filter_map(slot).max().map_or(0, |last| last + 1);
+        let mut lives: Vec<Option<RangeInclusive<usize>>> = vec![None; slots];
+        for (i, step) in self.steps.iter().enumerate() {
+            for s in step.args.iter().filter_map(|a| slot(*a)) {
+                // A slot that is read before it is written has no life, and the program is not valid.
+                lives[s] = lives[s].take().map(|life| *life.start()..=i);
+            }
+            for s in step.outs.iter().filter_map(|o| slot(*o)) {
+                lives[s] = Some(lives[s].take().map_or(i, |life| *life.start())..=i);
+            }
+        }
+        for s in self.outputs.iter().filter_map(|o| slot(o.value)) {
+            lives[s] = lives[s].take().map(|life| *life.start()..=self.steps.len());
+        }
+        lives
+    }
 }
 
 /// A name for a value.
@@ -107,8 +135,8 @@ pub struct Value {
 pub enum Place {
     /// Caller's buffer of input `i`.
     Input(u32),
-    /// Start of arena slot `i`. Several values may share a slot: the compiler has made sure that their lives do not overlap,
-    /// or that one is a reshape of the other, or that the kernel works in place.
+    /// Start of slot `i` of the arena. Values share a slot where one is a reshape of the other, or the result of a kernel that
+    /// works in place.
     Slot(u32),
     /// Index into [`Program::weights`].
     Weight(u32),

@@ -7,7 +7,7 @@ use crate::{
     Kernels,
     isa::Task,
     lanes::{self, Lanes, N},
-    linear::{ROWS, Tile},
+    linear::{ROWS, Tile, pack_into},
     norm::rotate,
 };
 use std::ops::Range;
@@ -146,6 +146,19 @@ struct Head<'a, 'b> {
     run: &'a Run,
     /// `[run, dv]`.
     out: &'a mut [f32],
+    /// Of at least [`scratch`] elements.
+    scratch: &'a mut [f32],
+}
+
+/// Floats that a thread needs for `s` queries and `t` keys of width `d` and values of width `dv`: scores, and where there are many
+/// queries also the panels of keys and values. Saturates.
+pub fn attention_scratch(s: usize, t: usize, d: usize, dv: usize) -> usize {
+    if s < PACK {
+        return t;
+    }
+    let columns = t.saturating_add(N - 1) / N * N;
+    let rows = d.saturating_add(dv.saturating_add(N - 1) / N * N).saturating_add(BLOCK.min(s));
+    columns.saturating_mul(rows)
 }
 
 impl Task for Head<'_, '_> {
@@ -188,15 +201,15 @@ impl Head<'_, '_> {
     unsafe fn direct<L: Lanes>(mut self) {
         let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let out = std::mem::take(&mut self.out);
-        let mut scores = vec![0.0; keys.len()];
+        let scores = &mut std::mem::take(&mut self.scratch)[..keys.len()];
         for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(dv)).enumerate() {
             // SAFETY: the caller's promise.
             unsafe {
                 for (score, k) in scores.iter_mut().zip(self.k[keys.start * d..].chunks_exact(d)) {
                     *score = dot::<L>(q, k) * self.a.scale;
                 }
-                self.hide(i, &mut scores);
-                softmax::<L>(&mut scores);
+                self.hide(i, scores);
+                softmax::<L>(scores);
                 out.fill(0.0);
                 for (p, v) in scores.iter().zip(self.v[keys.start * dv..].chunks_exact(dv)) {
                     if *p != 0.0 {
@@ -210,19 +223,22 @@ impl Head<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
-    unsafe fn packed<L: Lanes>(self) {
+    unsafe fn packed<L: Lanes>(mut self) {
         let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let t = keys.len();
-        let keys_panels = crate::pack_panels(&self.k[keys.start * d..keys.end * d], t, d);
+        let columns = t.next_multiple_of(N);
+        let (keys_panels, rest) = std::mem::take(&mut self.scratch).split_at_mut(columns * d);
+        let (value_panels, rest) = rest.split_at_mut(dv.div_ceil(N) * t * N);
+        let scores = &mut rest[..BLOCK.min(self.run.queries.len()) * columns];
+        keys_panels[t / N * N * d..].fill(0.0);
+        pack_into(&self.k[keys.start * d..keys.end * d], d, keys_panels);
         // Values as the panels of their transpose: [ceil(dv / 16), t, 16].
-        let mut value_panels = vec![0.0; dv.div_ceil(N) * t * N];
+        value_panels[dv / N * t * N..].fill(0.0);
         for (j, v) in self.v[keys.start * dv..keys.end * dv].chunks_exact(dv).enumerate() {
             for (p, part) in v.chunks(N).enumerate() {
                 value_panels[(p * t + j) * N..][..part.len()].copy_from_slice(part);
             }
         }
-        let columns = t.next_multiple_of(N);
-        let mut scores = vec![0.0; BLOCK.min(self.run.queries.len()) * columns];
         let mut tile = [[0.0; N]; ROWS];
         for first in (0..self.run.queries.len()).step_by(BLOCK) {
             let block = BLOCK.min(self.run.queries.len() - first);
@@ -340,11 +356,12 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
 }
 
 impl Kernels {
-    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros.
+    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros. `scratch` is of
+    /// [`attention_scratch`] floats for each thread of the pool.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn attention(&self, a: &Attention<'_>, out: &mut [f32]) {
+    pub fn attention(&self, a: &Attention<'_>, scratch: &mut [f32], out: &mut [f32]) {
         let Attention { lead, heads, kv_heads, s, t, d, dv, .. } = *a;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads must be a multiple of kv_heads");
         let rows = lead * heads * s;
@@ -364,12 +381,13 @@ impl Kernels {
             let fits = d.is_multiple_of(2) && cos.len() == lead * s * (d / 2) && sin.len() == cos.len();
             assert!(fits, "cos and sin must be [lead, s, d/2], with even d");
         }
+        assert!(scratch.len() / self.pool.threads() >= attention_scratch(s, t, d, dv), "scratch is too small");
         if out.is_empty() {
             return;
         }
         let runs = a.runs();
         let pieces: Vec<_> = split(out, lead * heads, s * dv, &runs, dv);
-        self.pool.run(pieces.len(), |i| {
+        self.pool.run_with(pieces.len(), scratch, |i, scratch| {
             // Later runs of causal attention see more keys: start with the longest.
             let i = pieces.len() - 1 - i;
             let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
@@ -385,6 +403,7 @@ impl Kernels {
                 v: &a.v.data[of(&a.v)..],
                 run,
                 out,
+                scratch,
             });
         });
     }
@@ -469,7 +488,9 @@ mod tests {
             let expected = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
-                Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut out);
+                // Whatever was left in it.
+                let mut scratch = vec![f32::NAN; threads * attention_scratch(s, t, d, dv)];
+                Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut scratch, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
                 }

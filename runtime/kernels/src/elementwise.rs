@@ -39,7 +39,7 @@ impl Task for Map<'_> {
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn map<L: Lanes>(f: Unary, data: &mut [f32]) {
+pub(crate) unsafe fn map<L: Lanes>(f: Unary, data: &mut [f32]) {
     // SAFETY of all blocks: the caller's promise.
     let scalar = |data: &mut [f32], f: fn(f32) -> f32| data.iter_mut().for_each(|x| *x = f(*x));
     let (one, half) = unsafe { (L::splat(1.0), L::splat(0.5)) };

@@ -155,15 +155,18 @@ element!(bf16, load_bf16, x => bf16::to_f32(x));
 pub fn pack_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {
     assert_eq!(rows.len(), n * k, "rows must be [n, k]");
     let mut out = vec![T::default(); n.div_ceil(PANEL) * PANEL * k];
-    if k > 0 {
-        for (r, row) in rows.chunks_exact(k).enumerate() {
-            let panel = &mut out[r / PANEL * PANEL * k..];
-            for (c, v) in row.iter().enumerate() {
-                panel[c * PANEL + r % PANEL] = *v;
-            }
+    pack_into(rows, k, &mut out);
+    out
+}
+
+/// Rows of `k` elements to panels in `out`, of which missing rows are left as they are.
+pub(crate) fn pack_into<T: Copy>(rows: &[T], k: usize, out: &mut [T]) {
+    for (r, row) in rows.chunks_exact(k.max(1)).enumerate() {
+        let panel = &mut out[r / PANEL * PANEL * k..];
+        for (c, v) in row.iter().enumerate() {
+            panel[c * PANEL + r % PANEL] = *v;
         }
     }
-    out
 }
 
 /// Rows of `x` that one pass over a panel serves: as many accumulators as there are registers for.
@@ -431,22 +434,22 @@ impl Kernels {
         });
     }
 
-    /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base[i].0` and `b` at
-    /// `base[i].1`. For products of activations, which are rare and small.
+    /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base(i).0` and `b` at
+    /// `base(i).1`. For products of activations, which are rare and small.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn matmul(&self, a: &[f32], b: &[f32], base: &[(usize, usize)], [m, k, n]: [usize; 3], out: &mut [f32]) {
-        assert_eq!(out.len(), base.len() * m * n, "out must be [batches, m, n]");
+    pub fn matmul(&self, a: &[f32], b: &[f32], base: impl Fn(usize) -> (usize, usize) + Sync, [m, k, n]: [usize; 3], out: &mut [f32]) {
         if out.is_empty() {
             return;
         }
         self.pool.chunks(out, n, |row, out| {
             let (batch, row) = (row / m, row % m);
-            let a = &a[base[batch].0 + row * k..][..k];
+            let (a_base, b_base) = base(batch);
+            let a = &a[a_base + row * k..][..k];
             out.fill(0.0);
             for (i, a) in a.iter().enumerate() {
-                let b = &b[base[batch].1 + i * n..][..n];
+                let b = &b[b_base + i * n..][..n];
                 out.iter_mut().zip(b).for_each(|(o, b)| *o += a * b);
             }
         });
@@ -522,7 +525,7 @@ mod tests {
     fn matmul_multiplies_each_batch() {
         let (a, b) = ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]);
         let mut out = [0.0; 8];
-        Kernels::new(2).matmul(&a, &b, &[(0, 0), (0, 0)], [2, 2, 2], &mut out);
+        Kernels::new(2).matmul(&a, &b, |_| (0, 0), [2, 2, 2], &mut out);
         assert_eq!(out, [19.0, 22.0, 43.0, 50.0, 19.0, 22.0, 43.0, 50.0]);
     }
 

@@ -8,6 +8,8 @@ use vlmc_artifact::{
 
 /// Most axes of a value.
 const MAX_RANK: usize = 8;
+/// Most steps of a function: to place their results takes time that grows with the square of their number.
+const MAX_STEPS: usize = 1 << 14;
 
 type Check = Result<(), String>;
 
@@ -38,16 +40,27 @@ fn function(p: &Program, f: &Function) -> Check {
             format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name)
         })?;
     }
+    ensure(f.steps.len() <= MAX_STEPS, || format!("has {} steps, at most {MAX_STEPS} are possible", f.steps.len()))?;
     let mut appended = vec![false; f.states.len()];
+    let mut written = vec![false; f.values.len()];
     for (i, step) in f.steps.iter().enumerate() {
         let scope = if step.scope.is_empty() { String::new() } else { format!(" ({})", step.scope) };
-        check_step(f, step, &mut appended).map_err(|why| format!("step {i}{scope}: {why}"))?;
+        check_step(f, step, &mut appended, &mut written).map_err(|why| format!("step {i}{scope}: {why}"))?;
     }
-    ensure(appended.iter().all(|a| *a), || "a state is never appended to".into())
+    ensure(appended.iter().all(|a| *a), || "a state is never appended to".into())?;
+    for port in &f.outputs {
+        ensure(is_there(get(f, port.value)?, &written), || format!("output '{}' is never computed", port.name))?;
+    }
+    Ok(())
 }
 
 fn get(f: &Function, i: u32) -> Result<&Value, String> {
     f.values.get(i as usize).ok_or_else(|| format!("there is no value {i}"))
+}
+
+/// Whether a value has elements: what lies in a slot has them once a step has written it.
+fn is_there(v: &Value, written: &[bool]) -> bool {
+    !matches!(v.place, Place::Slot(i) if !written[i as usize])
 }
 
 fn is_plain(d: DType) -> bool {
@@ -69,7 +82,7 @@ fn value(p: &Program, f: &Function, v: &Value) -> Check {
             ensure(is_plain(v.dtype), || format!("an input cannot be {}", v.dtype))
         }
         Place::Slot(i) => {
-            exists(*i, f.slots.len(), "slot")?;
+            exists(*i, f.values.len(), "slot")?;
             ensure(is_plain(v.dtype), || format!("a result cannot be {}", v.dtype))
         }
         Place::Weight(i) => {
@@ -104,10 +117,11 @@ fn in_place(kernel: &Kernel) -> &'static [usize] {
     }
 }
 
-fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
+fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [bool]) -> Check {
     let args = step.args.iter().map(|a| get(f, *a)).collect::<Result<Vec<_>, _>>()?;
     let outs = step.outs.iter().map(|o| get(f, *o)).collect::<Result<Vec<_>, _>>()?;
     for (i, a) in args.iter().enumerate() {
+        ensure(is_there(a, written), || format!("operand {i} is not computed yet"))?;
         if let Place::State(s) = a.place {
             let reads = matches!(step.kernel, Kernel::Attention { .. }) && (i == 1 || i == 2) && appended[s as usize];
             ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
@@ -137,6 +151,7 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
     let overwrites = || "a result overwrites an operand or another result".to_string();
     let slot = |v: &Value| if let Place::Slot(s) = v.place { Ok(s) } else { Err("a result must lie in a slot") };
     let first = slot(out)?;
+    written[first as usize] = true;
     let aliases: Vec<usize> = (0..args.len()).filter(|i| args[*i].place == Place::Slot(first)).collect();
     let fits = match aliases[..] {
         [] => true,
@@ -156,6 +171,7 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
     let message = || format!("gives {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
     if let Some(second) = second {
         let other = slot(second)?;
+        written[other as usize] = true;
         ensure(other != first && args.iter().all(|a| a.place != Place::Slot(other)), overwrites)?;
         ensure(second.dtype == dtype && second.shape == shape, message)?;
     }

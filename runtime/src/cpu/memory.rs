@@ -1,20 +1,33 @@
 //! Where values lie while a function runs.
 
-use super::weights::Weights;
-use crate::{Data, Result, Tensor};
+use super::{
+    arena::{Lives, Places, Rest},
+    step,
+    weights::Weights,
+};
+use crate::{Data, Result, Tensor, binding::extents};
 use vlmc_artifact::{
-    Bindings, DType, Dim,
+    Bindings, DType,
     program::{Function, Layout, Place},
 };
 use vlmc_kernels::{Floats, Kernels, Keys};
 
-/// Values of dims.
-pub(super) fn extents(shape: &[Dim], symbols: &Bindings) -> Result<Vec<usize>, String> {
-    let extent = |d: &Dim| {
-        let v = d.eval(symbols).map_err(|e| e.to_string())?;
-        usize::try_from(v).map_err(|_| format!("dim {d} is {v}"))
-    };
-    shape.iter().map(extent).collect()
+/// Shapes of all values.
+pub(super) fn shapes(f: &Function, symbols: &Bindings) -> Result<Vec<Vec<usize>>, String> {
+    f.values.iter().map(|v| extents(&v.shape, symbols)).collect()
+}
+
+/// Bytes of the slots of a function, and of the scratch of each of its steps.
+pub(super) fn sizes(f: &Function, lives: &Lives, shapes: &[Vec<usize>], threads: usize) -> Vec<usize> {
+    let mut sizes = vec![0; lives.slots()];
+    for (v, shape) in f.values.iter().zip(shapes) {
+        if let Place::Slot(i) = v.place {
+            let bytes = shape.iter().fold(v.dtype.size(), |n, d| n.saturating_mul(*d));
+            sizes[i as usize] = bytes.max(sizes[i as usize]);
+        }
+    }
+    sizes.extend(f.steps.iter().map(|step| step::scratch(step, shapes, threads)));
+    sizes
 }
 
 /// A literal's elements.
@@ -32,6 +45,16 @@ impl Literal {
             _ => Self::F32(data.iter().map(|v| *v as f32).collect()),
         }
     }
+}
+
+/// Rows by which a state grows. It is copied then: that costs as much as a few steps of decoding, and memory that is never used
+/// is at most this.
+const GROWTH: usize = 256;
+
+/// Bytes that a state `[batch, heads, len, width]` takes. Saturates.
+pub(crate) fn state_bytes([batch, heads, len, width]: [usize; 4]) -> usize {
+    let capacity = len.checked_next_multiple_of(GROWTH).unwrap_or(usize::MAX);
+    [heads, capacity, width, size_of::<f32>()].iter().fold(batch, |n, d| n.saturating_mul(*d))
 }
 
 /// A growing tensor `[batch, heads, len, width]`, each head with room for `capacity` rows.
@@ -65,15 +88,24 @@ impl State {
             *self = Self { batch, heads, width, ..Self::default() };
         }
         let len = self.len + s;
+        if rows.is_empty() {
+            self.len = len;
+            return Ok(());
+        }
         if len > self.capacity {
-            let capacity = len.max(2 * self.capacity).next_multiple_of(64);
-            let size = [heads, capacity, width].iter().try_fold(batch, |n, d| n.checked_mul(*d)).ok_or("the cache is too large")?;
+            let bytes = state_bytes([batch, heads, len, width]);
+            if self.len == 0 {
+                self.data = vec![];
+            }
             let mut data: Vec<f32> = vec![];
-            data.try_reserve_exact(size).map_err(|_| format!("there is no memory for a cache of {size} numbers"))?;
-            data.resize(size, 0.0);
+            data.try_reserve_exact(bytes / size_of::<f32>()).map_err(|_| format!("there is no memory for a cache of {bytes} bytes"))?;
+            let capacity = len.next_multiple_of(GROWTH);
+            let kept = self.len * width;
             for head in 0..batch * heads {
-                let rows = self.len * width;
-                data[head * capacity * width..][..rows].copy_from_slice(&self.data[head * self.capacity * width..][..rows]);
+                if kept > 0 {
+                    data.extend_from_slice(&self.data[head * self.capacity * width..][..kept]);
+                }
+                data.resize((head + 1) * capacity * width, 0.0);
             }
             (self.data, self.capacity) = (data, capacity);
         }
@@ -121,7 +153,9 @@ pub(super) struct Frame<'a> {
     pub(super) inputs: &'a [&'a Tensor],
     pub(super) literals: &'a [Option<Literal>],
     pub(super) weights: &'a Weights,
-    pub(super) slots: &'a mut [Vec<u64>],
+    pub(super) places: &'a Places,
+    /// But for what the step writes.
+    pub(super) arena: Rest<'a>,
     pub(super) states: &'a mut [State],
 }
 
@@ -145,11 +179,11 @@ impl Frame<'_> {
                 Data::Bool(v) => View::Bool(bytemuck::cast_slice(v)),
             },
             Place::Slot(i) => {
-                let slot = &self.slots[*i as usize];
+                let words = self.arena.get(self.places.slot(*i as usize)).ok_or("an operand is being written")?;
                 match self.dtype(value) {
-                    DType::I64 => View::I64(&bytemuck::cast_slice(slot)[..len]),
-                    DType::Bool => View::Bool(&bytemuck::cast_slice(slot)[..len]),
-                    _ => View::Floats(Floats::F32(&bytemuck::cast_slice(slot)[..len])),
+                    DType::I64 => View::I64(&bytemuck::cast_slice(words)[..len]),
+                    DType::Bool => View::Bool(&bytemuck::cast_slice(words)[..len]),
+                    _ => View::Floats(Floats::F32(&bytemuck::cast_slice(words)[..len])),
                 }
             }
             Place::Weight(i) => View::Floats(self.weights.floats(*i as usize)),
@@ -187,20 +221,6 @@ impl Frame<'_> {
     pub(super) fn same_slot(&self, a: usize, b: usize) -> bool {
         let place = |v: usize| &self.function.values[v].place;
         matches!((place(a), place(b)), (Place::Slot(x), Place::Slot(y)) if x == y)
-    }
-
-    /// Takes the buffer of a result out of the arena, so that operands can be read while it is written.
-    pub(super) fn take(&mut self, value: usize) -> Vec<u64> {
-        match self.function.values[value].place {
-            Place::Slot(i) => std::mem::take(&mut self.slots[i as usize]),
-            _ => vec![],
-        }
-    }
-
-    pub(super) fn put(&mut self, value: usize, buffer: Vec<u64>) {
-        if let Place::Slot(i) = self.function.values[value].place {
-            self.slots[i as usize] = buffer;
-        }
     }
 
     /// A copy of a value.

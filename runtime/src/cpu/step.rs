@@ -5,37 +5,47 @@ use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
-use vlmc_kernels::{Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, moves};
+use vlmc_kernels::{
+    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch, moves,
+};
 
 type Done = Result<(), String>;
 
-/// Runs a step of a checked program.
+/// Runs a step of a checked program: `out` is the memory of its result, `scratch` is of as many bytes as [`scratch`] says.
 ///
 /// # Errors
 /// An index is out of range, an integer division by zero, no memory.
-pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
+pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>, outs: [&mut [u64]; 2], scratch: &mut [u64]) -> Done {
     match step.kernel {
         Kernel::Append => return append(k, frame, step.args[0], step.outs[0], None),
         Kernel::RotaryAttention { .. } => {
             append(k, frame, step.args[1], step.outs[1], Some([step.args[3], step.args[4]]))?;
             append(k, frame, step.args[2], step.outs[2], None)?;
         }
-        Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => {
-            let [sum, normed] = [step.outs[0], step.outs[1]].map(|o| o as usize);
-            let mut buffers = [frame.take(sum), frame.take(normed)];
-            let result = add_norm(k, step, frame, &mut buffers);
-            let [first, second] = buffers;
-            frame.put(sum, first);
-            frame.put(normed, second);
-            return result;
-        }
+        Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return add_norm(k, step, frame, outs),
         _ => {}
     }
-    let out = step.outs[0] as usize;
-    let mut buffer = frame.take(out);
-    let result = compute(k, step, frame, &mut buffer);
-    frame.put(out, buffer);
-    result
+    let [out, _] = outs;
+    compute(k, step, frame, out, scratch)
+}
+
+/// Bytes of memory that a step's kernel works with on so many threads. Saturates.
+pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usize {
+    let shape = |i: u32| shapes[i as usize].as_slice();
+    let attention = |k: u32, v: u32| {
+        let (q, k, v) = (shape(step.args[0]), shape(k), shape(v));
+        attention_scratch(q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
+    };
+    let floats = match &step.kernel {
+        Kernel::Attention { .. } => attention(step.args[1], step.args[2]),
+        Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
+        Kernel::Moe { .. } => {
+            let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
+            moe_scratch(x[0], x[1], gate[1], chosen[1])
+        }
+        _ => 0,
+    };
+    floats.saturating_mul(size_of::<f32>())
 }
 
 /// Appends `new`, rotated by the values `angles` (cos and sin) if there are any, to the state `out`.
@@ -57,7 +67,7 @@ fn append(k: &Kernels, frame: &mut Frame<'_>, new: u32, out: u32, angles: Option
     result
 }
 
-fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, [sum, normed]: &mut [Vec<u64>; 2]) -> Done {
+fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> Done {
     let out = step.outs[0] as usize;
     let len: usize = f.shapes[out].iter().product();
     let operand = |i: usize| f.view(step.args[i] as usize)?.f32();
@@ -68,7 +78,7 @@ fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, [sum, normed]: &mut [Vec<u6
         Kernel::AddRmsNorm { eps } => (eps, None),
         _ => return Err("not a sum and its norm".into()),
     };
-    let [sum, normed] = [sum, normed].map(|b| &mut bytemuck::cast_slice_mut::<u64, f32>(b)[..len]);
+    let [sum, normed] = outs.map(|b| &mut bytemuck::cast_slice_mut::<u64, f32>(b)[..len]);
     k.add_norm([x?, y?], operand(2)?, bias, eps as f32, sum, normed);
     Ok(())
 }
@@ -95,7 +105,7 @@ fn mask_strides(shape: &[usize]) -> Strides {
     strides
 }
 
-fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done {
+fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch: &mut [u64]) -> Done {
     let out = step.outs[0] as usize;
     let shape = f.shapes[out].as_slice();
     let len: usize = shape.iter().product();
@@ -184,7 +194,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 },
                 rotary,
             };
-            k.attention(&a, out!(f32));
+            k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }
         Kernel::TopK { k: count } => {
             let n = arg_shape(0).last().copied().unwrap_or(1);
@@ -200,7 +210,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
             };
             let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act, dynamic: *dynamic };
-            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, out!(f32)).map_err(bad_index)?;
+            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, bytemuck::cast_slice_mut(scratch), out!(f32)).map_err(bad_index)?;
         }
         Kernel::Append | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return Err("not a computation of one result".into()),
         Kernel::Unary { f: Unary::Not } => {
@@ -262,8 +272,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                     (x + at * sa[axis], y + at * sb[axis])
                 })
             };
-            let bases: Vec<_> = (0..lead.iter().product()).map(base).collect();
-            k.matmul(f32s(0)?, f32s(1)?, &bases, [m, kk, n], out!(f32));
+            k.matmul(f32s(0)?, f32s(1)?, base, [m, kk, n], out!(f32));
         }
         Kernel::Transpose { perm } => {
             let from = moves::strides(arg_shape(0));
