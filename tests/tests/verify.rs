@@ -15,6 +15,7 @@ use vlmc::{
     samples,
     verify::{Options, Report, Request, html, verify},
 };
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::Manifest, open_engine, prepare::Preparer};
 use vlmc_tests::{compile, fixture};
 
@@ -57,6 +58,29 @@ fn clean_artifacts_agree() {
                 assert!(logits.kl.iter().all(|kl| *kl < 1e-6), "{name} for {target}");
                 assert_eq!(logits.greedy, (name != "vit").then_some([3, 3]), "{name} for {target}");
             }
+        }
+    }
+}
+
+/// Errors of quantized weights are told from faults, and are about as large as the codes make them.
+#[test]
+fn quantized_artifacts_agree() {
+    let checkpoint = fixture("shapes-vl");
+    for (policy, expected) in [("int8", 2e-3..0.02), ("int4", 0.03..0.15)] {
+        for target in TARGETS {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("artifact");
+            let model = Model::open(&checkpoint).unwrap();
+            let policy = Policy::named(policy).unwrap();
+            model.compile(&vlmc::compile::Options { target, out: &out, policy: &policy, progress: &|_, _| {} }).unwrap();
+            let report = verified(&out, "shapes-vl");
+            assert!(report.is_right(), "{target}: {:?}", report.first_wrong());
+            let mlp = report.nodes.iter().filter(|n| n.weights[0].starts_with("model.layers.") && n.weights[0].contains("mlp"));
+            let errors: Vec<f64> = mlp.map(|n| n.local.unwrap().relative).collect();
+            assert!(errors.len() == 12 && errors.iter().all(|e| expected.contains(e)), "{target}: {errors:?}");
+            // A norm is stored exactly, whatever the rest is.
+            edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.001));
+            assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
         }
     }
 }
