@@ -3,10 +3,12 @@
 pub mod arch;
 pub mod artifact_dir;
 pub mod back;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod compile;
 mod digest;
 mod error;
+pub mod eval;
 pub mod exec;
 pub mod hub;
 mod lora;

@@ -116,7 +116,7 @@ fn requests(args: &VerifyArgs, artifact: &Artifact) -> Result<Vec<Request>> {
         }
         None => {
             let name = args.image.as_deref().map_or("prompt".to_string(), |p: &Path| p.display().to_string());
-            vec![Sample { name, image: args.image.clone(), prompt: args.prompt.clone() }]
+            vec![Sample { name, image: args.image.clone(), prompt: args.prompt.clone(), answer: None }]
         }
     };
     samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.tensors(&preparer)? })).collect()

@@ -24,7 +24,8 @@ use crate::{
     digest,
     safetensors_header::Header,
 };
-use measure::kl;
+pub(crate) use measure::kl;
+pub(crate) use reference::array;
 use reference::{Reference, Step};
 use serde::Serialize;
 use spool::{Kept, Spool};
@@ -65,6 +66,7 @@ pub struct Options<'a> {
 }
 
 /// Tensors of a request, named as in the Hugging Face forward signature.
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Where it comes from.
     pub name: String,

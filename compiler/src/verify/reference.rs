@@ -180,7 +180,7 @@ impl Engine for Reference {
     }
 }
 
-pub(super) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
+pub(crate) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
     fn with<T: Clone>(t: &Tensor, data: &[T]) -> vlmc_runtime::Result<ArrayD<T>> {
         ArrayD::from_shape_vec(IxDyn(t.shape()), data.to_vec()).map_err(|e| failed("a tensor", e))
     }
