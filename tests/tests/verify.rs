@@ -11,13 +11,15 @@ use std::{
 use tempfile::TempDir;
 use vlmc::{
     artifact_dir::certify,
+    calibrate,
     compile::Model,
     samples,
     verify::{Options, Report, Request, html, verify},
 };
+use vlmc_ir::interp::Array;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::Manifest, open_engine, prepare::Preparer};
-use vlmc_tests::{compile, fixture};
+use vlmc_tests::{compile, difference, fixture, load};
 
 const TARGETS: [&str; 2] = ["cpu", "onnx-cpu"];
 const OPTIONS: Options<'_> = Options { threads: None, new_tokens: 3, progress: &|_| {} };
@@ -82,6 +84,33 @@ fn quantized_artifacts_agree() {
             edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.001));
             assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
         }
+    }
+}
+
+/// Factors that calibration moves from a norm into the layers that read it are no faults, but a norm that they do not undo is.
+#[test]
+fn calibrated_artifacts_agree() {
+    let rules = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
+    let policy = Policy::parse(rules).unwrap();
+    for target in TARGETS {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("artifact");
+        let model = Model::open(&fixture("shapes-vl")).unwrap();
+        let samples = samples::read(&fixture("shapes-vl/heldout.jsonl"), Some(4)).unwrap();
+        let requests = calibrate::requests(&model, &samples).unwrap();
+        let (model, _) = model.calibrate(target, &calibrate::chosen(&policy), &requests, &|_| {}).unwrap();
+        model.compile(&vlmc::compile::Options { target, out: &out, policy: &policy, progress: &|_, _| {} }).unwrap();
+        let artifact = Artifact::open(&out).unwrap();
+        let report = verify(&artifact, Model::open(&fixture("shapes-vl")).unwrap(), &requests[..2], &OPTIONS).unwrap();
+        assert!(report.is_right(), "{target}: {:?}", report.first_wrong());
+        // The factors are there: norms have other weights than in the checkpoint.
+        let (stored, given) = (load(&out.join("weights.safetensors")), load(&fixture("shapes-vl/model.safetensors")));
+        let norms = given.iter().filter(|(n, _)| n.contains("norm") && n.ends_with(".weight"));
+        let factor = |(n, w): (&String, &Array)| difference(stored[n].f32().unwrap(), w.f32().unwrap()).0;
+        let largest = norms.map(factor).fold(0.0, f32::max);
+        assert!(largest > 0.05, "{target}: nothing was scaled: {largest}");
+        edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.5));
+        assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
     }
 }
 
