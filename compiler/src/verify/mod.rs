@@ -519,8 +519,12 @@ struct Scaled {
     /// Its place among the nodes.
     node: usize,
     factors: Vec<f32>,
+    /// Its error.
+    plain: Errors,
     /// Its error but for the factors.
     errors: Errors,
+    /// How far the layers that read it go to undo them, and how far they should, as [`way`] tells.
+    way: [f64; 2],
 }
 
 /// A node as the artifact computed it.
@@ -655,13 +659,17 @@ impl State {
             EXACT => record.storage.tolerance(step),
             known => known,
         };
-        if let (Op::Linear(_), Some(scaled)) = (&step.node.op, self.scaled.get(&(step.graph.name.clone(), step.node.args[0]))) {
+        if let (Op::Linear(_), Some(scaled)) = (&step.node.op, self.scaled.get_mut(&(step.graph.name.clone(), step.node.args[0]))) {
             let undone = local(step, &others, record, &self.spool, Some(&scaled.factors))?;
-            let nearer = alone.as_ref().zip(undone.as_ref()).is_some_and(|(a, b)| is_nearer(&got, a, b));
-            if let Some(errors) = undone.as_ref().and_then(errors).filter(|e| nearer && e.relative <= tolerance) {
-                local_errors = Some(errors);
-                self.nodes[scaled.node].local = Some(scaled.errors);
+            if let Some([along, length]) = alone.as_ref().zip(undone.as_ref()).and_then(|(a, b)| way(&got, a, b)) {
+                scaled.way[0] += along;
+                scaled.way[1] += length;
             }
+            let undoes = scaled.way[0] > 0.5 * scaled.way[1];
+            if undoes {
+                local_errors = undone.as_ref().and_then(errors);
+            }
+            self.nodes[scaled.node].local = Some(if undoes { scaled.errors } else { scaled.plain });
         }
         if let (Op::RmsNorm(_) | Op::LayerNorm(_), Some(alone), Some(e)) = (&step.node.op, &alone, local_errors)
             && e.relative > tolerance
@@ -670,7 +678,8 @@ impl State {
             let reference = alone.f32().map_err(Error::Backend)?.iter().zip(factors.iter().cycle()).map(|(y, f)| y * f);
             let errors = Errors::of(&got, &reference.collect::<Vec<_>>());
             if errors.relative <= tolerance {
-                self.scaled.insert((step.graph.name.clone(), step.node.outs[0]), Scaled { node: index, factors, errors });
+                let scaled = Scaled { node: index, factors, plain: e, errors, way: [0.0; 2] };
+                self.scaled.insert((step.graph.name.clone(), step.node.outs[0]), scaled);
             }
         }
         let worse = |before: Option<Errors>, now: Option<Errors>| match (before, now) {
@@ -696,17 +705,18 @@ impl State {
     }
 }
 
-/// Whether `got` lies nearer to `b` than to `a` along the line between them: errors in all other directions, which are those of
-/// quantization, do not count.
-fn is_nearer(got: &[f32], a: &Array, b: &Array) -> bool {
-    let (Array::F32(a), Array::F32(b)) = (a, b) else { return false };
-    let (mut along, mut length) = (0.0, 0.0);
+/// How far `got` goes from `a` along the way to `b`, and how far that is, in units that make layers comparable. Errors in all other
+/// directions, which are those of quantization, do not count.
+fn way(got: &[f32], a: &Array, b: &Array) -> Option<[f64; 2]> {
+    let (a, b) = (a.f32().ok()?, b.f32().ok()?);
+    let (mut along, mut length, mut unit) = (0.0, 0.0, 0.0);
     for ((g, a), b) in got.iter().zip(a).zip(b) {
         let step = f64::from(b - a);
         along += f64::from(g - a) * step;
         length += step * step;
+        unit += f64::from(*a) * f64::from(*a);
     }
-    a.len() == got.len() && along > 0.5 * length
+    (a.len() == got.len() && unit > 0.0).then(|| [along / unit, length / unit])
 }
 
 /// Some columns of a tensor of floats.
