@@ -40,6 +40,14 @@ pub enum Error {
         /// What was looked for, where, and what to do.
         message: String,
     },
+    /// A model does not take a request, or does not run it.
+    #[error("{name}: {message}")]
+    Request {
+        /// What the request is called.
+        name: String,
+        /// What is wrong.
+        message: String,
+    },
     /// A tensor's bytes cannot be read or written as asked.
     #[error("tensor '{name}': {message}")]
     Tensor {

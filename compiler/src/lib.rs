@@ -15,6 +15,7 @@ mod lora;
 mod loss;
 mod packed;
 mod pytorch;
+pub mod ranges;
 mod safetensors_header;
 pub mod samples;
 mod stored;

@@ -47,7 +47,7 @@ impl Sample {
 
     fn request(&self, preparer: &Preparer, answer: Option<&str>) -> Result<Tensors> {
         let picture: Option<Rgb> = self.image.as_deref().map(image::read).transpose()?;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: self.name.clone(), message: e.to_string() };
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: self.name.clone(), message: e.to_string() };
         preparer.request(picture.as_ref(), self.prompt.as_deref(), answer).map_err(failed)
     }
 }

@@ -24,9 +24,9 @@ use ndarray::{Array2, ArrayD, Axis, CowArray, Ix2, IxDyn, linalg::general_mat_mu
 use rayon::prelude::*;
 use recipes::Folded;
 use std::{borrow::Cow, cell::RefCell, collections::BTreeMap};
-use vlmc_artifact::{FORMAT, Manifest, program::Unary};
+use vlmc_artifact::{FORMAT, Manifest, Task, program::Unary};
 use vlmc_ir::{
-    Bindings, DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
+    Bindings, DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, Verified,
     interp::{self, Array, Observer, Resident, Sample},
     ops::Elementwise1,
     quant::Codes,
@@ -58,6 +58,56 @@ pub type Report = BTreeMap<String, Vec<Measured>>;
 /// Ways to keep a weight of a name and a part that codes are to be found for.
 pub type Candidates<'a> = &'a dyn Fn(&str, Part) -> Vec<Choice>;
 
+/// Outputs of samples by name.
+pub(crate) type Outputs = Vec<BTreeMap<String, Array>>;
+
+/// Runs an entry on all samples that come to it, before the eyes of an observer.
+pub(crate) type Run<'a> = &'a dyn Fn(&mut dyn Observer) -> Result<Outputs>;
+
+/// Interprets a model's program on all requests in step; `each` runs every entry.
+///
+/// # Errors
+/// There are no requests, one does not fit the model, or what `each` says.
+pub(crate) fn interpret(
+    model: &Model,
+    target: &Target,
+    program: &Verified,
+    task: Task,
+    requests: &[Request],
+    each: &mut dyn FnMut(&Graph, Run<'_>) -> Result<Outputs>,
+) -> Result<()> {
+    if requests.is_empty() {
+        return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
+    }
+    let manifest = Manifest {
+        format: FORMAT,
+        compiler: crate::compile::COMPILER.into(),
+        target: target.name.into(),
+        architecture: program.name.clone(),
+        parameters: 0,
+        source: model.checkpoint().source(),
+        symbols: program.symbols.clone(),
+        entries: program.graphs.iter().map(|g| entry(g, String::new(), None)).collect(),
+        task,
+        processor: model.processor()?,
+        generation: Default::default(),
+        files: Default::default(),
+        certificate: None,
+    };
+    let source = |name: &str| model.checkpoint().floats(name).map_err(|e| e.to_string());
+    let weights = |name: &str| {
+        let def = program.weights.get(name).ok_or_else(|| format!("no weight '{name}'"))?;
+        interp::weight(def, &source).map(Cow::Owned)
+    };
+    lockstep::run(&manifest, requests, &mut |name: &str, given: &[Given]| {
+        let graph = program.graphs.iter().find(|g| g.name == name);
+        let graph = graph.ok_or_else(|| Error::Backend(format!("no entry '{name}'")))?;
+        let samples: Vec<Sample<'_>> = given.iter().map(|g| Sample { symbols: &g.symbols, inputs: &g.inputs }).collect();
+        let failed = |e: interp::EvalError| Error::Model { model: "calibration".into(), message: e.to_string() };
+        each(graph, &|observer: &mut dyn Observer| interp::run_samples(graph, &samples, &weights, observer).map_err(failed))
+    })
+}
+
 impl Model {
     /// The model with codes for its weights that suit `requests`, in all schemes of `candidates`; later layers see the codes of the
     /// first. Compiled by a policy that chooses one of these, the model has these codes; weights that no request reaches (a tower, if
@@ -73,41 +123,18 @@ impl Model {
         progress: &dyn Fn(&str),
     ) -> Result<(Self, Report)> {
         let target = target::named(target)?;
-        if requests.is_empty() {
-            return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
-        }
         let Lowered { program, task, .. } = self.lower()?;
         let choices = self.choices(target, &program, candidates);
-        let manifest = Manifest {
-            format: FORMAT,
-            compiler: crate::compile::COMPILER.into(),
-            target: target.name.into(),
-            architecture: program.name.clone(),
-            parameters: 0,
-            source: self.checkpoint().source(),
-            symbols: program.symbols.clone(),
-            entries: program.graphs.iter().map(|g| entry(g, String::new(), None)).collect(),
-            task,
-            processor: self.processor()?,
-            generation: Default::default(),
-            files: Default::default(),
-            certificate: None,
-        };
         let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new(), factors: BTreeMap::new(), folds: vec![] });
         let source = |name: &str| self.checkpoint().floats(name).map_err(|e| e.to_string());
         let load = |name: &str| {
             let def = program.weights.get(name).ok_or_else(|| format!("no weight '{name}'"))?;
             interp::weight(def, &source)
         };
-        let weights = |name: &str| load(name).map(Cow::Owned);
-        lockstep::run(&manifest, requests, &mut |name: &str, given: &[Given]| {
-            let graph = program.graphs.iter().find(|g| g.name == name);
-            let graph = graph.ok_or_else(|| Error::Backend(format!("no entry '{name}'")))?;
-            let samples: Vec<Sample<'_>> = given.iter().map(|g| Sample { symbols: &g.symbols, inputs: &g.inputs }).collect();
+        interpret(&self, target, &program, task, requests, &mut |graph, run| {
             let layers = Layers { program: &program, graph, choices: &choices, findings: &findings, load: &load, inputs: None, progress };
             let mut layers = layers;
-            let failed = |e: interp::EvalError| Error::Model { model: "calibration".into(), message: e.to_string() };
-            interp::run_samples(graph, &samples, &weights, &mut layers).map_err(failed)
+            run(&mut layers)
         })?;
         let Findings { found, report, folds, .. } = findings.into_inner();
         let recipe = |(name, measured): (&String, &Vec<Measured>)| {

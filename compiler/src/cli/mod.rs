@@ -3,6 +3,7 @@
 mod embed;
 mod eval;
 mod inspect;
+mod ranges;
 mod run;
 mod verify;
 
@@ -14,6 +15,7 @@ use std::{
     num::NonZero,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 use vlmc::{
     arch::ARCHITECTURES,
@@ -69,6 +71,11 @@ enum Command {
     /// Asks an artifact and a reference (the same model without quantization) about pictures; says how many answers are the same,
     /// how many are right if the data knows, and how far the probabilities of tokens diverge.
     Eval(eval::EvalArgs),
+    /// Find out where a model would leave the range of f16
+    ///
+    /// Interprets the checkpoint on samples, names what has to stay in f32 on targets that compute in f16, and compares the
+    /// outputs with and without that.
+    Ranges(ranges::RangesArgs),
     /// Show what a checkpoint or an artifact holds
     Inspect(inspect::InspectArgs),
     /// Print the graphs of a checkpoint or an artifact
@@ -204,6 +211,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Exec(args) => exec(&args),
         Command::Verify(args) => verify::verify(&args),
         Command::Eval(args) => eval::eval(&args),
+        Command::Ranges(args) => ranges::ranges(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),
         Command::Archs(args) => archs(args.json),
@@ -224,6 +232,13 @@ pub(crate) fn main() -> ExitCode {
 fn print(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// A spinner on the terminal; nothing elsewhere.
+fn spinner() -> ProgressBar {
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
@@ -278,7 +293,7 @@ fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Mode
     let data = args.calibrate.as_ref();
     let requests = |d: &PathBuf| calibrate::requests(&model, &samples::read(d, None)?);
     let requests = data.map(|d| requests(d).with_context(|| format!("--calibrate {}", d.display()))).transpose()?;
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    let bar = spinner();
     let progress = |weight: &str| bar.set_message(format!("quantizing {weight}"));
     if args.target.quant == AUTO {
         let budget = args.budget.context("--quant auto needs --budget")?;

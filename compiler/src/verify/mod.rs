@@ -304,7 +304,7 @@ impl Runner {
     /// All that the model gives; its nodes are told of, but for those of single tokens.
     fn run(&mut self, request: &Request, new_tokens: usize, state: &RefCell<State>) -> Result<Tensors> {
         let Request { name, tensors } = request;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: name.clone(), message: e.to_string() };
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: name.clone(), message: e.to_string() };
         state.borrow_mut().active = true;
         match self {
             Self::Others(engine) => forward(&mut **engine, tensors).map_err(failed),
@@ -331,7 +331,7 @@ fn compare_outputs(request: &Request, got: &Tensors, expected: &Tensors) -> Resu
         let g = got.get(name).map(Tensor::f32).transpose()?.unwrap_or_default();
         if g.len() != r.len() {
             let message = format!("the artifact gives {} numbers as '{name}', the reference {}", g.len(), r.len());
-            return Err(Error::Model { model: request.name.clone(), message });
+            return Err(Error::Request { name: request.name.clone(), message });
         }
         outputs.insert(name.clone(), Errors::of(g, r));
         let width = reference.shape().last().copied().unwrap_or(1);

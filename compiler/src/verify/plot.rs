@@ -70,7 +70,7 @@ impl Chart<'_> {
             HEIGHT / 2.0,
             escape(self.y)
         );
-        let mut legend = LEFT + 14.0 + 7.5 * self.title.len() as f64;
+        let mut legend = LEFT + 20.0 + 8.2 * self.title.len() as f64;
         for ((name, values), colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
             let mut path = String::new();
             let mut gap = true;
@@ -98,8 +98,8 @@ impl Chart<'_> {
     fn range(&self, low: f64, high: f64) -> (f64, f64, f64) {
         if self.logarithmic {
             let (low, high) = (low.floor(), high.ceil());
-            let high = if high > low { high } else { low + 1.0 };
-            return (low, high, ((high - low) / 6.0).ceil().max(1.0));
+            let step = ((high - low) / 6.0).ceil().max(1.0);
+            return (low, low + ((high - low) / step).ceil().max(1.0) * step, step);
         }
         let (low, high) = (low.min(0.0), if high > low.min(0.0) { high } else { 1.0 });
         // 1, 2 or 5 times a power of 10, so that there are at most six.
@@ -148,7 +148,10 @@ mod tests {
         let chart = Chart { title: "", x: "", y: "", logarithmic: false, positions: vec![], lines: vec![] };
         assert_eq!(chart.range(3.0, 9.7), (0.0, 10.0, 2.0));
         assert_eq!(chart.range(0.0, 0.0), (0.0, 1.0, 0.2));
-        assert_eq!(Chart { logarithmic: true, ..chart }.range(-6.5, -6.2), (-7.0, -6.0, 1.0));
+        let chart = Chart { logarithmic: true, ..chart };
+        assert_eq!(chart.range(-6.5, -6.2), (-7.0, -6.0, 1.0));
+        assert_eq!(chart.range(-16.5, -9.2), (-17.0, -9.0, 2.0));
+        assert_eq!(chart.range(-6.0, -6.0), (-6.0, -5.0, 1.0));
         assert_eq!([1500.0, 2e6, 0.25, 3e9].map(short), ["1.5 k", "2 M", "0.25", "3 G"]);
     }
 }

@@ -100,7 +100,7 @@ impl Observer for Forward<'_> {
         node: &Node,
         weights: &Resident<'_>,
         operands: &[Vec<Option<&Array>>],
-        results: &[Vec<Array>],
+        results: &mut [Vec<Array>],
     ) -> Result<(), String> {
         let [operands] = operands else { return Err("one sample at a time".into()) };
         (self.watcher)(&Step { graph: self.graph, symbols: self.symbols, node, weights, operands, results: &results[0] })
