@@ -176,7 +176,6 @@ pub fn chosen(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
         let choice = policy.choice(name, part).and_then(|c| {
             let calibration = match c.calibration {
                 Calibration::Optional if c.scheme.bits == 4 => Calibration::Gptq,
-                Calibration::Optional if part == Part::Tower && c.dynamic => Calibration::Smooth,
                 Calibration::Optional | Calibration::Unused => return None,
                 explicit => explicit,
             };
