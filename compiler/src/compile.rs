@@ -239,12 +239,21 @@ impl Model {
         let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
+        let mut missed = vec![];
         for (name, outcome) in outcomes {
-            if let Outcome::Done(Choice { calibration: Calibration::Gptq | Calibration::Awq | Calibration::Smooth, .. }) = outcome
-                && self.found.is_empty()
-            {
+            let Outcome::Done(Choice { scheme, calibration, .. }) = outcome else { continue };
+            let needed = matches!(calibration, Calibration::Gptq | Calibration::Awq | Calibration::Smooth);
+            if needed && self.found.is_empty() {
                 return Err(Error::Uncalibrated(name.clone()));
             }
+            let wanted = *calibration == Calibration::Gptq || *calibration == Calibration::Optional && scheme.bits == 4;
+            if wanted && !self.found.is_empty() && !self.found.has(name, *scheme) {
+                missed.push(name.clone());
+            }
+        }
+        if !missed.is_empty() {
+            let names = abridged(&missed);
+            warnings.push(format!("{} weights are quantized without calibration, because no sample reached them: {names}", missed.len()));
         }
         if !unknown.is_empty() {
             let fields = abridged(unknown);

@@ -124,6 +124,7 @@ fn help_says_what_there_is() {
         ("help_run", &["run", "--help"]),
         ("help_embed", &["embed", "--help"]),
         ("help_exec", &["exec", "--help"]),
+        ("help_eval", &["eval", "--help"]),
     ] {
         insta::assert_snapshot!(name, stdout(&vlmc(args)));
     }
@@ -201,6 +202,9 @@ fn bad_requests_are_refused() {
     fs::create_dir(&other).unwrap();
     fs::write(other.join("keep.txt"), "mine").unwrap();
 
+    let samples = dir.path().join("samples.jsonl");
+    fs::write(&samples, format!("{{\"image\": {picture:?}, \"prompt\": \"What is this?\"}}")).unwrap();
+
     let run = |extra: &[&str]| failure(dir.path(), &[&["run", text(&artifact), "--prompt", "What is this?"][..], extra].concat());
     let mut all = String::new();
     let mut add = |name: &str, message: String| all += &format!("{name}:\n  {message}");
@@ -216,6 +220,15 @@ fn bad_requests_are_refused() {
         ),
     );
     add("bad option", run(&["--top-p", "2"]));
+    let mut compile = |name: &str, options: &[&str]| {
+        add(name, failure(dir.path(), &[&["compile", text(&model), "-o", text(&out)][..], options].concat()));
+    };
+    compile("auto without a budget", &["--quant", "auto"]);
+    compile("a budget without auto", &["--quant", "int4", "--budget", "4.5bpw"]);
+    compile("a budget too small", &["--quant", "auto", "--budget", "2"]);
+    compile("a budget that is no number", &["--quant", "auto", "--budget", "few"]);
+    compile("calibration without samples", &["--quant", "int4", "--calibrate", text(&other)]);
+    compile("calibration for nothing", &["--calibrate", text(&samples)]);
     add("exec of junk", failure(dir.path(), &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&out)]));
     let golden = fs::read(model.join("golden.safetensors")).unwrap();
     let golden = SafeTensors::deserialize(&golden).unwrap();

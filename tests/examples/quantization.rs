@@ -8,6 +8,7 @@ use vlmc_tests::quantization::{Bench, Way};
 /// Around the table in the page.
 const MARKS: [&str; 2] = ["<!-- table: begin -->\n", "<!-- table: end -->\n"];
 
+const SMOOTH: &str = "base = \"int8\"\n[[rule]]\nweights = \"visual.blocks.*\"\nscheme = \"int8\"\nmethod = \"smooth\"\n";
 const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
 const G64: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g64\"\n";
 const G128: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g128\"\n";
@@ -17,7 +18,7 @@ const ZEROS: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nsc
 const ROWS: [(&str, Way); 15] = [
     ("none", Way::Policy("none")),
     ("int8", Way::Policy("int8")),
-    ("int8, calibrated (SmoothQuant)", Way::Calibrated("int8")),
+    ("int8, tower smoothed (SmoothQuant)", Way::Calibrated(SMOOTH)),
     ("4 bits, groups of 32, round to nearest", Way::Policy(ROUND)),
     ("Q4_0 of llama.cpp", Way::Q4_0),
     ("int4 (groups of 32, searched scales)", Way::Policy("int4")),

@@ -20,7 +20,7 @@ use crate::{
 };
 use found::Found;
 use lockstep::Given;
-use ndarray::{Array2, ArrayD, Axis, Ix2, IxDyn, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayD, Axis, CowArray, Ix2, IxDyn, linalg::general_mat_mul, s};
 use rayon::prelude::*;
 use recipes::Folded;
 use std::{borrow::Cow, cell::RefCell, collections::BTreeMap};
@@ -176,7 +176,6 @@ pub fn chosen(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
         let choice = policy.choice(name, part).and_then(|c| {
             let calibration = match c.calibration {
                 Calibration::Optional if c.scheme.bits == 4 => Calibration::Gptq,
-                Calibration::Optional if part == Part::Tower && c.dynamic => Calibration::Smooth,
                 Calibration::Optional | Calibration::Unused => return None,
                 explicit => explicit,
             };
@@ -281,7 +280,7 @@ impl Observer for Layers<'_> {
                 (self.progress)(name);
                 let x = node.args[0];
                 if self.inputs.as_ref().is_none_or(|i| i.value != x) {
-                    self.inputs = Some(self.inputs(x, &rows_of(operands, 0)?)?);
+                    self.inputs = Some(self.inputs(x, &operands.iter().map(|o| rows_of(o, 0)).collect::<Result<Vec<_>, _>>()?)?);
                 }
                 self.linear(name, self.inputs.as_ref().ok_or("no inputs")?, weights)
             }
@@ -298,7 +297,7 @@ impl Observer for Layers<'_> {
 
 impl Layers<'_> {
     /// What is to be known of inputs, and the factors of their columns if their readers are to be scaled and can be.
-    fn inputs(&self, value: ValueId, x: &Array2<f32>) -> Result<Inputs, String> {
+    fn inputs(&self, value: ValueId, x: &[CowArray<'_, f32, Ix2>]) -> Result<Inputs, String> {
         let mut inputs = Inputs { value, moments: moments(x), factors: None };
         // What cannot be folded is quantized as it is.
         let Ok(fold) = scaling::fold(self.program, self.graph, value) else { return Ok(inputs) };
@@ -313,14 +312,15 @@ impl Layers<'_> {
         for (stack, choice) in stacks.iter().zip(&choices) {
             layers.push(Layer { rows: stack.f32()?.as_slice().ok_or("not contiguous")?, scheme: choice.scheme });
         }
-        let rows = x.as_slice().ok_or("not contiguous")?;
+        let (rows, k) = (x.iter().map(|x| x.nrows()).sum::<usize>(), inputs.moments.nrows());
+        let all = x.iter().flat_map(|x| x.outer_iter());
         inputs.factors = if ways[0] == Calibration::Awq {
-            let means: Vec<f32> = x.axis_iter(Axis(1)).map(|c| c.iter().map(|v| v.abs()).sum::<f32>() / x.nrows().max(1) as f32).collect();
+            let mut means = vec![0f32; k];
+            all.for_each(|row| means.iter_mut().zip(row).for_each(|(m, v)| *m += v.abs() / rows as f32));
             scaling::awq(&layers, inputs.moments.as_slice().ok_or("not contiguous")?, &means)
         } else {
-            let every = x.nrows().div_ceil(TRIED_ROWS).max(1);
-            let some: Vec<f32> = rows.chunks_exact(x.ncols().max(1)).step_by(every).flatten().copied().collect();
-            scaling::smooth(&layers, &some, x.ncols())
+            let some: Vec<f32> = all.step_by(rows.div_ceil(TRIED_ROWS).max(1)).flatten().copied().collect();
+            scaling::smooth(&layers, &some, k)
         };
         let Some(factors) = &inputs.factors else { return Ok(inputs) };
         let mut findings = self.findings.borrow_mut();
@@ -378,7 +378,9 @@ impl Layers<'_> {
         let stacks = names.map(|n| weights.get(n?.as_str())?.f32().ok().cloned());
         let [Some(gate), Some(up), Some(down)] = stacks else { return Err("experts are no weights".into()) };
         let mut stacks = [gate, up, down];
-        let x = rows_of(operands, 0)?;
+        let x: Vec<_> = operands.iter().map(|o| rows_of(o, 0)).collect::<Result<_, _>>()?;
+        let views: Vec<_> = x.iter().map(|x| x.view()).collect();
+        let x = ndarray::concatenate(Axis(0), &views).map_err(|e| e.to_string())?;
         let chosen: Vec<Vec<i64>> = {
             let mut rows = vec![];
             for sample in operands {
@@ -394,14 +396,14 @@ impl Layers<'_> {
         for e in 0..stacks[0].shape()[0] {
             let here: Vec<usize> = (0..chosen.len()).filter(|r| chosen[*r].contains(&(e as i64))).collect();
             let x = x.select(Axis(0), &here);
-            let before = moments(&x);
+            let before = moments(&[x.view().into()]);
             let mut after = None;
             for i in 0..3 {
                 if choices[i].is_empty() {
                     continue;
                 }
                 if i == 2 {
-                    after = Some(moments(&inner(&x, &stacks, e, act)?));
+                    after = Some(moments(&[inner(&x, &stacks, e, act)?.into()]));
                 }
                 let moments = after.as_ref().unwrap_or(&before);
                 let mut matrix = stacks[i].index_axis_mut(Axis(0), e);
@@ -444,26 +446,24 @@ fn put(weights: &mut Resident<'_>, name: &str, numbers: impl FnOnce(usize) -> Ve
     Ok(())
 }
 
-/// Rows of an operand, `[rows, k]`, of all samples.
-fn rows_of(operands: &[Vec<Option<&Array>>], operand: usize) -> Result<Array2<f32>, String> {
-    let mut rows = vec![];
-    let mut k = 0;
-    for sample in operands {
-        let x = sample[operand].ok_or("a layer reads a weight")?.f32()?;
-        k = x.shape().last().copied().unwrap_or(1);
-        rows.extend(x.iter());
-    }
-    Array2::from_shape_vec((rows.len() / k.max(1), k), rows).map_err(|e| e.to_string())
+/// Rows of an operand of a sample, `[rows, k]`.
+fn rows_of<'a>(operands: &[Option<&'a Array>], operand: usize) -> Result<CowArray<'a, f32, Ix2>, String> {
+    let x = operands.get(operand).copied().flatten().ok_or("a layer reads a weight")?.f32()?;
+    let k = x.shape().last().copied().unwrap_or(1);
+    x.to_shape((x.len() / k.max(1), k)).map_err(|e| e.to_string())
 }
 
-/// `Σ x xᵀ` over rows `x`. The sums are in the same order on any number of threads.
-fn moments(x: &Array2<f32>) -> Array2<f32> {
+/// `Σ x xᵀ` over the rows of all samples. The sums are in the same order on any number of threads.
+fn moments(samples: &[CowArray<'_, f32, Ix2>]) -> Array2<f32> {
     const BAND: usize = 256;
-    let mut h = Array2::zeros((x.ncols(), x.ncols()));
+    let k = samples.first().map_or(0, |x| x.ncols());
+    let mut h = Array2::zeros((k, k));
     let bands: Vec<_> = h.axis_chunks_iter_mut(Axis(0), BAND).enumerate().collect();
     bands.into_par_iter().for_each(|(i, mut band)| {
-        let columns = x.slice(s![.., i * BAND..i * BAND + band.nrows()]);
-        general_mat_mul(1.0, &columns.t(), x, 0.0, &mut band);
+        for x in samples {
+            let columns = x.slice(s![.., i * BAND..i * BAND + band.nrows()]);
+            general_mat_mul(1.0, &columns.t(), x, 1.0, &mut band);
+        }
     });
     h
 }

@@ -28,6 +28,11 @@ impl Recipes {
         self.codes.is_empty() && self.folds.is_empty()
     }
 
+    /// Whether there is one for a weight in a scheme.
+    pub(crate) fn has(&self, name: &str, scheme: Scheme) -> bool {
+        self.codes.contains_key(&(name.to_string(), scheme)) || self.folds.iter().any(|f| f.readers.contains_key(name))
+    }
+
     /// Gives a quantized program the recipes that suit its schemes.
     pub(crate) fn apply(&self, program: &mut Program) {
         let mut found: BTreeMap<String, WeightDef> = BTreeMap::new();

@@ -29,7 +29,7 @@ pub enum Part {
 pub enum Calibration {
     /// Nothing.
     Unused,
-    /// What is best, if there are any: [`Self::Gptq`] for 4 bits, [`Self::Smooth`] for towers in 8.
+    /// If there are any, [`Self::Gptq`] for 4 bits.
     Optional,
     /// Codes that keep outputs ([`super::gptq`]).
     Gptq,

@@ -137,7 +137,59 @@ fn rounded(row: &[f32]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmc_ir::{DType, Recipe, Weights};
+    use vlmc_ir::{Builder, DType, Dim, Val, W, WeightSource, Weights};
+
+    struct Everything;
+
+    impl WeightSource for Everything {
+        fn contains(&self, _: &str) -> Option<bool> {
+            None
+        }
+        fn resolve(&self, _: &str, _: &[usize]) -> Result<DType, String> {
+            Ok(DType::F32)
+        }
+    }
+
+    /// What becomes of the second operand of the first linear layer.
+    fn folded(model: impl for<'g> Fn(&'g Builder<'g>, W<'g>, Val<'g>) -> Val<'g>) -> Result<Fold, String> {
+        let weights = Weights::new(&Everything);
+        let b = Builder::new("main", Some(&weights));
+        let x = b.input("x", DType::F32, [Dim::symbol("seq"), 8.into()]);
+        b.output("y", model(&b, b.weights("m"), x));
+        let graphs = vec![b.finish().unwrap()];
+        let program = Program { name: "model".into(), symbols: vec![], graphs, weights: weights.into_table() };
+        let graph = &program.graphs[0];
+        let linear = graph.nodes().find(|(_, n)| matches!(n.op, Op::Linear(_))).unwrap().1.args[0];
+        fold(&program, graph, linear)
+    }
+
+    #[test]
+    fn folds_go_into_norms() {
+        let names = |n: [&str; 2]| n.iter().map(|n| n.to_string()).collect::<Vec<_>>();
+        let fold = folded(|g, w, x| {
+            let y = g.layer_norm(x, w / "norm", 1e-5);
+            g.linear(y, w / "q", 8) + g.linear(y, w / "k", 8)
+        });
+        let expected = Fold { vectors: names(["m.norm.weight", "m.norm.bias"]), readers: names(["m.q.weight", "m.k.weight"]) };
+        assert_eq!(fold.unwrap(), expected);
+        let why = |r: Result<Fold, String>| r.unwrap_err();
+        assert!(why(folded(|g, w, x| g.linear(x, w / "q", 8))).contains("from outside"));
+        assert!(why(folded(|g, w, x| g.linear(x + 1.0, w / "q", 8))).contains("comes from 'add'"));
+        assert!(
+            why(folded(|g, w, x| {
+                let y = g.rms_norm(x, w / "norm", 1e-5);
+                g.linear(y, w / "q", 8) + y
+            }))
+            .contains("'add' reads it too")
+        );
+        assert!(
+            why(folded(|g, w, x| {
+                let y = g.rms_norm(x, w / "norm", 1e-5);
+                g.linear(y, w / "q", 8) + g.rms_norm(x + 1.0, w / "norm", 1e-5)
+            }))
+            .contains("'m.norm.weight' is used elsewhere too")
+        );
+    }
 
     const K: usize = 64;
 
