@@ -329,30 +329,6 @@ fn dumped_text_parses_to_the_same_text() {
     }
 }
 
-/// What rules did and why they did not, layers folded; and every pass is right.
-#[test]
-fn passes_are_traced_and_checked() {
-    let dir = TempDir::new().unwrap();
-    for target in vlmc::target::TARGETS {
-        let out = dir.path().join(target.name);
-        let args =
-            ["compile", text(&fixture("llama-3.2-vision")), "--target", target.name, "-o", text(&out), "--trace-passes", "--check-passes"];
-        let printed = stdout(&vlmc(&args));
-        let checked: Vec<&str> = printed.lines().filter(|l| l.starts_with("checked ")).collect();
-        for (line, pass) in checked.iter().zip(target.passes) {
-            assert!(line.starts_with(&format!("checked {}: {}, 9 runs", pass.name, pass.contract)), "{line}");
-        }
-        assert_eq!(checked.len(), target.passes.len());
-        let trace: Vec<&str> = printed.lines().filter(|l| !l.starts_with("checked ") && !l.contains(" parameters, ")).collect();
-        insta::assert_snapshot!(format!("trace_passes_{}", target.name.replace('-', "_")), trace.join("\n"));
-    }
-    let large = dir.path().join("large");
-    stdout(&vlmc(&["synth", "clip-vit-base-patch32", "-o", text(&large)]));
-    let refused = vlmc(&["compile", text(&large), "-o", text(&dir.path().join("none")), "--check-passes"]);
-    assert!(!refused.status.success() && !dir.path().join("none").exists());
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("takes at most 268435456"), "{refused:?}");
-}
-
 /// Models without prompts: labels, vectors, and what they say to requests that are not for them.
 #[test]
 fn models_without_prompts() {
