@@ -13,7 +13,8 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
-use vlmc_artifact::{DATA_SHA256, FileEntry, MANIFEST, Manifest};
+use vlmc_artifact::{Certificate, DATA_SHA256, FileEntry, MANIFEST, Manifest};
+use vlmc_runtime::Artifact;
 
 /// An artifact under construction.
 #[derive(Debug)]
@@ -40,12 +41,28 @@ impl ArtifactDir {
     /// or the directory cannot be moved.
     pub fn commit(self, mut manifest: Manifest) -> Result<()> {
         manifest.files = entries(self.path())?;
-        let path = self.path().join(MANIFEST);
-        let mut json = serde_json::to_string_pretty(&manifest).map_err(|e| Error::file(&path, e.to_string()))?;
-        json.push('\n');
-        fs::write(&path, json).map_err(Error::io(&path))?;
+        write_manifest(self.path(), &manifest)?;
         self.0.commit()
     }
+}
+
+/// Replaces the manifest of an artifact by one that has `certificate`; a reader sees the old one or the new one.
+///
+/// # Errors
+/// It cannot be written.
+pub fn certify(artifact: &Artifact, certificate: Certificate) -> Result<()> {
+    write_manifest(artifact.dir(), &Manifest { certificate: Some(certificate), ..artifact.manifest().clone() })
+}
+
+fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<()> {
+    let (path, part) = (dir.join(MANIFEST), dir.join(format!(".{MANIFEST}.part")));
+    let mut json = serde_json::to_string_pretty(manifest).map_err(|e| Error::file(&path, e.to_string()))?;
+    json.push('\n');
+    fs::write(&part, json).and_then(|()| fs::rename(&part, &path)).map_err(|cause| {
+        // Already failing: what cannot be removed either stays.
+        let _ = fs::remove_file(&part);
+        Error::io(&path)(cause)
+    })
 }
 
 /// True for a directory whose manifest was written by a vlmc of any version.

@@ -5,6 +5,7 @@
 use crate::{
     Error, Result, digest,
     lora::{self, Adapter},
+    packed::PackedLayers,
     pytorch,
     safetensors_header::Header,
     stored::Stored,
@@ -59,6 +60,8 @@ pub struct Checkpoint {
     weights: Weights,
     /// What is added to weights while they are read, by tensor.
     adapters: BTreeMap<String, Adapter>,
+    /// Layers that come quantized.
+    packed: PackedLayers,
 }
 
 #[derive(Debug)]
@@ -106,11 +109,11 @@ impl Checkpoint {
             // Only the layout of OpenAI has no such file; timm's says nothing of the pair.
             let weights = Weights::find(&dir, true)?;
             let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
-            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() });
+            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), packed: PackedLayers::default() });
         }
         let (config, config_sha256) = read_config(&config)?;
         let weights = Weights::find(&dir, false)?;
-        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new() })
+        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), packed: PackedLayers::default() })
     }
 
     /// The structure without the weights: every tensor is taken to exist, in the type that `torch_dtype` (or `dtype`) names.
@@ -122,7 +125,14 @@ impl Checkpoint {
         let (config, config_sha256) = read_config(path)?;
         let dtype = config_dtype(&config)?;
         let dir = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self { dir, config, config_sha256, weights: Weights::Assumed(dtype), adapters: BTreeMap::new() })
+        Ok(Self {
+            dir,
+            config,
+            config_sha256,
+            weights: Weights::Assumed(dtype),
+            adapters: BTreeMap::new(),
+            packed: PackedLayers::default(),
+        })
     }
 
     /// Renames every tensor, e.g. `model.visual.x` to `visual.x`: from here on only the new names are known.
@@ -146,6 +156,22 @@ impl Checkpoint {
             *tensors = renamed;
         }
         Ok(self)
+    }
+
+    /// Understands layers that come quantized, if the configuration says that there are some: see [`crate::packed`].
+    ///
+    /// # Errors
+    /// A method that is not supported, or tensors that do not fit it.
+    pub(crate) fn with_packed(mut self) -> Result<Self> {
+        if let Weights::Files { .. } = self.weights {
+            self.packed = PackedLayers::find(&self.config, &self.weights)?;
+        }
+        Ok(self)
+    }
+
+    /// The layers that come quantized.
+    pub(crate) fn packed(&self) -> &PackedLayers {
+        &self.packed
     }
 
     /// Merges the LoRA adapters in `dir` into the weights as they are read. `canonical` renames their targets as
@@ -192,7 +218,7 @@ impl Checkpoint {
 
     /// Element type and shape of a tensor; `None` if there is no such tensor, or of a type that vlmc does not know.
     pub fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
-        self.weights.tensor(name)
+        self.packed.tensor(name).or_else(|| self.weights.tensor(name))
     }
 
     /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
@@ -202,26 +228,57 @@ impl Checkpoint {
     /// The tensor or the rows do not exist, the checkpoint was opened without weights, or the file cannot be read.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
         let first = rows.start;
-        self.weights.read_rows(name, rows, buf)?;
+        match self.packed.read_rows(name, rows.clone(), &self.weights) {
+            Some(bytes) => *buf = bytes?,
+            None => self.weights.read_rows(name, rows, buf)?,
+        }
         if let (Some(adapter), Some((dtype, _))) = (self.adapters.get(name), self.tensor(name)) {
             adapter.add(first, dtype, buf);
         }
         Ok(())
     }
 
+    /// A whole tensor of floats, row major, with what adapters add to it.
+    ///
+    /// # Errors
+    /// As [`Self::read_rows`], or it is not of floats.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        const TILE: usize = 16 << 20;
+        let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing, or of a type that is not supported"))?;
+        let (rows, row) = (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product::<usize>());
+        let step = (TILE / (row * dtype.size()).max(1)).max(1);
+        let (mut out, mut bytes) = (vec![], vec![]);
+        for start in (0..rows).step_by(step) {
+            self.read_rows(name, start..rows.min(start + step), &mut bytes)?;
+            widen(name, dtype, &bytes, &mut out)?;
+        }
+        Ok(out)
+    }
+
     /// Tensors that are not in `used`, sorted.
     pub fn unused<'a>(&self, used: impl IntoIterator<Item = &'a str>) -> Vec<String> {
         let Weights::Files { tensors, .. } = &self.weights else { return vec![] };
         let used: BTreeSet<_> = used.into_iter().collect();
-        tensors.keys().filter(|n| !used.contains(n.as_str())).cloned().collect()
+        tensors.keys().filter(|n| !used.contains(n.as_str()) && !self.packed.owns(n)).cloned().collect()
     }
+}
+
+/// Appends the floats that `bytes` of tensor `name` are.
+fn widen(name: &str, dtype: DType, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
+    match dtype {
+        DType::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+        DType::F16 => out.extend(bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32())),
+        DType::BF16 => out.extend(bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32())),
+        other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
+    }
+    Ok(())
 }
 
 impl WeightSource for Checkpoint {
     fn contains(&self, name: &str) -> Option<bool> {
         match &self.weights {
             Weights::Assumed(_) => None,
-            Weights::Files { tensors, .. } => Some(tensors.contains_key(name)),
+            Weights::Files { tensors, .. } => Some(tensors.contains_key(name) || self.packed.tensor(name).is_some()),
         }
     }
 
@@ -230,6 +287,10 @@ impl WeightSource for Checkpoint {
             Weights::Assumed(dtype) => return Ok(*dtype),
             Weights::Files { tensors, .. } => tensors,
         };
+        let unfit = |given: &[usize]| format!("tensor '{name}' has shape {given:?}, expected {shape:?}");
+        if let Some((dtype, given)) = self.packed.tensor(name) {
+            return if given == shape { Ok(dtype) } else { Err(unfit(given)) };
+        }
         let Some(Tensor { stored, .. }) = tensors.get(name) else {
             if let Some(prefix) = foreign_prefix(name, tensors.keys()) {
                 return Err(format!(
@@ -245,7 +306,7 @@ impl WeightSource for Checkpoint {
             });
         };
         if stored.shape != shape {
-            return Err(format!("tensor '{name}' has shape {:?}, expected {shape:?}", stored.shape));
+            return Err(unfit(&stored.shape));
         }
         known_dtype(stored.dtype).ok_or_else(|| format!("tensor '{name}' has type {}, which is not supported", stored.dtype))
     }
@@ -276,6 +337,22 @@ impl Weights {
         if let Self::Files { tensors, .. } = self { tensors.keys().cloned().collect() } else { vec![] }
     }
 
+    /// Shape of a tensor of any type.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        let Self::Files { tensors, .. } = self else { return None };
+        Some(&tensors.get(name)?.stored.shape)
+    }
+
+    /// All bytes of a tensor of any type.
+    ///
+    /// # Errors
+    /// It does not exist, or cannot be read.
+    pub(crate) fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let rows = self.shape(name).and_then(<[usize]>::first).copied().unwrap_or(1);
+        let mut bytes = vec![];
+        self.read_rows(name, 0..rows, &mut bytes).map(|()| bytes)
+    }
+
     /// A whole tensor of floats, and its shape.
     ///
     /// # Errors
@@ -284,12 +361,8 @@ impl Weights {
         let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing"))?;
         let mut bytes = vec![];
         self.read_rows(name, 0..shape.first().copied().unwrap_or(1), &mut bytes)?;
-        let floats = match dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            DType::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-            other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
-        };
+        let mut floats = vec![];
+        widen(name, dtype, &bytes, &mut floats)?;
         Ok((floats, shape.to_vec()))
     }
 
@@ -474,7 +547,7 @@ fn parse(path: &Path, json: &[u8]) -> Result<Value> {
     serde_json::from_slice(json).map_err(|e| Error::file(path, e.to_string()))
 }
 
-fn known_dtype(dtype: Dtype) -> Option<DType> {
+pub(crate) fn known_dtype(dtype: Dtype) -> Option<DType> {
     dtype.to_string().parse().ok()
 }
 

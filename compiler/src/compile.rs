@@ -6,19 +6,23 @@ use crate::{
     artifact_dir::ArtifactDir,
     back::{self, Stored},
     checkpoint::Checkpoint,
-    loss, target, tiktoken,
-    weights_writer::{PAD, TensorSpec, WeightsWriter},
+    loss, packed, target, tiktoken,
+    weights_writer::{PAD, WeightsWriter},
 };
 use prost::Message;
 use serde_json::Value;
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{Graph, Verified, Weights, verify};
-use vlmc_passes::{Pass, Target};
+use vlmc_ir::{Graph, Program, Verified, Weights, verify};
+use vlmc_passes::{
+    Pass, Target,
+    quantize::{Outcome, Policy, quantize},
+};
 
 /// Name and version of this compiler, as manifests have it.
 pub const COMPILER: &str = concat!("vlmc ", env!("CARGO_PKG_VERSION"));
@@ -48,15 +52,19 @@ pub struct Lowered {
     pub unused: Vec<String>,
     /// Fields of the config that the frontend does not know.
     pub unknown: Vec<String>,
+    /// What became of the weights that could have been quantized, by name.
+    pub outcomes: BTreeMap<String, Outcome>,
 }
 
 /// What to compile, and how to tell of it.
 pub struct Options<'a> {
     /// Target name.
     pub target: &'a str,
+    /// Which weights are quantized, and how.
+    pub policy: &'a Policy,
     /// Directory of the artifact.
     pub out: &'a Path,
-    /// Called while weights are written, with the bytes of the checkpoint's weights done and in all. From any thread.
+    /// Called while weights are written, with the numbers done and in all. From any thread.
     pub progress: &'a (dyn Fn(u64, u64) + Sync),
 }
 
@@ -73,6 +81,8 @@ pub struct Report {
     pub parameters: u64,
     /// Bytes of the artifact's weight file.
     pub weight_bytes: u64,
+    /// Weights by element type.
+    pub weights: BTreeMap<String, usize>,
     /// What the user should know: what was left out, and what is missing.
     pub warnings: Vec<String>,
 }
@@ -105,7 +115,7 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?, with_loss: false })
+        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?, with_loss: false })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -136,18 +146,19 @@ impl Model {
         }
         let used = program.weights.values().flat_map(|w| w.recipe.sources());
         let unused = self.checkpoint.unused(used).into_iter().filter(|n| !n.starts_with(PAD) && !(self.architecture.ignored)(n)).collect();
-        let program = verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))?;
-        Ok(Lowered { program, task, unused, unknown })
+        Ok(Lowered { program: verified(program)?, task, unused, unknown, outcomes: BTreeMap::new() })
     }
 
-    /// The program as `target` runs it; `after` sees it after each pass.
+    /// The program as `target` runs it, quantized by `policy`; `after` sees it after each pass.
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
-    pub fn lower_for(&self, target: &Target, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
+    pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
         let lowered = self.lower()?;
-        let program = vlmc_passes::run(target, lowered.program, &vlmc_passes::pipeline(target), after)?;
-        Ok(Lowered { program, ..lowered })
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        let (program, outcomes) = quantize(target, policy, program)?;
+        let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
+        Ok(Lowered { program, outcomes, ..lowered })
     }
 
     /// How pictures become tensors, if the checkpoint says.
@@ -170,13 +181,14 @@ impl Model {
         })
     }
 
-    /// A name for this checkpoint: changes when its config, its tensors' names and places, or a file's size or date change.
+    /// A name for this checkpoint and a policy: changes when the policy, the config, tensors' names and places, or a file's size
+    /// or date change.
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn fingerprint(&self) -> Result<String> {
+    pub fn fingerprint(&self, policy: &Policy) -> Result<String> {
         let source = self.checkpoint.source();
-        let mut text = format!("{}\n{}\n", self.checkpoint.dir().display(), source.config_sha256);
+        let mut text = format!("{}\n{}\n{}\n", policy.text(), self.checkpoint.dir().display(), source.config_sha256);
         for name in source.weights.keys().map(String::as_str).chain(COPIED).chain(SIDE_FILES) {
             let path = self.checkpoint.dir().join(name);
             if let Ok(stat) = fs::metadata(&path) {
@@ -193,7 +205,7 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused, unknown } = self.lower_for(target, |_, _| {})?;
+        let Lowered { program, task, unused, unknown, outcomes } = self.lower_for(target, options.policy, |_, _| {})?;
         let processor = self.processor()?;
         let mut warnings = vec![];
         if !unknown.is_empty() {
@@ -203,6 +215,7 @@ impl Model {
         if !unused.is_empty() {
             warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
         }
+        warnings.extend(refusals(&outcomes));
 
         let dir = ArtifactDir::create(options.out)?;
         let weights = dir.path().join(WEIGHTS);
@@ -224,10 +237,10 @@ impl Model {
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
             (entries, stored, writer)
         };
-        let total = stored.iter().filter_map(|s| s.spec(program.weights.get(&s.weight)?).bytes()).sum();
+        let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
         let done = AtomicU64::new(0);
-        back::write(&program, &self.checkpoint, &stored, &writer, &|bytes| {
-            (options.progress)(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+        back::write(&program, &self.checkpoint, &stored, &writer, &|elements| {
+            (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
         self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
@@ -246,6 +259,7 @@ impl Model {
             processor,
             generation: self.generation()?,
             files: Default::default(),
+            certificate: None,
         })?;
         Ok(Report {
             out: options.out.into(),
@@ -253,6 +267,10 @@ impl Model {
             target: target.name.into(),
             parameters,
             weight_bytes,
+            weights: program.weights.values().fold(BTreeMap::new(), |mut types, w| {
+                *types.entry(w.dtype.to_string()).or_default() += 1;
+                types
+            }),
             warnings,
         })
     }
@@ -330,14 +348,28 @@ impl Model {
     }
 }
 
+fn verified(program: Program) -> Result<Verified> {
+    verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))
+}
+
+/// Warnings of weights that the policy wants quantized, and the target does not, by reason.
+fn refusals(outcomes: &BTreeMap<String, Outcome>) -> Vec<String> {
+    let mut by_reason: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (name, outcome) in outcomes {
+        if let Outcome::Refused(why) = outcome {
+            by_reason.entry(why).or_default().push(name.clone());
+        }
+    }
+    by_reason.iter().map(|(why, names)| format!("{} weights are not quantized: {why}: {}", names.len(), abridged(names))).collect()
+}
+
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
 }
 
 fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
-    let spec =
-        |s: &Stored| program.weights.get(&s.weight).map(|def| s.spec(def)).ok_or_else(|| Error::tensor(&s.weight, "is not declared"));
-    WeightsWriter::create(path, &stored.iter().map(spec).collect::<Result<Vec<TensorSpec>>>()?)
+    let specs = |s: &Stored| s.specs(program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not declared"))?);
+    WeightsWriter::create(path, &stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
 }
 
 fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {

@@ -11,13 +11,16 @@ pub mod exec;
 pub mod hub;
 mod lora;
 mod loss;
+mod packed;
 mod pytorch;
 mod safetensors_header;
+pub mod samples;
 mod stored;
 pub mod synth;
 pub mod target;
 pub mod tiktoken;
 pub mod vectors;
+pub mod verify;
 pub mod weights_writer;
 
 pub use error::{Error, Result};

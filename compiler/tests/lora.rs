@@ -9,13 +9,14 @@ use std::{
     path::{Path, PathBuf},
 };
 use vlmc::compile::{Model, Options};
+use vlmc_passes::quantize::Policy;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/qwen2-vl")
 }
 
 fn weights(model: Model, out: &Path) -> Vec<u8> {
-    model.compile(&Options { target: "cpu", out, progress: &|_, _| {} }).unwrap();
+    model.compile(&Options { target: "cpu", out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap();
     fs::read(out.join("weights.safetensors")).unwrap()
 }
 

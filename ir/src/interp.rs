@@ -2,12 +2,17 @@
 //! for everything else.
 
 use crate::{
-    Bindings, DType, Def, Dim, Graph, Literal, Op, Program, Type,
+    Bindings, DType, Def, Dim, Graph, Literal, Node, Op, Program, Type, ValueId,
     builder::Builder,
+    ops::Linear,
     weights::{Recipe, WeightDef},
 };
 use ndarray::{ArrayD, IxDyn, Zip};
-use std::collections::{BTreeMap, HashMap};
+use rayon::prelude::*;
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
 use vlmc_artifact::quant::Codes;
 
 /// A tensor. All float types hold `f32` values.
@@ -124,77 +129,186 @@ pub struct Env<'a> {
 /// # Errors
 /// An input is missing or has another type, or an op met values without meaning.
 pub fn run(graph: &Graph, env: &Env<'_>) -> Result<BTreeMap<String, Array>, EvalError> {
-    let fail = |scope: &str, message: String| EvalError { graph: graph.name.clone(), scope: scope.into(), message };
-    let named = |table: &BTreeMap<String, Array>, name: &str, ty: &Type| {
-        let a = table.get(name).ok_or_else(|| fail("", format!("no value for '{name}'")))?;
-        let shape = extents(&ty.shape, env.symbols).map_err(|m| fail("", m))?;
-        let same_kind = a.dtype() == ty.dtype || (a.dtype() == DType::F32 && ty.dtype.is_float());
-        if !same_kind || a.shape() != shape {
-            return Err(fail("", format!("'{name}' must be {ty}, here {shape:?}, got {}{:?}", a.dtype(), a.shape())));
-        }
-        Ok(a.clone())
-    };
-    // A value is dropped after its last use, so that whole models fit.
-    let mut uses: HashMap<_, usize> = HashMap::new();
-    for (_, n) in graph.nodes() {
-        n.args.iter().for_each(|a| *uses.entry(*a).or_default() += 1);
-    }
-    let kept = graph.outputs.iter().map(|o| o.value).chain(graph.states.iter().filter_map(|s| graph.present(s)));
-    kept.for_each(|v| *uses.entry(v).or_default() += 1);
+    let weights = |name: &str| env.weights.get(name).map(Cow::Borrowed).ok_or_else(|| format!("no value for '{name}'"));
+    let sample = Sample { symbols: env.symbols, inputs: env.inputs };
+    run_samples(graph, &[sample], &weights, &mut Unwatched).map(|mut outs| outs.remove(0))
+}
 
-    let mut values: HashMap<_, Array> = HashMap::new();
-    for (v, ty, def) in graph.values() {
-        let array = match def {
-            Def::Input(i) => named(env.inputs, &graph.inputs[*i as usize].name, ty)?,
-            Def::State(i) => named(env.inputs, &graph.states[*i as usize].past_name, ty)?,
-            Def::Literal(l) => l.try_into().map_err(|m| fail("", m))?,
-            Def::Weight(_) | Def::Node(..) => continue,
-        };
-        values.insert(v, array);
+/// What a run of several samples needs for each.
+#[derive(Clone, Copy)]
+pub struct Sample<'a> {
+    /// Values of the symbols.
+    pub symbols: &'a Bindings,
+    /// Inputs, and states by their `past` name.
+    pub inputs: &'a BTreeMap<String, Array>,
+}
+
+/// Weights that are in memory, by name.
+pub type Resident<'w> = BTreeMap<String, Cow<'w, Array>>;
+
+/// Sees every node of a run of several samples, and may change the weights that it works with.
+pub trait Observer {
+    /// `node` comes next, and its weights are resident; what is put in the place of one is what the node computes with, as do later
+    /// nodes that use the same weight. `operands` has for each sample the node's operands, `None` for a weight.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn before(&mut self, _node: &Node, _weights: &mut Resident<'_>, _operands: &[Vec<Option<&Array>>]) -> Result<(), String> {
+        Ok(())
     }
+
+    /// `node` has computed `results`, for each sample; else as [`Self::before`].
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn after(
+        &mut self,
+        _node: &Node,
+        _weights: &Resident<'_>,
+        _operands: &[Vec<Option<&Array>>],
+        _results: &[Vec<Array>],
+    ) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+struct Unwatched;
+
+impl Observer for Unwatched {}
+
+/// Runs `graph` on several samples in step: each node on all of them before the next node. A weight is asked from `weights` when
+/// the first node that uses it comes, and dropped after the last, as values are: whole models fit that way. For each sample, its
+/// outputs, and its states by their `present` name.
+///
+/// # Errors
+/// As [`run`], and what `weights` and the observer say.
+pub fn run_samples<'w>(
+    graph: &Graph,
+    samples: &[Sample<'_>],
+    weights: &dyn Fn(&str) -> Result<Cow<'w, Array>, String>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<BTreeMap<String, Array>>, EvalError> {
+    let fail = |message: String| EvalError { graph: graph.name.clone(), scope: String::new(), message };
+    let states = graph.states.iter().filter_map(|s| Some((&s.present_name, graph.present(s)?)));
+    let (names, outs): (Vec<_>, Vec<_>) = graph.outputs.iter().map(|o| (&o.name, o.value)).chain(states).unzip();
+    let values = samples.iter().map(|s| given(graph, s)).collect::<Result<Vec<_>, _>>().map_err(fail)?;
+    let symbols: Vec<&Bindings> = samples.iter().map(|s| s.symbols).collect();
+    let results = execute(graph, &outs, &symbols, values, weights, observer)?;
+    Ok(results.into_iter().map(|outs| names.iter().map(|n| (*n).clone()).zip(outs).collect()).collect())
+}
+
+/// Values of a sample, or of a decomposition.
+type Values<'s> = HashMap<ValueId, Cow<'s, Array>>;
+
+/// Inputs and states, as a sample gives them.
+fn given<'s>(graph: &Graph, sample: &Sample<'s>) -> Result<Values<'s>, String> {
+    let ports = graph.inputs.iter().map(|p| (&p.name, p.value)).chain(graph.states.iter().map(|s| (&s.past_name, s.past)));
+    ports
+        .map(|(name, v)| {
+            let array = sample.inputs.get(name).ok_or_else(|| format!("no value for '{name}'"))?;
+            check_type(name, array, graph.ty(v), sample.symbols)?;
+            Ok((v, Cow::Borrowed(array)))
+        })
+        .collect()
+}
+
+/// The values `outs` of each sample, from those that are given.
+fn execute<'w>(
+    graph: &Graph,
+    outs: &[ValueId],
+    symbols: &[&Bindings],
+    mut values: Vec<Values<'_>>,
+    weights: &dyn Fn(&str) -> Result<Cow<'w, Array>, String>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Vec<Array>>, EvalError> {
+    let fail = |scope: &str, message: String| EvalError { graph: graph.name.clone(), scope: scope.into(), message };
+    let mut uses: HashMap<ValueId, usize> = HashMap::new();
+    graph.nodes().flat_map(|(_, n)| &n.args).chain(outs).for_each(|v| *uses.entry(*v).or_default() += 1);
+    for (v, _, def) in graph.values() {
+        if let Def::Literal(l) = def {
+            let array = Array::try_from(l).map_err(|m| fail("", m))?;
+            values.iter_mut().for_each(|values| drop(values.insert(v, Cow::Owned(array.clone()))));
+        }
+    }
+    let mut resident = Resident::new();
     for (_, node) in graph.nodes() {
         let in_node = |m: String| fail(&node.scope, format!("{}: {m}", node.op.name()));
-        let mut args = Vec::with_capacity(node.args.len());
-        for a in &node.args {
-            args.push(match graph.def(*a) {
-                Def::Weight(name) => named(env.weights, name, graph.ty(*a))?,
-                _ => values.get(a).cloned().ok_or_else(|| in_node(format!("value %{} is used before it is defined", a.index())))?,
-            });
+        let weight_of = |v: &ValueId| if let Def::Weight(name) = graph.def(*v) { Some(name) } else { None };
+        for v in &node.args {
+            match weight_of(v) {
+                Some(name) if !resident.contains_key(name) => {
+                    let weight = weights(name).map_err(in_node)?;
+                    check_type(name, &weight, graph.ty(*v), &Bindings::default()).map_err(in_node)?;
+                    resident.insert(name.clone(), weight);
+                }
+                None if !values.iter().all(|values| values.contains_key(v)) => {
+                    return Err(in_node(format!("value %{} is used before it is defined", v.index())));
+                }
+                _ => {}
+            }
         }
+        let operands: Vec<Vec<Option<&Array>>> =
+            values.iter().map(|values| node.args.iter().map(|v| values.get(v).map(AsRef::as_ref)).collect()).collect();
+        observer.before(node, &mut resident, &operands).map_err(in_node)?;
+
         let types: Vec<Type> = node.args.iter().map(|a| graph.ty(*a).clone()).collect();
-        let outs = eval(&node.op, &types, args, env.symbols).map_err(in_node)?;
-        values.extend(node.outs.iter().copied().zip(outs));
-        for a in &node.args {
-            let left = uses.entry(*a).or_default();
+        let compute = |(operands, symbols): (&Vec<Option<&Array>>, &&Bindings)| {
+            let args = std::iter::zip(operands, &node.args)
+                .map(|(a, v)| a.or_else(|| resident.get(weight_of(v)?).map(AsRef::as_ref)).ok_or("a weight was taken away"))
+                .collect::<Result<Vec<_>, _>>()?;
+            eval(&node.op, &types, &args, symbols)
+        };
+        let results = operands.par_iter().zip(symbols).map(compute).collect::<Result<Vec<_>, String>>().map_err(in_node)?;
+        observer.after(node, &resident, &operands, &results).map_err(in_node)?;
+
+        for (values, results) in values.iter_mut().zip(results) {
+            values.extend(node.outs.iter().copied().zip(results.into_iter().map(Cow::Owned)));
+        }
+        for v in &node.args {
+            let left = uses.entry(*v).or_default();
             *left -= 1;
             if *left == 0 {
-                values.remove(a);
+                values.iter_mut().for_each(|values| drop(values.remove(v)));
+                weight_of(v).map(|name| resident.remove(name));
             }
         }
     }
-    let states = graph.states.iter().filter_map(|s| Some((&s.present_name, graph.present(s)?)));
-    let outputs = graph.outputs.iter().map(|o| (&o.name, o.value)).chain(states);
-    outputs
-        .map(|(name, v)| match values.get(&v) {
-            Some(a) => Ok((name.clone(), a.clone())),
-            None => Err(fail("", format!("output '{name}' has no value"))),
-        })
-        .collect()
+    let taken = |values: &mut Values<'_>, (i, v): (usize, &ValueId)| {
+        let again = outs[i + 1..].contains(v);
+        let value = if again { values.get(v).cloned() } else { values.remove(v) };
+        value.map(Cow::into_owned).ok_or_else(|| fail("", "an output has no value".into()))
+    };
+    values.iter_mut().map(|values| outs.iter().enumerate().map(|o| taken(values, o)).collect()).collect()
+}
+
+fn check_type(name: &str, array: &Array, ty: &Type, symbols: &Bindings) -> Result<(), String> {
+    let shape = extents(&ty.shape, symbols)?;
+    let same_kind = array.dtype() == ty.dtype || (array.dtype() == DType::F32 && ty.dtype.is_float());
+    if same_kind && array.shape() == shape {
+        return Ok(());
+    }
+    Err(format!("'{name}' must be {ty}, here {shape:?}, got {}{:?}", array.dtype(), array.shape()))
 }
 
 /// Meaning of one op: its own if it is a primitive, else that of its decomposition.
 ///
 /// # Errors
 /// Values that have no meaning.
-pub fn eval(op: &Op, types: &[Type], args: Vec<Array>, symbols: &Bindings) -> Result<Vec<Array>, String> {
+pub fn eval(op: &Op, types: &[Type], args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    // What models spend their time in: the same sums as the decomposition's, without its copies of the weight.
+    if let Op::Linear(Linear { dynamic: false }) = op {
+        return op.eval(args, symbols);
+    }
     let b = Builder::new(&op.name(), None);
     if !decompose_into(&b, op, types) {
-        return op.eval(&args, symbols);
+        return op.eval(args, symbols);
     }
     let graph = b.finish().map_err(|e| e.to_string())?;
-    let inputs = graph.inputs.iter().map(|p| p.name.clone()).zip(args).collect();
-    let mut outs = run(&graph, &Env { symbols, inputs: &inputs, weights: &BTreeMap::new() }).map_err(|e| e.to_string())?;
-    graph.outputs.iter().map(|o| outs.remove(&o.name).ok_or_else(|| "result missing".to_string())).collect()
+    let values = graph.inputs.iter().map(|p| p.value).zip(args.iter().map(|a| Cow::Borrowed(*a))).collect();
+    let outs: Vec<ValueId> = graph.outputs.iter().map(|o| o.value).collect();
+    let no_weights = |name: &str| Err(format!("no weight '{name}'"));
+    let results = execute(&graph, &outs, &[symbols], vec![values], &no_weights, &mut Unwatched).map_err(|e| e.to_string())?;
+    Ok(results.into_iter().flatten().collect())
 }
 
 fn decompose_into<'g>(b: &'g Builder<'g>, op: &Op, types: &[Type]) -> bool {

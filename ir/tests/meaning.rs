@@ -267,7 +267,7 @@ fn dynamic_linear_rounds_its_operand() {
     let x = floats(&[1, 40], |i| numbers.iter().find(|(at, _)| *at == i).map_or(0.0, |(_, v)| *v));
     for (at, want) in [(0, 127.0), (1, 1.0), (2, -1.0), (3, 0.0), (32, 254.0), (33, 0.0), (34, 4.0), (35, -4.0)] {
         let one = floats(&[1, 40], |i| f64::from(u8::from(i == at)));
-        let out = interp::eval(&op, &types, vec![x.clone(), one], &Bindings::default()).unwrap();
+        let out = interp::eval(&op, &types, &[&x, &one], &Bindings::default()).unwrap();
         assert_eq!(out[0], floats(&[1, 1], |_| want), "column {at}");
     }
     assert!(op.infer(&[types[0].clone(), Type::new(DType::F32, [1, 40])]).is_err());

@@ -39,8 +39,8 @@ fn fold(op: &Op, literals: &[Literal]) -> Option<Vec<Literal>> {
     if !outs.iter().all(small) {
         return None;
     }
-    let args = literals.iter().map(|l| l.try_into().ok()).collect::<Option<Vec<_>>>()?;
-    let values = interp::eval(op, &types, args, &Bindings::default()).ok()?;
+    let args = literals.iter().map(|l| l.try_into().ok()).collect::<Option<Vec<interp::Array>>>()?;
+    let values = interp::eval(op, &types, &args.iter().collect::<Vec<_>>(), &Bindings::default()).ok()?;
     let literal = |(a, t): (&interp::Array, &Type)| {
         let data = match a {
             interp::Array::F32(a) => a.iter().map(|v| f64::from(*v)).collect::<Vec<_>>(),

@@ -8,6 +8,7 @@ mod clean;
 mod legalize;
 mod masks;
 pub mod memory;
+pub mod quantize;
 mod target;
 mod weights;
 

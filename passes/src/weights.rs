@@ -5,10 +5,10 @@ use crate::{Contract, Pass};
 /// Gives every weight the element type in which the target stores it. Widening is exact; no target narrows.
 pub(crate) const STORAGE: Pass = Pass {
     name: "storage",
-    summary: "weights in the element types that the target stores",
+    summary: "float weights in the element types that the target stores",
     contract: Contract::Exact,
     run: |target, mut program| {
-        program.map_weights(|_, w| w.cast((target.storage)(w)));
+        program.map_weights(|_, w| if w.dtype.scheme().is_some() { w.clone() } else { w.cast((target.storage)(w)) });
         Ok(program)
     },
 };

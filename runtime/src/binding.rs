@@ -5,16 +5,21 @@ use std::fmt::Write;
 use vlmc_artifact::{Bindings, Dim, Entry, Symbol};
 
 /// Inputs in the entry's order, and the values of the symbols.
-pub(crate) struct Bound<'t> {
-    pub(crate) inputs: Vec<&'t Tensor>,
-    pub(crate) symbols: Bindings,
+pub struct Bound<'t> {
+    /// In the entry's order.
+    pub inputs: Vec<&'t Tensor>,
+    /// Values of the symbols.
+    pub symbols: Bindings,
 }
 
 /// The shape that states have now, or none if they are empty.
-pub(crate) type StateShape<'a> = Option<&'a [usize]>;
+pub type StateShape<'a> = Option<&'a [usize]>;
 
 /// Matches `inputs` with the inputs of `entry` and finds the values of the symbols in their shapes.
-pub(crate) fn bind<'t>(symbols: &[Symbol], entry: &Entry, inputs: &[(&str, &'t Tensor)], states: &[StateShape<'_>]) -> Result<Bound<'t>> {
+///
+/// # Errors
+/// An input is missing, unknown or does not fit, or a symbol is out of its range.
+pub fn bind<'t>(symbols: &[Symbol], entry: &Entry, inputs: &[(&str, &'t Tensor)], states: &[StateShape<'_>]) -> Result<Bound<'t>> {
     let fail = |message: String| Error::Input(format!("{}: {message}", entry.name));
     if let Some((name, _)) = inputs.iter().find(|(n, _)| !entry.inputs.iter().any(|p| p.name == *n)) {
         let known: Vec<_> = entry.inputs.iter().map(|p| p.name.as_str()).collect();

@@ -3,6 +3,23 @@
 use crate::{Result, Tensor};
 use vlmc_artifact::Manifest;
 
+/// A computation with weights, as an engine did it.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// The entry it is part of.
+    pub entry: String,
+    /// The weights among its operands, in order, by their names in the weight file. What was computed from weights alone counts
+    /// as these.
+    pub weights: Vec<String>,
+    /// The other operands, in order, without constants.
+    pub operands: Vec<Tensor>,
+    /// What came out.
+    pub result: Tensor,
+}
+
+/// Is told of every computation with weights.
+pub type Observer = Box<dyn FnMut(Observed) -> Result<()>>;
+
 /// Runs the entries of one artifact and keeps their states (the KV cache of one batch of sequences).
 pub trait Engine {
     /// The artifact's manifest.

@@ -1,7 +1,7 @@
 //! Loads vlmc artifacts and runs them.
 
 mod artifact_dir;
-mod binding;
+pub mod binding;
 pub mod boxes;
 pub mod chat;
 mod cpu;
@@ -15,6 +15,7 @@ mod model;
 #[cfg(feature = "ort")]
 mod ort;
 mod pipeline;
+pub mod prepare;
 pub mod processor;
 pub mod prompt;
 mod resize;
@@ -25,7 +26,7 @@ mod vectors;
 
 pub use artifact_dir::Artifact;
 pub use cpu::CpuEngine;
-pub use engine::Engine;
+pub use engine::{Engine, Observed, Observer};
 pub use error::{Error, Result};
 pub use forward::{Tensors, forward};
 pub use generate::{Finish, GenerateOptions, Reply};

@@ -162,17 +162,7 @@ impl PairScorer {
     /// The checkpoint had no tokenizer, or there are no texts.
     pub fn tokens(&self, texts: &[String]) -> Result<Tensors> {
         let missing = || Error::Unsupported("the checkpoint had no tokenizer.json, so the artifact takes no texts".into());
-        let tokenizer = self.tokenizer.as_ref().ok_or_else(missing)?;
-        let TextRules { max_length, pad_to_max, pad_token_id, .. } = self.rules;
-        let rows = texts.iter().map(|t| tokenizer.encode_up_to(t, max_length)).collect::<Result<Vec<_>>>()?;
-        let longest = rows.iter().map(Vec::len).max().ok_or_else(|| Error::Input("there are no texts".into()))?;
-        let seq = if pad_to_max { max_length } else { longest.max(1) };
-        let padded = |row: &Vec<i64>, fill: i64| row.iter().copied().chain(std::iter::repeat_n(fill, seq - row.len())).collect::<Vec<_>>();
-        let ids: Vec<i64> = rows.iter().flat_map(|r| padded(r, pad_token_id)).collect();
-        // Models that were trained with padding attend to it.
-        let mask: Vec<i64> = rows.iter().flat_map(|r| padded(&vec![1; r.len()], i64::from(pad_to_max))).collect();
-        let shape = [rows.len(), seq];
-        Ok([("input_ids".into(), Tensor::new(shape, ids)?), ("attention_mask".into(), Tensor::new(shape, mask)?)].into())
+        tokens(self.tokenizer.as_ref().ok_or_else(missing)?, &self.rules, texts)
     }
 
     /// Scores of all pairs, `logits_per_image f32[pictures, texts]`, from their vectors.
@@ -189,6 +179,23 @@ impl PairScorer {
     pub fn probabilities(&self, scores: &[f32]) -> Vec<f32> {
         if self.rules.sigmoid { scores.iter().map(|s| 1.0 / (1.0 + (-s).exp())).collect() } else { softmax(scores) }
     }
+}
+
+/// `input_ids` and `attention_mask` of texts, padded on the right.
+///
+/// # Errors
+/// There are no texts.
+pub(crate) fn tokens(tokenizer: &Tokenizer, rules: &TextRules, texts: &[String]) -> Result<Tensors> {
+    let TextRules { max_length, pad_to_max, pad_token_id, .. } = *rules;
+    let rows = texts.iter().map(|t| tokenizer.encode_up_to(t, max_length)).collect::<Result<Vec<_>>>()?;
+    let longest = rows.iter().map(Vec::len).max().ok_or_else(|| Error::Input("there are no texts".into()))?;
+    let seq = if pad_to_max { max_length } else { longest.max(1) };
+    let padded = |row: &Vec<i64>, fill: i64| row.iter().copied().chain(std::iter::repeat_n(fill, seq - row.len())).collect::<Vec<_>>();
+    let ids: Vec<i64> = rows.iter().flat_map(|r| padded(r, pad_token_id)).collect();
+    // Models that were trained with padding attend to it.
+    let mask: Vec<i64> = rows.iter().flat_map(|r| padded(&vec![1; r.len()], i64::from(pad_to_max))).collect();
+    let shape = [rows.len(), seq];
+    Ok([("input_ids".into(), Tensor::new(shape, ids)?), ("attention_mask".into(), Tensor::new(shape, mask)?)].into())
 }
 
 /// Runs the entry that sees pictures and gives its output `name`, one row per picture. Pictures whose tensors have other shapes

@@ -10,6 +10,7 @@ use std::{
 };
 use vlmc::compile::{Model, Options};
 use vlmc_ir::interp::Array;
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Part, artifact::Processor, open_engine, processor};
 
 /// A directory of `fixtures/`.
@@ -291,7 +292,7 @@ pub fn pictures_agree(name: &str) {
 /// Compiles a fixture.
 pub fn compile(fixture_dir: &Path, target: &str, out: &Path) {
     let model = Model::open(fixture_dir).unwrap_or_else(|e| panic!("{e}"));
-    model.compile(&Options { target, out, progress: &|_, _| {} }).unwrap_or_else(|e| panic!("{e}"));
+    model.compile(&Options { target, out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// Largest difference, and largest absolute value of the reference.

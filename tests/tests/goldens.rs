@@ -7,6 +7,7 @@ use vlmc_ir::{
     Bindings, Verified,
     interp::{self, Array, Env},
 };
+use vlmc_passes::quantize::Policy;
 use vlmc_tests::{Tensors, cases, check_case, fixture, load};
 
 /// For each fixture that answers prompts: goldens on both engines, and the whole way from a picture to an answer.
@@ -101,7 +102,7 @@ fn the_interpreter_agrees_after_every_pass() {
     };
     check_program(&model.lower().unwrap().program);
     for target in vlmc::target::TARGETS {
-        model.lower_for(target, |_, program| check_program(program)).unwrap();
+        model.lower_for(target, &Policy::none(), |_, program| check_program(program)).unwrap();
     }
 }
 

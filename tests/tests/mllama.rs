@@ -8,6 +8,7 @@ use vlmc_ir::{
     Bindings, Verified,
     interp::{self, Array, Env},
 };
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Part, Pipeline, Scored, Tensor, image::Rgb, open_engine, processor};
 use vlmc_tests::{Tensors, check_case, compile, fixture, load};
 
@@ -160,6 +161,6 @@ fn the_interpreter_agrees_after_every_pass() {
     };
     check_program(&model.lower().unwrap().program);
     for target in vlmc::target::TARGETS {
-        model.lower_for(target, |_, program| check_program(program)).unwrap();
+        model.lower_for(target, &Policy::none(), |_, program| check_program(program)).unwrap();
     }
 }

@@ -292,7 +292,6 @@ pub(super) fn pad_token_id(c: &Section<'_>, files: &SideFiles, default: i64) -> 
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     c.ignore(&["logit_scale_init_value", "text_config_dict", "vision_config_dict"]);
     let (v, t) = (c.section_or_empty("vision_config")?, c.section_or_empty("text_config")?);
     let vision = Vision::new(&v, &VISION_DEFAULTS)?;

@@ -32,6 +32,7 @@ const HARMLESS: &[&str] = &[
     "spatial_patch_size",
     "tokenizer_class",
     "torch_dtype",
+    "quantization_config",
     "transformers_version",
     "use_cache",
     "vision_end_token_id",

@@ -406,7 +406,6 @@ fn language(c: &Section<'_>) -> Result<Decoder> {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let text = language(c)?;
     let vision = Vision::new(c)?;
     let aligner = Aligner::new(c, &vision, text.hidden_size)?;

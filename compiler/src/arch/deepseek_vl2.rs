@@ -477,7 +477,6 @@ impl Projector {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     c.only("tile_tag", &[json!("2D")])?;
     c.only("global_view_pos", &[json!("head"), json!("tail")])?;
     let vision = c.require_section("vision_config")?;

@@ -200,7 +200,6 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     c.ignore(&["image_seq_length", "vocab_size"]);
     let text = text_config(c)?;
     let config = Config::new(c)?;

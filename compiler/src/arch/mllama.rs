@@ -260,7 +260,6 @@ fn aspect_ratios(max_tiles: usize) -> Vec<[usize; 2]> {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let section = |name: &str| c.section(name)?.ok_or_else(|| Error::config(name, "is missing"));
     let (t, v) = (section("text_config")?, section("vision_config")?);
     let text = Decoder::new(&t, None)?;

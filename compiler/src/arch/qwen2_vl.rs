@@ -347,7 +347,6 @@ pub(super) fn family(
     positions: vlmc_artifact::Positions,
     vision: Graph,
 ) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let token = |field: &str, default: i64| Ok::<i64, Error>(c.get(field)?.unwrap_or(default));
     let (image_token_id, video_token_id) = (token("image_token_id", 151_655)?, token("video_token_id", 151_656)?);
     let context = text.max_position_embeddings;

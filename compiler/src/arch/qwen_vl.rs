@@ -164,7 +164,6 @@ fn text_config(c: &Section<'_>) -> Result<Decoder> {
     for (field, value) in [("no_bias", json!(true)), ("scale_attn_weights", json!(true)), ("rotary_pct", json!(1.0))] {
         c.only(field, &[value])?;
     }
-    c.only("quantization_config", &[])?;
     c.only("use_cache_quantization", &[json!(false)])?;
     // How the reference computes, not what.
     for field in ["bf16", "fp16", "fp32", "onnx_safe", "use_flash_attn", "emb_dropout_prob", "attn_dropout_prob", "tokenizer_type"] {

@@ -282,7 +282,6 @@ fn pair(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles, image: vlmc_i
 }
 
 fn lower_fixed(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let v = c.section_or_empty("vision_config")?;
     let (image_size, patch_size) = nn::square_grid(&v, 224, 16)?;
     let vision = Vision::new(&v, patch_size)?;
@@ -306,7 +305,6 @@ fn lower_fixed(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Res
 }
 
 fn lower_naflex(c: &Section<'_>, weights: &Weights<'_>, files: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let v = c.section_or_empty("vision_config")?;
     let vision = Vision::new(&v, v.opt_int("patch_size", 1..=1024)?.unwrap_or(16))?;
     let count = v.opt_int("num_patches", WIDTH)?.unwrap_or(256);

@@ -225,7 +225,6 @@ impl Config {
 }
 
 fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowered> {
-    c.only("quantization_config", &[])?;
     let labels = labels(c)?;
     let model = Config::new(c, weights, labels.len())?;
     Ok(Lowered {

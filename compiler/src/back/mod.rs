@@ -6,9 +6,9 @@ mod weights;
 
 pub(crate) use weights::write;
 
-use crate::weights_writer::TensorSpec;
-use vlmc_artifact::program::PANEL;
-use vlmc_ir::weights::WeightDef;
+use crate::{Error, Result, weights_writer::TensorSpec};
+use vlmc_artifact::{Scheme, program::PANEL, quant};
+use vlmc_ir::{DType, weights::WeightDef};
 
 /// A weight as it lies in the weight file of an artifact.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,17 +30,48 @@ pub enum Layout {
     Transposed,
     /// Of a matrix, or each of a stack of them: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
+    /// Of a quantized matrix `[n, k]`, as ONNX Runtime's MatMulNBits wants it: three tensors, of the weight's name and
+    /// `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales` (`f32[n, blocks]`), and `.zeros` (`u8[n, bytes]`, packed
+    /// along the blocks) if it has zero points.
+    Blocks,
+}
+
+/// Columns of a block of [`Layout::Blocks`], and blocks of a row of `k` columns. A row with one scale is cut into blocks that
+/// repeat it: ONNX Runtime wants a power of 2, and of a table's rows a divisor.
+pub(crate) fn blocks(scheme: Scheme, k: usize) -> (usize, usize) {
+    let divisor = || [128, 64, 32, 16].into_iter().find(|b| k.is_multiple_of(*b)).unwrap_or(128);
+    let block = scheme.group.map_or_else(divisor, usize::from);
+    (block, k.div_ceil(block))
 }
 
 impl Stored {
-    /// Name, element type and shape in the file.
-    pub(crate) fn spec(&self, def: &WeightDef) -> TensorSpec {
-        let shape = match (self.layout, def.shape.as_slice()) {
-            (Layout::Transposed, [n, k]) => vec![*k, *n],
-            (Layout::Panels, [n, k]) => vec![n.div_ceil(PANEL), *k, PANEL],
-            (Layout::Panels, [e, n, k]) => vec![*e, n.div_ceil(PANEL), *k, PANEL],
-            _ => def.shape.clone(),
-        };
-        TensorSpec { name: self.name.clone(), dtype: def.dtype, shape }
+    /// Names, element types and shapes in the file.
+    ///
+    /// # Errors
+    /// The weight cannot be stored so.
+    pub(crate) fn specs(&self, def: &WeightDef) -> Result<Vec<TensorSpec>> {
+        let one = |dtype, shape| vec![TensorSpec { name: self.name.clone(), dtype, shape }];
+        let unfit = || Error::tensor(&self.weight, format!("of type {}{:?} cannot be stored as {:?}", def.dtype, def.shape, self.layout));
+        Ok(match (self.layout, def.shape.as_slice(), def.dtype) {
+            (Layout::Panels, [lead @ .., n, k], DType::Quant(scheme)) => {
+                let bytes = quant::panel_bytes(scheme, *k).ok_or_else(unfit)?;
+                one(DType::U8, [lead, &[n.div_ceil(PANEL), bytes]].concat())
+            }
+            (Layout::Blocks, [n, k], DType::Quant(scheme)) => {
+                let (block, blocks) = blocks(scheme, *k);
+                let bits = usize::from(scheme.bits);
+                let mut parts = vec![("codes", DType::U8, vec![*n, blocks, block * bits / 8]), ("scales", DType::F32, vec![*n, blocks])];
+                if scheme.zero_points {
+                    parts.push(("zeros", DType::U8, vec![*n, (blocks * bits).div_ceil(8)]));
+                }
+                let name = |part| format!("{}.{part}", self.name);
+                parts.into_iter().map(|(part, dtype, shape)| TensorSpec { name: name(part), dtype, shape }).collect()
+            }
+            (_, _, DType::Quant(_)) => return Err(unfit()),
+            (Layout::Transposed, [n, k], dtype) => one(dtype, vec![*k, *n]),
+            (Layout::Panels, [n, k], dtype) => one(dtype, vec![n.div_ceil(PANEL), *k, PANEL]),
+            (Layout::Panels, [e, n, k], dtype) => one(dtype, vec![*e, n.div_ceil(PANEL), *k, PANEL]),
+            (_, shape, dtype) => one(dtype, shape.to_vec()),
+        })
     }
 }

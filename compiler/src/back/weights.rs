@@ -1,21 +1,26 @@
 //! Weights on their way from the checkpoint to the artifact: read, converted, laid out and written in tiles of rows, so that
 //! memory holds a few tiles and never a model. Tiles are independent: any number of threads writes the same bytes.
 
-use super::{Layout, Stored};
+use super::{Layout, Stored, blocks};
 use crate::{Error, Result, checkpoint::Checkpoint, weights_writer::WeightsWriter};
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 use rayon::prelude::*;
 use std::ops::Range;
-use vlmc_artifact::program::PANEL;
+use vlmc_artifact::{
+    Scheme,
+    program::PANEL,
+    quant::{self, Codes},
+};
 use vlmc_ir::{
     DType, Program,
     weights::{Recipe, WeightDef},
 };
+use vlmc_kernels::Isa;
 
-/// Bytes of a tile, roughly.
-const TILE: usize = 4 << 20;
+/// Elements of a tile, roughly.
+const TILE: usize = 1 << 20;
 
-/// Writes all of `stored`; `progress` is called with the bytes of each tile written.
+/// Writes all of `stored`; `progress` is called with the elements of each tile written.
 pub(crate) fn write(
     program: &Program,
     checkpoint: &Checkpoint,
@@ -27,34 +32,86 @@ pub(crate) fn write(
     for s in stored {
         let def = program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not a weight of the program"))?;
         let rows = def.shape.first().copied().unwrap_or(1);
-        let row = row_elements(def) * def.dtype.size();
         // A stack of matrices is written matrix by matrix.
         let unit = if def.shape.len() == 2 { PANEL } else { 1 };
-        let step = (TILE / row.max(1)).max(1).next_multiple_of(unit);
+        let step = (TILE / row_elements(def).max(1)).max(1).next_multiple_of(unit);
         tiles.extend((0..rows).step_by(step).map(|start| (s, def, start..rows.min(start + step))));
     }
+    let isa = Isa::detect();
     tiles.into_par_iter().try_for_each(|(s, def, rows)| {
-        let bytes = Rows { checkpoint, dtype: def.dtype }.read(&def.recipe, rows.clone())?;
-        let row = row_elements(def) * def.dtype.size();
-        match s.layout {
-            Layout::Rows => file.write_at(&s.name, (rows.start * row) as u64, &bytes)?,
-            Layout::Transposed => {
-                let n = def.shape.first().copied().unwrap_or(1);
-                write_transposed(&bytes, row_elements(def), n, rows.start, def.dtype.size(), |at, run| file.write_at(&s.name, at, run))?;
-            }
-            Layout::Panels => {
-                let size = def.dtype.size();
-                let packed = match def.shape[..] {
-                    [_, n, k] if n * k > 0 => bytes.chunks_exact(n * k * size).flat_map(|m| panels(m, n, size)).collect(),
-                    _ => panels(&bytes, rows.len(), size),
-                };
-                let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
-                file.write_at(&s.name, (rows.start * row) as u64, &packed)?;
-            }
+        let source = Rows { checkpoint, dtype: def.dtype, isa };
+        match def.dtype {
+            DType::Quant(scheme) => write_codes(s, def, scheme, rows.clone(), &source, file)?,
+            _ => write_elements(s, def, rows.clone(), &source, file)?,
         }
-        progress(bytes.len() as u64);
+        progress((rows.len() * row_elements(def)) as u64);
         Ok(())
     })
+}
+
+fn write_elements(s: &Stored, def: &WeightDef, rows: Range<usize>, source: &Rows<'_>, file: &WeightsWriter) -> Result<()> {
+    let bytes = source.read(&def.recipe, rows.clone())?;
+    let size = def.dtype.size();
+    let row = row_elements(def) * size;
+    match s.layout {
+        Layout::Transposed => {
+            let n = def.shape.first().copied().unwrap_or(1);
+            write_transposed(&bytes, row_elements(def), n, rows.start, size, |at, run| file.write_at(&s.name, at, run))
+        }
+        Layout::Panels => {
+            let packed = match def.shape[..] {
+                [_, n, k] if n * k > 0 => bytes.chunks_exact(n * k * size).flat_map(|m| panels(m, n, size)).collect(),
+                _ => panels(&bytes, rows.len(), size),
+            };
+            let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
+            file.write_at(&s.name, (rows.start * row) as u64, &packed)
+        }
+        Layout::Rows | Layout::Blocks => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
+    }
+}
+
+fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, source: &Rows<'_>, file: &WeightsWriter) -> Result<()> {
+    let k = def.shape.last().copied().unwrap_or(1);
+    let codes = source.codes(&def.recipe, rows.clone(), k)?;
+    if s.layout == Layout::Blocks {
+        let (bytes, scales, zeros) = pack_blocks(&codes, k, scheme);
+        let at = |bytes: &[u8]| (rows.start * (bytes.len() / rows.len().max(1))) as u64;
+        file.write_at(&format!("{}.codes", s.name), at(&bytes), &bytes)?;
+        file.write_at(&format!("{}.scales", s.name), at(&scales), &scales)?;
+        return if scheme.zero_points { file.write_at(&format!("{}.zeros", s.name), at(&zeros), &zeros) } else { Ok(()) };
+    }
+    let panel = quant::panel_bytes(scheme, k).ok_or_else(|| Error::tensor(&s.weight, "is too large"))?;
+    if let [_, n, _] = def.shape[..] {
+        let mut packed = vec![];
+        for matrix in 0..rows.len() {
+            packed.extend(quant::pack_panels(&codes.rows(matrix * n..(matrix + 1) * n, k, scheme), k, scheme));
+        }
+        return file.write_at(&s.name, (rows.start * n.div_ceil(PANEL) * panel) as u64, &packed);
+    }
+    file.write_at(&s.name, (rows.start / PANEL * panel) as u64, &quant::pack_panels(&codes, k, scheme))
+}
+
+/// Rows of codes as [`Layout::Blocks`] has them: codes, scales, zero points.
+fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
+    let (block, blocks) = blocks(scheme, k);
+    let groups = scheme.groups(k);
+    let (mut codes, mut scales, mut zeros) = (vec![], vec![], vec![]);
+    let pack = |values: &[u8], len: usize, out: &mut Vec<u8>| {
+        let start = out.len();
+        out.resize(start + len, 0);
+        for (i, v) in values.iter().enumerate() {
+            if scheme.bits == 4 { out[start + i / 2] |= v << (4 * (i % 2)) } else { out[start + i] = *v }
+        }
+    };
+    let bits = usize::from(scheme.bits);
+    for (r, row) in rows.codes.chunks_exact(k.max(1)).enumerate() {
+        let group = |b: usize| r * groups + if scheme.group.is_some() { b } else { 0 };
+        row.chunks(block).for_each(|row| pack(row, block * bits / 8, &mut codes));
+        scales.extend((0..blocks).flat_map(|b| rows.scales[group(b)].to_le_bytes()));
+        let row_zeros: Vec<u8> = (0..blocks).map(|b| rows.zeros[group(b)]).collect();
+        pack(&row_zeros, (blocks * bits).div_ceil(8), &mut zeros);
+    }
+    (codes, scales, zeros)
 }
 
 /// Elements of a row of the weight.
@@ -92,6 +149,8 @@ struct Rows<'a> {
     checkpoint: &'a Checkpoint,
     /// Element type asked for at this level of the recipe; at the top, the weight's.
     dtype: DType,
+    /// What codes are found with.
+    isa: Isa,
 }
 
 impl Rows<'_> {
@@ -135,6 +194,17 @@ impl Rows<'_> {
                 }
                 Ok(self.dtype)
             }
+            Recipe::Scale(inner, by) => {
+                let by = Recipe::Source(by.clone());
+                let by = self.floats(&by, 0..self.rows(&by)?)?;
+                // Of a vector, the last axis is the first.
+                let skip = if self.columns(inner)? == 1 { rows.start } else { 0 };
+                let scaled =
+                    self.floats(inner, rows)?.into_iter().zip(by.iter().cycle().skip(skip)).flat_map(|(x, s)| (x * s).to_le_bytes());
+                out.extend(scaled);
+                Ok(DType::F32)
+            }
+            Recipe::Quantize(..) | Recipe::Codes(..) => Err(Error::Backend("codes are used as numbers".into())),
             Recipe::Concat(parts) => {
                 let mut start = 0;
                 for part in parts {
@@ -150,11 +220,56 @@ impl Rows<'_> {
         }
     }
 
+    /// Numbers of rows.
+    fn floats(&self, recipe: &Recipe, rows: Range<usize>) -> Result<Vec<f32>> {
+        let mut bytes = vec![];
+        let from = Rows { dtype: DType::F32, ..*self }.append(recipe, rows, &mut bytes)?;
+        Ok(match from {
+            DType::F16 => reinterpret::<2, _>(&bytes, f16::from_le_bytes).to_f32_vec(),
+            DType::BF16 => reinterpret::<2, _>(&bytes, bf16::from_le_bytes).to_f32_vec(),
+            _ => reinterpret(&bytes, f32::from_le_bytes),
+        })
+    }
+
+    /// Codes of rows of a quantized weight, whose last dim is `k`.
+    fn codes(&self, recipe: &Recipe, rows: Range<usize>, k: usize) -> Result<Codes> {
+        match recipe {
+            Recipe::Quantize(inner, scheme, method) => {
+                Ok(vlmc_kernels::quantize(self.isa, &self.floats(inner, rows)?, k, *scheme, *method))
+            }
+            Recipe::Codes(name, _) => {
+                let part = |part: &str| {
+                    let mut bytes = vec![];
+                    self.checkpoint.read_rows(&format!("{name}.{part}"), rows.clone(), &mut bytes).map(|()| bytes)
+                };
+                Ok(Codes { codes: part("codes")?, scales: reinterpret(&part("scales")?, f32::from_le_bytes), zeros: part("zeros")? })
+            }
+            Recipe::Concat(parts) => {
+                let (mut out, mut start) = (Codes::default(), 0);
+                for part in parts {
+                    let end = start + self.rows(part)?;
+                    let wanted = rows.start.max(start)..rows.end.min(end);
+                    if !wanted.is_empty() {
+                        out.append(self.codes(part, wanted.start - start..wanted.end - start, k)?);
+                    }
+                    start = end;
+                }
+                Ok(out)
+            }
+            Recipe::Reshape(inner, shape) => {
+                let each = self.rows(inner)?.checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(0);
+                self.codes(inner, rows.start * each..rows.end * each, k)
+            }
+            _ => Err(Error::Backend("a quantized weight has a recipe without codes".into())),
+        }
+    }
+
     fn rows(&self, recipe: &Recipe) -> Result<usize> {
         match recipe {
             Recipe::Source(name) => Ok(self.tensor(name)?.1.first().copied().unwrap_or(1)),
             Recipe::Reshape(_, shape) => Ok(shape.first().copied().unwrap_or(1)),
-            Recipe::Cast(inner, _) => self.rows(inner),
+            Recipe::Cast(inner, _) | Recipe::Scale(inner, _) | Recipe::Quantize(inner, ..) => self.rows(inner),
+            Recipe::Codes(name, _) => Ok(self.tensor(&format!("{name}.codes"))?.1.first().copied().unwrap_or(1)),
             Recipe::Transpose(inner, _) => self.columns(inner),
             Recipe::Concat(parts) => parts.iter().map(|p| self.rows(p)).sum(),
         }
@@ -165,7 +280,8 @@ impl Rows<'_> {
         match recipe {
             Recipe::Source(name) => Ok(self.tensor(name)?.1.iter().skip(1).product()),
             Recipe::Reshape(_, shape) => Ok(shape.iter().skip(1).product()),
-            Recipe::Cast(inner, _) => self.columns(inner),
+            Recipe::Cast(inner, _) | Recipe::Scale(inner, _) | Recipe::Quantize(inner, ..) => self.columns(inner),
+            Recipe::Codes(name, _) => Ok(self.tensor(&format!("{name}.codes"))?.1.iter().skip(1).product()),
             Recipe::Transpose(_, k) => Ok(*k),
             Recipe::Concat(parts) => parts.first().map_or(Ok(0), |p| self.columns(p)),
         }
@@ -176,6 +292,10 @@ impl Rows<'_> {
             .tensor(name)
             .ok_or_else(|| Error::tensor(name, "is missing from the checkpoint, or of a type that is not supported"))
     }
+}
+
+fn reinterpret<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks().0.iter().map(|b| f(*b)).collect()
 }
 
 /// Floats of one type to another; narrowing rounds to nearest even.

@@ -42,10 +42,9 @@ pub(super) struct EmbedArgs {
 }
 
 pub(super) fn embed(args: &EmbedArgs) -> Result<()> {
-    args.target.check()?;
     vectors::check_name(&args.out)?;
     let files = files(&args.images)?;
-    let dir = run::artifact(&args.model, &args.target.target)?;
+    let dir = run::artifact(&args.model, &args.target)?;
     let mut model = Loaded::open(&dir, args.threads)?;
     let names: Vec<String> = if args.text.is_empty() { files.iter().map(|f| f.display().to_string()).collect() } else { args.text.clone() };
     let bar = count_bar("embedding", names.len());

@@ -14,7 +14,7 @@ use vlmc::{compile::Model, target};
 use vlmc_ir::{Graph, Program};
 use vlmc_runtime::{
     Artifact,
-    artifact::{Dim, Entry, PROGRAM},
+    artifact::{Certificate, Dim, Entry, PROGRAM},
 };
 
 #[derive(Args)]
@@ -164,6 +164,7 @@ fn of_artifact(artifact: &Artifact) -> Value {
         "graphs": m.entries.iter().map(graph).collect::<Vec<_>>(),
         "files": m.files.iter().map(|(n, f)| (n.clone(), json!(f.bytes))).collect::<serde_json::Map<_, _>>(),
         "pictures": m.processor.is_some(),
+        "certificate": m.certificate,
     })
 }
 
@@ -204,14 +205,32 @@ fn text(r: &Value) -> String {
     if let Some(symbols) = r["symbols"].as_array() {
         let _ = writeln!(out, "\nsymbols {}", symbols.iter().map(s).collect::<Vec<_>>().join(", "));
     }
+    if let Ok(c) = serde_json::from_value::<Certificate>(r["certificate"].clone()) {
+        out += &certificate(&c);
+    }
     if let Some(unused) = r["unused_tensors"].as_array().filter(|u| !u.is_empty()) {
         let _ = writeln!(out, "\nnot used: {}", unused.iter().map(s).collect::<Vec<_>>().join(", "));
     }
     out
 }
 
+fn certificate(c: &Certificate) -> String {
+    let verdict = if c.right { "agrees with its checkpoint" } else { "DIFFERS from its checkpoint" };
+    let number = |v: Option<f64>| v.map_or("none".to_string(), |v| v.to_string());
+    let mut out = format!("\ncertificate: {verdict}, says {}, on {} request(s)\n", c.compiler, c.requests.len());
+    let _ = writeln!(out, "  nodes compared {}, not compared {}", c.nodes, c.nodes_not_compared);
+    let worst = c.worst_scope.iter().chain(&c.worst_weights).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let _ = writeln!(out, "  worst node     relative error {} in {worst}", number(c.worst_relative_error));
+    let _ = writeln!(out, "  outputs        relative error {}", number(c.output_relative_error));
+    if let Some(mean) = c.logit_kl_mean {
+        let (max, top1) = (number(c.logit_kl_max), number(c.top1_agreement.map(|t| t * 100.0)));
+        let _ = writeln!(out, "  logits         KL {mean} mean, {max} largest; top-1 agrees on {top1} %");
+    }
+    out
+}
+
 pub(super) fn dump(args: &DumpArgs) -> Result<()> {
-    args.target.check()?;
+    let policy = args.target.policy()?;
     if is_artifact(&args.path) {
         return dump_artifact(args);
     }
@@ -223,7 +242,7 @@ pub(super) fn dump(args: &DumpArgs) -> Result<()> {
         if !passes.contains(&wanted.as_str()) {
             bail!("--after: target '{}' has no pass '{wanted}'; its passes are {}", target.name, passes.join(", "));
         }
-        model.lower_for(target, |pass, after| {
+        model.lower_for(target, &policy, |pass, after| {
             if pass.name == wanted {
                 program = (**after).clone();
             }

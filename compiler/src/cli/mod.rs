@@ -3,9 +3,10 @@
 mod embed;
 mod inspect;
 mod run;
+mod verify;
 
-use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     io::{IsTerminal, Write},
@@ -14,6 +15,7 @@ use std::{
     process::ExitCode,
 };
 use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
@@ -50,6 +52,12 @@ enum Command {
     /// pixel_values_videos, video_grid_thw, position_ids. Writes logits, image_features and, with --max-new-tokens,
     /// generated_ids (greedy, end-of-text ignored).
     Exec(ExecArgs),
+    /// Compare an artifact with its checkpoint, layer by layer
+    ///
+    /// Runs the artifact and, in plain f32, the program of the checkpoint; compares each layer's result with what the checkpoint's
+    /// weights make of the same operands, and the outputs. Names the first layer that is wrong, and then exits with 1. The
+    /// result goes into the artifact's manifest. Without --image, --prompt and --data, on a made-up picture and text.
+    Verify(verify::VerifyArgs),
     /// Show what a checkpoint or an artifact holds
     Inspect(inspect::InspectArgs),
     /// Print the graphs of a checkpoint or an artifact
@@ -92,38 +100,25 @@ struct TargetArgs {
     /// What to compile for; see `vlmc targets`
     #[arg(long, default_value = "cpu")]
     target: String,
-    /// Quantization of the weights
-    #[arg(long, value_enum, default_value_t = Quant::None)]
-    quant: Quant,
+    /// Quantization of the weights: none, int8, int4, or a file of rules
+    ///
+    /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder's layers in 4 bits with a scale
+    /// per 32 columns, the rest as int8. Norms, biases, positions, convolutions, routers and what reads the request's pixels
+    /// stay as they are. A file in TOML names weights by patterns: see the README.
+    #[arg(long, default_value = "none", value_name = "POLICY")]
+    quant: String,
 }
 
 impl TargetArgs {
-    fn check(&self) -> Result<()> {
-        if self.quant != Quant::None {
-            bail!("--quant {} is not supported yet; supported: none (weights keep the checkpoint's precision)", self.quant.name());
-        }
+    /// The policy; an error if there is no such target either.
+    fn policy(&self) -> Result<Policy> {
         target::named(&self.target)?;
-        Ok(())
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Quant {
-    /// As in the checkpoint
-    None,
-    /// 8-bit integers
-    Int8,
-    /// 4-bit integers
-    Int4,
-}
-
-impl Quant {
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
+        let path = Path::new(&self.quant);
+        if path.extension().is_some_and(|e| e == "toml") {
+            let text = std::fs::read_to_string(path).with_context(|| format!("--quant {}", self.quant))?;
+            return Policy::parse(&text).with_context(|| format!("--quant {}", self.quant));
         }
+        Policy::named(&self.quant).context("--quant (a file of rules ends in .toml)")
     }
 }
 
@@ -175,6 +170,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Embed(args) => embed::embed(&args),
         Command::Exec(args) => exec(&args),
+        Command::Verify(args) => verify::verify(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),
         Command::Archs(args) => archs(args.json),
@@ -226,10 +222,11 @@ fn checkpoint_dir(model: &str) -> Result<PathBuf> {
     Ok(dir?)
 }
 
-fn compile_to(model: &compile::Model, target: &str, out: &Path) -> Result<compile::Report> {
+fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path) -> Result<compile::Report> {
     let bar = bytes_bar("writing weights");
     let report = model.compile(&compile::Options {
         target,
+        policy,
         out,
         progress: &|done, total| {
             bar.set_length(total);
@@ -243,7 +240,7 @@ fn compile_to(model: &compile::Model, target: &str, out: &Path) -> Result<compil
 }
 
 fn compile_command(args: &CompileArgs) -> Result<()> {
-    args.target.check()?;
+    let policy = args.target.policy()?;
     let dir = checkpoint_dir(&args.model)?;
     let model = match &args.lora {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
@@ -255,7 +252,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
-    let report = compile_to(&model, &args.target.target, &out)?;
+    let report = compile_to(&model, &args.target.target, &policy, &out)?;
     if args.json {
         return print_json(&report);
     }

@@ -69,8 +69,7 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<()> {
-    args.target.check()?;
-    let dir = artifact(&args.model, &args.target.target)?;
+    let dir = artifact(&args.model, &args.target)?;
     let manifest = Artifact::open(&dir)?.manifest().clone();
     check_arguments(args, &manifest)?;
     if manifest.task.prompt().is_none() {
@@ -223,7 +222,8 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
 }
 
 /// The artifact of a model: itself, or made from a checkpoint and kept in a cache.
-pub(super) fn artifact(model: &str, target: &str) -> Result<PathBuf> {
+pub(super) fn artifact(model: &str, target: &TargetArgs) -> Result<PathBuf> {
+    let policy = target.policy()?;
     let given = Path::new(model);
     if is_artifact(given) {
         return Ok(given.into());
@@ -233,11 +233,11 @@ pub(super) fn artifact(model: &str, target: &str) -> Result<PathBuf> {
         return Ok(dir);
     }
     let model = compile::Model::open(&dir)?;
-    let out = cache_dir()?.join("artifacts").join(format!("{}-{target}", model.fingerprint()?));
+    let out = cache_dir()?.join("artifacts").join(format!("{}-{}", model.fingerprint(&policy)?, target.target));
     // An artifact that another version made, or that is damaged, is made again.
     let usable = Artifact::open(&out).is_ok_and(|a| a.manifest().compiler == compile::COMPILER);
     if !usable {
-        compile_to(&model, target, &out)?;
+        compile_to(&model, &target.target, &policy, &out)?;
     }
     Ok(out)
 }

@@ -7,6 +7,9 @@ pub(super) const TARGET: Target = Target {
     name: "cpu",
     summary: "vlmc's own CPU runtime: no other library",
     supports: |op, args| match op {
+        _ if args.iter().any(|t| t.dtype.scheme().is_some()) && !matches!(op, Op::Linear(_) | Op::Embedding(_) | Op::Moe(_)) => {
+            Support::Reject("only linear layers, tables and experts read quantized weights".into())
+        }
         // A mask for several leading axes would need as many strides.
         Op::Attention(a) if a.mask == Mask::Given && args[0].rank() > 4 => Support::Decompose,
         // Weights are widened by the kernels that read them, never on their own.

@@ -1,5 +1,6 @@
-//! `onnx-cpu`: standard ONNX, opset 23, for ONNX Runtime's CPU provider and any other reader.
+//! `onnx-cpu`: standard ONNX, opset 23, and for quantized weights ONNX Runtime's own operators, for ONNX Runtime's CPU provider and any other reader.
 
+use crate::back;
 use vlmc_artifact::program::Unary;
 use vlmc_ir::{DType, Op, ops::Mask};
 use vlmc_passes::{Support, Target};
@@ -8,6 +9,21 @@ pub(super) const TARGET: Target = Target {
     name: "onnx-cpu",
     summary: "ONNX graphs (opset 23, standard ops) for ONNX Runtime on a CPU",
     supports: |op, args| {
+        match (op, args.iter().find_map(|t| t.dtype.scheme())) {
+            // MatMulNBits.
+            (Op::Linear(_), Some(_)) => return Support::Native,
+            // GatherBlockQuantized.
+            (Op::Embedding(_), Some(scheme)) => {
+                let whole = args[0].shape[1].as_const().is_some_and(|k| k % back::blocks(scheme, k as usize).0 as i64 == 0);
+                return match (scheme.zero_points, whole) {
+                    (true, _) => Support::Reject("a table of quantized rows has no zero points".into()),
+                    (_, false) => Support::Reject("rows of a quantized table must be whole blocks".into()),
+                    _ => Support::Native,
+                };
+            }
+            (_, Some(_)) => return Support::Reject("only linear layers and tables read quantized weights".into()),
+            _ => {}
+        }
         if let Some(t) = args.iter().find(|t| !matches!(t.dtype, DType::F32 | DType::I64 | DType::Bool)) {
             return Support::Reject(format!("the CPU provider computes in f32, not {}", t.dtype));
         }

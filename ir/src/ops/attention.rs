@@ -247,7 +247,7 @@ impl OpDef for Append {
         super::Concat { axis: self.axis }.infer(&[past.clone(), new.clone()])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let (past, new) = (args[0].f32()?, args[1].f32()?);
         let both = ndarray::concatenate(Axis(self.axis), &[past.view(), new.view()]);
         Ok(vec![Array::F32(both.map_err(|e| e.to_string())?)])

@@ -60,7 +60,7 @@ impl OpDef for Elementwise1 {
         }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let f: fn(f32) -> f32 = match self.f {
             Unary::Not => return Ok(vec![Array::Bool(args[0].bool()?.mapv(|v| !v))]),
             Unary::Neg => |x| -x,
@@ -140,7 +140,7 @@ impl OpDef for Elementwise2 {
         Ok(vec![Type { dtype, shape: broadcast_shapes(&a.shape, &b.shape)? }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let (a, b) = (&args[0], &args[1]);
         let floats = |f: fn(f32, f32) -> f32| Ok(Array::F32(broadcast2(a.f32()?, b.f32()?, f)?));
         let ints = |f: fn(i64, i64) -> i64| Ok::<_, String>(Array::I64(broadcast2(a.i64()?, b.i64()?, f)?));
@@ -202,7 +202,7 @@ impl OpDef for Select {
         Ok(vec![Type { dtype: a.dtype, shape: broadcast_shapes(&c.shape, &broadcast_shapes(&a.shape, &b.shape)?)? }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let c = args[0].bool()?;
         Ok(vec![match (&args[1], &args[2]) {
             (Array::F32(a), Array::F32(b)) => {
@@ -239,7 +239,7 @@ impl OpDef for Cast {
         Ok(vec![x.with_dtype(self.dtype)])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         Ok(vec![match (&args[0], self.dtype) {
             (Array::F32(x), DType::F32) => Array::F32(x.clone()),
             (Array::F32(x), DType::F16) => Array::F32(x.mapv(|v| f16::from_f32(v).to_f32())),
@@ -248,7 +248,9 @@ impl OpDef for Cast {
             (Array::F32(x), DType::Bool) => Array::Bool(x.mapv(|v| v != 0.0)),
             (Array::I64(x), DType::I64) => Array::I64(x.clone()),
             (Array::I64(x), DType::Bool) => Array::Bool(x.mapv(|v| v != 0)),
-            (Array::I64(x), d) if d.is_float() => return Self { dtype: d }.eval(&[Array::F32(x.mapv(|v| v as f32))], &Bindings::default()),
+            (Array::I64(x), d) if d.is_float() => {
+                return Self { dtype: d }.eval(&[&Array::F32(x.mapv(|v| v as f32))], &Bindings::default());
+            }
             (Array::Bool(x), DType::Bool) => Array::Bool(x.clone()),
             (Array::Bool(x), DType::I64) => Array::I64(x.mapv(i64::from)),
             (Array::Bool(x), _) => Array::F32(x.mapv(|v| f32::from(u8::from(v)))),

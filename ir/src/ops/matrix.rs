@@ -2,7 +2,8 @@
 
 use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
-use ndarray::ArrayD;
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, Axis, Dimension, linalg::general_mat_mul};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::{
     Scheme,
@@ -29,24 +30,39 @@ impl OpDef for MatMul {
         Ok(vec![Type { dtype: DType::F32, shape }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let (a, b) = (args[0].f32()?, args[1].f32()?);
         let ((batch_a, [m, k]), (batch_b, [_, n])) = (split2(a.shape()), split2(b.shape()));
         let dims = |s: &[usize]| s.iter().map(|d| Dim::from(*d)).collect::<Vec<_>>();
         let batch = broadcast_shapes(&dims(batch_a), &dims(batch_b))?;
         let batch: Vec<usize> = batch.iter().map(|d| d.as_const().unwrap_or(0) as usize).collect();
         let full = |m: usize, n: usize| [batch.as_slice(), &[m, n]].concat();
-        let flat = |x: &ArrayD<f32>, m: usize, n: usize| -> Result<ndarray::Array3<f32>, String> {
-            let x = x.broadcast(full(m, n)).ok_or("shapes do not broadcast")?;
-            x.as_standard_layout().into_owned().into_shape_with_order((batch.iter().product(), m, n)).map_err(|e| e.to_string())
-        };
-        let (a, b) = (flat(a, *m, *k)?, flat(b, *k, *n)?);
-        let mut out = ndarray::Array3::zeros((a.shape()[0], *m, *n));
-        for ((a, b), mut out) in a.outer_iter().zip(b.outer_iter()).zip(out.outer_iter_mut()) {
-            out.assign(&a.dot(&b));
+        let views = || Some((a.broadcast(full(*m, *k))?, b.broadcast(full(*k, *n))?));
+        let (a, b) = views().ok_or("shapes do not broadcast")?;
+        let mut out = ArrayD::zeros(full(*m, *n));
+        for at in ndarray::indices(batch.as_slice()) {
+            let (a, b) = (matrix_at(&a, at.slice())?, matrix_at(&b, at.slice())?);
+            let mut out = out.view_mut();
+            at.slice().iter().for_each(|i| out.index_axis_inplace(Axis(0), *i));
+            let mut out = out.into_dimensionality().map_err(|e| e.to_string())?;
+            product(&a, &b, &mut out);
         }
-        Ok(vec![Array::F32(out.into_shape_with_order(full(*m, *n)).map_err(|e| e.to_string())?)])
+        Ok(vec![Array::F32(out)])
     }
+}
+
+/// The matrix at an index of the leading axes.
+fn matrix_at<'a>(x: &ArrayViewD<'a, f32>, at: &[usize]) -> Result<ArrayView2<'a, f32>, String> {
+    let mut x = x.clone();
+    at.iter().for_each(|i| x.index_axis_inplace(Axis(0), *i));
+    x.into_dimensionality().map_err(|e| e.to_string())
+}
+
+/// `out = a b`, on all cores: blocks of columns of a fixed width, so that the sums do not depend on their number.
+fn product(a: &ArrayView2<'_, f32>, b: &ArrayView2<'_, f32>, out: &mut ArrayViewMut2<'_, f32>) {
+    const WIDTH: usize = 256;
+    let columns = out.axis_chunks_iter_mut(Axis(1), WIDTH).zip(b.axis_chunks_iter(Axis(1), WIDTH)).collect::<Vec<_>>();
+    columns.into_par_iter().for_each(|(mut out, b)| general_mat_mul(1.0, a, &b, 0.0, &mut out));
 }
 
 fn split2<T>(shape: &[T]) -> (&[T], [&T; 2]) {
@@ -87,15 +103,34 @@ impl OpDef for Linear {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
-        let mut x = args[0];
         if let (true, Some(scheme)) = (self.dynamic, args[1].ty().dtype.scheme()) {
-            x = round_to_8_bits(g, x, scheme)?;
+            let x = round_to_8_bits(g, args[0], scheme)?;
+            return Some(g.apply_op(Self { dynamic: false }.into(), &[&[x], &args[1..]].concat()));
         }
-        let y = g.matmul(x, g.transpose(g.cast(args[1], DType::F32), &[1, 0]));
+        let y = g.matmul(args[0], g.transpose(g.cast(args[1], DType::F32), &[1, 0]));
         Some(vec![match args.get(2) {
             Some(bias) => y + g.cast(*bias, DType::F32),
             None => y,
         }])
+    }
+
+    /// As the decomposition of what is not dynamic, without copies of the weight.
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
+        let (x, w) = (args[0].f32()?, args[1].f32()?);
+        let [n, k] = *w.shape() else { return Err(format!("weight must have 2 axes, has shape {:?}", w.shape())) };
+        let mut shape = x.shape().to_vec();
+        shape.pop();
+        let rows = shape.iter().product();
+        shape.push(n);
+        let failed = |e: ndarray::ShapeError| e.to_string();
+        let x = x.to_shape((rows, k)).map_err(failed)?;
+        let w = w.view().into_dimensionality().map_err(failed)?;
+        let mut y = Array2::zeros((rows, n));
+        product(&x.view(), &w.reversed_axes(), &mut y.view_mut());
+        if let Some(bias) = args.get(2) {
+            y += bias.f32()?;
+        }
+        Ok(vec![Array::F32(y.into_shape_with_order(shape).map_err(failed)?)])
     }
 }
 

@@ -46,7 +46,7 @@ pub trait OpDef: Serialize + DeserializeOwned {
     ///
     /// # Errors
     /// Values that have no meaning: an index out of range, a division by zero.
-    fn eval(&self, _args: &[Array], _symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, _args: &[&Array], _symbols: &Bindings) -> Result<Vec<Array>, String> {
         Err(format!("'{}' has no meaning of its own, only a decomposition", self.mnemonic()))
     }
 
@@ -123,7 +123,7 @@ macro_rules! ops {
             ///
             /// # Errors
             /// Values that have no meaning, and composites.
-            pub fn eval(&self, args: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+            pub fn eval(&self, args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
                 match self { $(Self::$Op(op) => op.eval(args, symbols),)* }
             }
         }

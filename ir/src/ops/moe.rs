@@ -27,7 +27,7 @@ impl OpDef for TopK {
         Ok(vec![Type { dtype: DType::I64, shape }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let x = args[0].f32()?;
         let n = x.shape().last().copied().unwrap_or(1);
         let mut shape = x.shape().to_vec();

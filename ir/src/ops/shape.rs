@@ -41,7 +41,7 @@ impl OpDef for Iota {
         Ok(vec![Type::new(DType::I64, [&self.len])])
     }
 
-    fn eval(&self, _: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, _: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
         let len = extents(std::slice::from_ref(&self.len), symbols)?;
         Ok(vec![Array::I64(ndarray::Array1::from_iter(0..len[0] as i64).into_dyn())])
     }
@@ -62,7 +62,7 @@ impl OpDef for DimValue {
         Ok(vec![Type { dtype: DType::I64, shape: vec![] }])
     }
 
-    fn eval(&self, _: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, _: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
         let value = self.dim.eval(symbols).map_err(|e| e.to_string())?;
         Ok(vec![Array::I64(ndarray::arr0(value).into_dyn())])
     }
@@ -85,7 +85,7 @@ impl OpDef for Reshape {
         Ok(vec![Type { dtype: x.dtype, shape: self.shape.clone() }])
     }
 
-    fn eval(&self, args: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
         let shape = extents(&self.shape, symbols)?;
         Ok(vec![any!(&args[0], x => x.to_shape(shape).map_err(|e| e.to_string())?.to_owned())])
     }
@@ -109,7 +109,7 @@ impl OpDef for Transpose {
         Ok(vec![Type { dtype: x.dtype, shape: self.perm.iter().map(|p| x.shape[*p].clone()).collect() }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         Ok(vec![any!(&args[0], x => x.view().permuted_axes(self.perm.as_slice()).as_standard_layout().into_owned())])
     }
 }
@@ -131,7 +131,7 @@ impl OpDef for Broadcast {
         Ok(vec![Type { dtype: x.dtype, shape: self.shape.clone() }])
     }
 
-    fn eval(&self, args: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
         let shape = extents(&self.shape, symbols)?;
         Ok(vec![any!(&args[0], x => x.broadcast(shape).ok_or("shapes do not broadcast")?.to_owned())])
     }
@@ -161,7 +161,7 @@ impl OpDef for Concat {
         Ok(vec![out])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         macro_rules! join {
             ($get:ident, $kind:ident) => {{
                 let views = args.iter().map(|a| Ok(a.$get()?.view())).collect::<Result<Vec<_>, String>>()?;
@@ -203,7 +203,7 @@ impl OpDef for Slice {
         Ok(vec![out])
     }
 
-    fn eval(&self, args: &[Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
         let bounds = extents(&[self.start.clone(), self.len.clone()], symbols)?;
         let (start, end) = (bounds[0], bounds[0].saturating_add(bounds[1]));
         let have = args[0].shape()[self.axis];
@@ -231,7 +231,7 @@ impl OpDef for Gather {
         Ok(vec![Type { dtype: data.dtype, shape }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let index = args[1].i64()?;
         let len = args[0].shape()[self.axis];
         let flat: Vec<usize> = index
@@ -291,7 +291,7 @@ impl OpDef for ReduceOp {
         Ok(vec![Type { dtype: x.dtype, shape }])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let count: usize = self.axes.iter().map(|a| args[0].shape()[*a]).product();
         let defined = match self.f {
             Reduce::Sum => true,
@@ -331,7 +331,7 @@ impl OpDef for CumSum {
         Ok(vec![x.clone()])
     }
 
-    fn eval(&self, args: &[Array], _: &Bindings) -> Result<Vec<Array>, String> {
+    fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
         let mut out = args[0].clone();
         match &mut out {
             Array::F32(x) => x.accumulate_axis_inplace(Axis(self.axis), |a, b| *b += a),

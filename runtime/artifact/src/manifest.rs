@@ -40,6 +40,38 @@ pub struct Manifest {
     pub generation: Generation,
     /// Every other file of the artifact, by its path relative to the manifest.
     pub files: BTreeMap<String, FileEntry>,
+    /// What `vlmc verify` found; absent before it has run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Certificate>,
+}
+
+/// A comparison of the artifact with the reference interpretation of its checkpoint. Numbers have three digits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// What compared, e.g. `vlmc 0.1.0`.
+    pub compiler: String,
+    /// Whether the artifact does what the checkpoint says, as far as the storage of its weights lets it.
+    pub right: bool,
+    /// SHA-256 (hex) of the tensors of each request that both ran.
+    pub requests: Vec<String>,
+    /// Nodes with weights that were compared on their own.
+    pub nodes: usize,
+    /// Nodes with weights that the artifact computes together with others, so that only what follows could be compared.
+    pub nodes_not_compared: usize,
+    /// Where the worst of them stands, measured by what the storage of its weights explains.
+    pub worst_scope: Option<String>,
+    /// Its weights.
+    pub worst_weights: Vec<String>,
+    /// Its relative error for the same operands.
+    pub worst_relative_error: Option<f64>,
+    /// Largest relative error of an output of the model.
+    pub output_relative_error: Option<f64>,
+    /// Divergence of the logits' probabilities from the reference's in nats, mean over positions.
+    pub logit_kl_mean: Option<f64>,
+    /// The largest of them.
+    pub logit_kl_max: Option<f64>,
+    /// Share of positions whose most probable token is the reference's.
+    pub top1_agreement: Option<f64>,
 }
 
 /// Where an artifact comes from.

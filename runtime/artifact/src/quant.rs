@@ -7,7 +7,7 @@
 use crate::program::PANEL;
 use half::f16;
 use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
+use std::{fmt, ops::Range, str::FromStr};
 
 /// How the elements of a quantized weight are kept. Prints as `int8` (a scale per row), `int4g32` (a scale per 32 columns), or
 /// `int4g32z` (and a zero point).
@@ -157,6 +157,24 @@ impl Codes {
             }
         }
         out
+    }
+
+    /// Some of the rows, each of `k` columns.
+    pub fn rows(&self, rows: Range<usize>, k: usize, scheme: Scheme) -> Self {
+        let groups = scheme.groups(k);
+        let of = |r: &Range<usize>, width: usize| r.start * width..r.end * width;
+        Self {
+            codes: self.codes[of(&rows, k)].to_vec(),
+            scales: self.scales[of(&rows, groups)].to_vec(),
+            zeros: self.zeros[of(&rows, groups)].to_vec(),
+        }
+    }
+
+    /// Adds rows of equal length.
+    pub fn append(&mut self, more: Self) {
+        self.codes.extend(more.codes);
+        self.scales.extend(more.scales);
+        self.zeros.extend(more.zeros);
     }
 
     /// The numbers that the codes stand for, `[rows, k]`.

@@ -19,6 +19,7 @@ mod moe;
 pub mod moves;
 mod norm;
 mod pool;
+mod quantize;
 mod quantized;
 
 pub use attention::{Attention, Keys, Seen, Strides};
@@ -27,6 +28,7 @@ pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
 pub use moe::{Experts, Moe};
 pub use pool::Pool;
+pub use quantize::quantize;
 use std::sync::Mutex;
 
 /// The kernels of one CPU: an instruction set and a pool of threads.

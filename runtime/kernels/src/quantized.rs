@@ -571,20 +571,34 @@ unsafe fn widen<I: Ints>(scheme: Scheme, segment: &Segment<'_>, out: &mut [f32])
     unsafe {
         let scales = segment.scales::<I::Floats>();
         let zeros = segment.zeros.map_or_else(|| I::splat(i32::from(scheme.middle())), |z| Segment::zeros::<I>(z));
-        let mut out = out.as_chunks_mut::<N>().0.iter_mut();
-        let mut columns = |codes: I| {
-            let bytes = [codes, codes.shift_right::<8>(), codes.shift_right::<16>(), codes.shift_right::<24>()];
-            for byte in bytes {
-                let Some(out) = out.next() else { return };
-                byte.and(I::splat(0xff)).sub(zeros).to_f32().mul(scales).store(out);
+        let out = out.as_chunks_mut::<N>().0;
+        if scheme.bits == 4 {
+            for (block, out) in segment.codes.iter().zip(out.chunks_mut(2 * WORD)) {
+                let [low, high] = halves::<I>(block);
+                let (first, second) = out.split_at_mut(WORD.min(out.len()));
+                widen_word(low, zeros, scales, first);
+                widen_word(high, zeros, scales, second);
             }
-        };
-        for block in segment.codes {
-            if scheme.bits == 4 {
-                halves::<I>(block).into_iter().for_each(&mut columns);
-            } else {
-                columns(I::load(block));
+        } else {
+            for (block, out) in segment.codes.iter().zip(out.chunks_mut(WORD)) {
+                widen_word(I::load(block), zeros, scales, out);
             }
+        }
+    }
+}
+
+/// Numbers of the first columns, at most 4, of a vector of codes.
+///
+/// # Safety
+/// The CPU has the instruction set of `I`.
+#[inline(always)]
+unsafe fn widen_word<I: Ints>(codes: I, zeros: I, scales: I::Floats, out: &mut [[f32; N]]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mask = I::splat(0xff);
+        let bytes = [codes, codes.shift_right::<8>(), codes.shift_right::<16>(), codes.shift_right::<24>()];
+        for (byte, out) in bytes.iter().zip(out) {
+            byte.and(mask).sub(zeros).to_f32().mul(scales).store(out);
         }
     }
 }

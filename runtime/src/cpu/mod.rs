@@ -2,15 +2,17 @@
 
 mod check;
 mod memory;
+mod observe;
 mod step;
 mod weights;
 
 use crate::{
-    Engine, Error, Result, Tensor,
+    Engine, Error, Observer, Result, Tensor,
     artifact_dir::{Artifact, read_limited},
     binding,
 };
 use memory::{Frame, Literal, State};
+use observe::Watch;
 use std::num::NonZero;
 use vlmc_artifact::{
     Entry, Manifest, PROGRAM,
@@ -30,6 +32,7 @@ pub struct CpuEngine {
     kernels: Kernels,
     weights: Weights,
     functions: Vec<Loaded>,
+    observer: Option<Observer>,
 }
 
 /// A function and what it keeps between runs.
@@ -65,7 +68,12 @@ impl CpuEngine {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions })
+        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, observer: None })
+    }
+
+    /// Tells `observer` of every step with weights from now on.
+    pub fn observe(&mut self, observer: Observer) {
+        self.observer = Some(observer);
     }
 }
 
@@ -98,7 +106,14 @@ impl Loaded {
         })
     }
 
-    fn run(&mut self, kernels: &Kernels, weights: &Weights, bound: binding::Bound<'_>, entry: &Entry) -> Result<Vec<Tensor>> {
+    fn run(
+        &mut self,
+        kernels: &Kernels,
+        weights: &Weights,
+        bound: binding::Bound<'_>,
+        entry: &Entry,
+        mut watch: Option<Watch<'_>>,
+    ) -> Result<Vec<Tensor>> {
         let symbols = &bound.symbols;
         let shapes = self
             .function
@@ -119,10 +134,14 @@ impl Loaded {
                 slots: &mut self.slots,
                 states: &mut self.states,
             };
+            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame))?;
             step::run(kernels, step, &mut frame).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
                 Error::Input(format!("{}: {scope}{why}", entry.name))
             })?;
+            if let Some(watch) = &mut watch {
+                watch.after(step, &frame, before)?;
+            }
         }
         let frame = Frame {
             function: &self.function,
@@ -179,7 +198,8 @@ impl Engine for CpuEngine {
         let now: Vec<_> = shapes.iter().map(|s| s.as_ref().map(<[usize; 4]>::as_slice)).collect();
         let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
         let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
-        let result = loaded.run(&self.kernels, &self.weights, bound, entry);
+        let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
+        let result = loaded.run(&self.kernels, &self.weights, bound, entry, watch);
         if result.is_err() {
             loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
         }

@@ -19,6 +19,7 @@ pub(super) struct Weights {
 }
 
 struct Tensor {
+    name: String,
     range: Range<usize>,
     dtype: DType,
     layout: Layout,
@@ -77,7 +78,7 @@ impl Weights {
                 if !range.start.is_multiple_of(dtype.size()) {
                     return Err(wrong(format!("starts at byte {}, which is not aligned", range.start)));
                 }
-                Ok(Tensor { range, dtype: w.dtype, layout: w.layout })
+                Ok(Tensor { name: w.name.clone(), range, dtype: w.dtype, layout: w.layout })
             })
             .collect::<Result<_>>()?;
         Ok(Self { map, tensors })
@@ -93,6 +94,11 @@ impl Weights {
             DType::Quant(scheme) => Floats::Quant(bytes, scheme),
             _ => Floats::F32(bytemuck::cast_slice(bytes)),
         }
+    }
+
+    /// Name of weight `i`.
+    pub(super) fn name(&self, i: usize) -> &str {
+        &self.tensors[i].name
     }
 
     /// Order of the elements of weight `i`.

@@ -1,7 +1,7 @@
 //! IR to ONNX, op by op.
 
-use super::{IR_VERSION, OPSET, layout, proto, stored_name};
-use crate::{Error, Result};
+use super::{IR_VERSION, MICROSOFT, OPSET, layout, proto, stored_name};
+use crate::{Error, Result, back::blocks};
 use proto::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataLocation,
@@ -9,7 +9,7 @@ use proto::{
 };
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use vlmc_artifact::{
-    Bindings, DimFunction,
+    Bindings, DimFunction, Scheme,
     program::{Binary, Reduce, Unary},
 };
 use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
@@ -35,11 +35,13 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
                 least: program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect(),
             };
             e.run().map_err(|why| Error::Backend(format!("{}: {why}", g.name)))?;
+            let domain = |name: &str, version| OperatorSetIdProto { domain: Some(name.into()), version: Some(version) };
+            let own = e.out.node.iter().any(|n| n.domain() == MICROSOFT).then(|| domain(MICROSOFT, 1));
             let model = ModelProto {
                 ir_version: Some(IR_VERSION),
                 producer_name: Some("vlmc".into()),
                 producer_version: Some(env!("CARGO_PKG_VERSION").into()),
-                opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(OPSET) }],
+                opset_import: [domain("", OPSET)].into_iter().chain(own).collect(),
                 graph: Some(e.out),
                 ..ModelProto::default()
             };
@@ -174,21 +176,27 @@ impl Emitter<'_> {
     }
 
     fn weight(&mut self, weight: &str, ty: &Type, op: &Op, operand: usize) -> Emitted<String> {
-        let layout = layout(op, operand);
+        let layout = layout(op, operand, ty.dtype);
         let name = stored_name(weight, layout);
         if !self.stored.insert(name.clone()) {
             return Ok(name);
         }
-        let (offset, length) = (self.place)(&name).ok_or_else(|| format!("weight '{name}' is not stored"))?;
         let mut dims: Vec<i64> = ty.shape.iter().map(|d| d.as_const().ok_or("a weight has a symbolic dim")).collect::<Result<_, _>>()?;
         if layout == super::Layout::Transposed {
             dims.reverse();
         }
+        self.external(&name, &name, ty.dtype, dims)?;
+        Ok(name)
+    }
+
+    /// An initializer that lies in the weight file as `stored`.
+    fn external(&mut self, name: &str, stored: &str, dtype: DType, dims: Vec<i64>) -> Emitted {
+        let (offset, length) = (self.place)(stored).ok_or_else(|| format!("weight '{stored}' is not stored"))?;
         let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
         self.out.initializer.push(TensorProto {
-            name: Some(name.clone()),
+            name: Some(name.into()),
             dims,
-            data_type: Some(data_type(ty.dtype)),
+            data_type: Some(data_type(dtype)),
             data_location: Some(DataLocation::External as i32),
             external_data: vec![
                 entry("location", self.weight_file.into()),
@@ -197,7 +205,62 @@ impl Emitter<'_> {
             ],
             ..Default::default()
         });
-        Ok(name)
+        Ok(())
+    }
+
+    /// Initializers of a quantized matrix `[n, k]`: codes, scales, and zero points or nothing. A table has its codes as
+    /// `[n, bytes]`, which are the same bytes.
+    fn codes(&mut self, weight: &str, scheme: Scheme, [n, k]: [usize; 2], table: bool) -> Emitted<[String; 3]> {
+        let (block, blocks) = blocks(scheme, k);
+        let bits = usize::from(scheme.bits);
+        let mut part = |part: &str, name: String, dtype, dims: &[usize]| {
+            let dims = dims.iter().map(|d| *d as i64).collect();
+            let new = self.stored.insert(name.clone());
+            if new { self.external(&name, &format!("{weight}.{part}"), dtype, dims) } else { Ok(()) }.map(|()| name)
+        };
+        let codes = if table {
+            part("codes", format!("{weight}.rows"), DType::U8, &[n, blocks * block * bits / 8])?
+        } else {
+            part("codes", format!("{weight}.codes"), DType::U8, &[n, blocks, block * bits / 8])?
+        };
+        let scales = part("scales", format!("{weight}.scales"), DType::F32, &[n, blocks])?;
+        let zeros = match scheme.zero_points {
+            true => part("zeros", format!("{weight}.zeros"), DType::U8, &[n, (blocks * bits).div_ceil(8)])?,
+            false => String::new(),
+        };
+        Ok([codes, scales, zeros])
+    }
+
+    /// A linear layer or a table of quantized weights, in ONNX Runtime's own operators.
+    fn quantized(&mut self, node: &Node, scheme: Scheme, output: &str) -> Emitted {
+        let table = matches!(node.op, Op::Embedding(_));
+        let (weight, x) = if table { (node.args[0], node.args[1]) } else { (node.args[1], node.args[0]) };
+        let Def::Weight(name) = self.graph.def(weight) else { return Err("only weights are quantized".into()) };
+        let extents: Option<Vec<usize>> =
+            self.graph.ty(weight).shape.iter().map(|d| d.as_const().and_then(|d| usize::try_from(d).ok())).collect();
+        let [n, k] = extents.and_then(|e| e.try_into().ok()).ok_or("a quantized matrix must have two axes of known length")?;
+        let name = name.clone();
+        let [codes, scales, zeros] = self.codes(&name, scheme, [n, k], table)?;
+        let x = self.operand(x, &node.op, usize::from(table))?;
+        let bits = int("bits", scheme.bits.into());
+        let block = int("block_size", blocks(scheme, k).0 as i64);
+        let (op, inputs, attributes) = match &node.op {
+            Op::Linear(o) => {
+                let bias = node.args.get(2).map_or(Ok(String::new()), |b| self.operand(*b, &node.op, 2))?;
+                let level = int("accuracy_level", if o.dynamic { 4 } else { 1 });
+                let sizes = [int("K", k as i64), int("N", n as i64)];
+                let attributes = [bits, block, level].into_iter().chain(sizes).collect();
+                ("MatMulNBits", vec![x, codes, scales, zeros, String::new(), bias], attributes)
+            }
+            _ => ("GatherBlockQuantized", vec![codes, x, scales, zeros], vec![bits, block, int("gather_axis", 0), int("quantize_axis", 1)]),
+        };
+        let given = inputs.iter().rposition(|i| !i.is_empty()).map_or(0, |last| last + 1);
+        let inputs: Vec<&str> = inputs.iter().take(given).map(String::as_str).collect();
+        self.named(op, &inputs, output, attributes);
+        if let Some(node) = self.out.node.last_mut() {
+            node.domain = Some(MICROSOFT.into());
+        }
+        Ok(())
     }
 
     fn literal(&mut self, name: &str, l: &Literal) {
@@ -345,6 +408,9 @@ impl Emitter<'_> {
                 name
             }
         };
+        if let Some(scheme) = node.args.iter().find_map(|a| g.ty(*a).dtype.scheme()) {
+            return self.quantized(node, scheme, &out);
+        }
         let names = node.args.iter().enumerate().map(|(i, a)| self.operand(*a, &node.op, i)).collect::<Emitted<Vec<_>>>()?;
         let x: Vec<&str> = names.iter().map(String::as_str).collect();
         let ty = |i: usize| g.ty(node.args[i]);

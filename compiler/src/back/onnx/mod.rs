@@ -12,29 +12,36 @@ use super::{Layout, Stored};
 use crate::{Error, Result};
 use prost::Message;
 use std::{collections::BTreeSet, path::Path};
-use vlmc_ir::{Def, Op, Verified};
+use vlmc_ir::{DType, Def, Op, Verified};
 
 /// Operator set that the models import.
 pub const OPSET: i64 = 23;
 /// Version of the file format: the first with opset 23.
 pub const IR_VERSION: i64 = 11;
 
+/// Domain of ONNX Runtime's own operators, which run quantized weights.
+pub const MICROSOFT: &str = "com.microsoft";
+
 /// The weights that the models read. Matrices of linear layers are stored transposed, as `MatMul` wants them; a table that is
-/// also a matrix (tied embedding) is stored both ways.
+/// also a matrix (tied embedding) is stored both ways, unless it is quantized.
 pub fn stored(program: &Verified) -> Vec<Stored> {
     let mut found = BTreeSet::new();
     for (g, n) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
         for (i, a) in n.args.iter().enumerate() {
             if let Def::Weight(name) = g.def(*a) {
-                found.insert((name.clone(), layout(&n.op, i)));
+                found.insert((name.clone(), layout(&n.op, i, g.ty(*a).dtype)));
             }
         }
     }
     found.into_iter().map(|(weight, layout)| Stored { name: stored_name(&weight, layout), weight, layout }).collect()
 }
 
-fn layout(op: &Op, operand: usize) -> Layout {
-    if matches!((op, operand), (Op::Linear(_), 1)) { Layout::Transposed } else { Layout::Rows }
+fn layout(op: &Op, operand: usize, dtype: DType) -> Layout {
+    match (op, operand, dtype) {
+        (_, _, DType::Quant(_)) => Layout::Blocks,
+        (Op::Linear(_), 1, _) => Layout::Transposed,
+        _ => Layout::Rows,
+    }
 }
 
 fn stored_name(weight: &str, layout: Layout) -> String {

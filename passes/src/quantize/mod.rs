@@ -1,0 +1,145 @@
+//! Quantization: a policy turns weights into quantized types, and linear layers of such weights into ones that round what
+//! they read.
+
+mod policy;
+
+pub use policy::{BUILT_IN, Choice, Part, Policy, PolicyError};
+
+use crate::{Support, Target};
+use std::collections::BTreeMap;
+use vlmc_ir::{DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, rewrite};
+
+/// Tables of fewer entries are left alone: positions and kinds of tokens, which are small and count for every token.
+pub const LEAST_ENTRIES: usize = 8192;
+
+/// What became of a weight that could have been quantized.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Quantized.
+    Done(Choice),
+    /// The policy leaves it as it is.
+    Left,
+    /// The target cannot run it.
+    Refused(String),
+}
+
+/// The parts of a model that weights belong to; a weight that is used in two ways belongs to the less robust one.
+pub fn parts(program: &Program) -> BTreeMap<String, Part> {
+    let mut parts = BTreeMap::new();
+    for g in &program.graphs {
+        let first = from_inputs(g);
+        for (_, node) in g.nodes() {
+            for (operand, v) in node.args.iter().enumerate() {
+                let Def::Weight(name) = g.def(*v) else { continue };
+                if let Some(part) = part(program, g, node, operand, &first) {
+                    parts.entry(name.clone()).and_modify(|p: &mut Part| *p = part.max(*p)).or_insert(part);
+                }
+            }
+        }
+    }
+    parts
+}
+
+fn part(program: &Program, g: &Graph, node: &Node, operand: usize, first: &[bool]) -> Option<Part> {
+    let generates = |g: &Graph| !g.states.is_empty();
+    match (&node.op, operand) {
+        (Op::Linear(_), 1) => {
+            let out = node.outs[0];
+            let routes = g.nodes().any(|(_, n)| matches!(n.op, Op::Route(_)) && n.args.contains(&out));
+            let leaves = generates(g) && g.outputs.iter().any(|o| moved_from(g, o.value) == out);
+            Some(match () {
+                () if routes => Part::Router,
+                () if leaves => Part::Head,
+                () if generates(g) => Part::Decoder,
+                () if first[node.args[0].index()] => Part::First,
+                () => Part::Tower,
+            })
+        }
+        (Op::Moe(_), 3..=5) => Some(Part::Experts),
+        (Op::Embedding(_), 0) => {
+            let Def::Weight(name) = g.def(node.args[0]) else { return None };
+            (program.weights.get(name)?.shape.first()? >= &LEAST_ENTRIES).then_some(Part::Table)
+        }
+        _ => None,
+    }
+}
+
+/// Through moves, where the elements of a value come from.
+fn moved_from(g: &Graph, mut v: ValueId) -> ValueId {
+    while let Some(n) = g.producer(v).map(|n| g.node(n)).filter(|n| moves(&n.op)) {
+        v = n.args[0];
+    }
+    v
+}
+
+fn moves(op: &Op) -> bool {
+    matches!(op, Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Gather(_) | Op::Cast(_) | Op::Broadcast(_))
+}
+
+/// Values that are elements of the graph's inputs, moved.
+fn from_inputs(g: &Graph) -> Vec<bool> {
+    let mut found: Vec<bool> = g.values().map(|(_, _, d)| matches!(d, Def::Input(_))).collect();
+    for (_, n) in g.nodes() {
+        if moves(&n.op) && found[n.args[0].index()] {
+            n.outs.iter().for_each(|o| found[o.index()] = true);
+        }
+    }
+    found
+}
+
+/// Quantizes the weights that `policy` names, as far as `target` runs them. Weights that come quantized stay so; for them the
+/// policy says only whether what they multiply is rounded.
+///
+/// # Errors
+/// A rewrite made something ill-typed: a bug.
+pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Result<(Program, BTreeMap<String, Outcome>), crate::PassError> {
+    let mut outcomes = BTreeMap::new();
+    for (name, part) in parts(&program) {
+        let outcome = match policy.choice(&name, part) {
+            None => Outcome::Left,
+            Some(choice) => {
+                let scheme = program.weights.get(&name).and_then(|w| w.dtype.scheme()).unwrap_or(choice.scheme);
+                refusal(target, &program, &name, scheme).map_or(Outcome::Done(Choice { scheme, ..choice }), Outcome::Refused)
+            }
+        };
+        outcomes.insert(name, outcome);
+    }
+    let choice = |name: &str| if let Some(Outcome::Done(c)) = outcomes.get(name) { Some(*c) } else { None };
+    program.map_weights(|name, w| match choice(name) {
+        Some(c) if w.dtype.scheme().is_none() => w.quantize(c.scheme, c.method),
+        _ => w.clone(),
+    });
+    program.graphs = program
+        .graphs
+        .iter()
+        .map(|graph| {
+            rewrite(graph, |g, node, args| {
+                let Op::Linear(linear) = &node.op else { return None };
+                let Def::Weight(name) = graph.def(node.args[1]) else { return None };
+                let dynamic = choice(name)?.dynamic;
+                (dynamic != linear.dynamic).then(|| {
+                    let mut linear = linear.clone();
+                    linear.dynamic = dynamic;
+                    g.apply_op(linear.into(), args)
+                })
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok((program, outcomes))
+}
+
+/// Why `target` does not run the weight of that name in that type, if so.
+pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -> Option<String> {
+    program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))).find_map(|(g, node)| {
+        let reads = |v: &ValueId| matches!(g.def(*v), Def::Weight(n) if n == name);
+        if !node.args.iter().any(reads) {
+            return None;
+        }
+        let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() };
+        match (target.supports)(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
+            Support::Native => None,
+            Support::Reject(why) => Some(why),
+            Support::Decompose => Some(format!("'{}' is run in parts, which read no quantized weights", node.op.name())),
+        }
+    })
+}
