@@ -18,9 +18,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{Graph, Program, Verified, Weights, verify};
+use vlmc_ir::{DType, Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
-    Pass, Target,
+    Pass, Target, keep_states,
     quantize::{Outcome, Policy, quantize},
 };
 
@@ -40,6 +40,7 @@ pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
     with_loss: bool,
+    kv: DType,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -101,8 +102,8 @@ impl Model {
     /// # Errors
     /// As [`Self::open`], or the adapters do not fit.
     pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
-        let Self { architecture, checkpoint, with_loss } = Self::open(dir)?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss })
+        let Self { architecture, checkpoint, with_loss, kv } = Self::open(dir)?;
+        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss, kv })
     }
 
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
@@ -115,13 +116,24 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?, with_loss: false })
+        Ok(Self {
+            architecture,
+            checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?,
+            with_loss: false,
+            kv: DType::F32,
+        })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
     #[must_use]
     pub fn with_loss(self) -> Self {
         Self { with_loss: true, ..self }
+    }
+
+    /// The model with its states (the KV cache) kept in `kv`: `f32`, `bf16` or `i8`, which not every target does.
+    #[must_use]
+    pub fn with_kv(self, kv: DType) -> Self {
+        Self { kv, ..self }
     }
 
     /// The frontend.
@@ -156,7 +168,10 @@ impl Model {
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
         let lowered = self.lower()?;
         let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
-        let (program, outcomes) = quantize(target, policy, program)?;
+        let (mut program, outcomes) = quantize(target, policy, program)?;
+        if self.kv != DType::F32 {
+            program = keep_states(program, self.kv)?;
+        }
         let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -379,7 +394,7 @@ fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
     };
     let state = |s: &vlmc_ir::State| {
         let ty = g.ty(s.past);
-        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: ty.dtype, shape: ty.shape.clone(), axis: s.axis }
+        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: g.kept(s), shape: ty.shape.clone(), axis: s.axis }
     };
     Entry {
         name: g.name.clone(),

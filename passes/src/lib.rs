@@ -9,9 +9,11 @@ mod legalize;
 mod masks;
 pub mod memory;
 pub mod quantize;
+mod states;
 mod target;
 mod weights;
 
+pub use states::keep_states;
 pub use target::{Support, Target};
 use vlmc_ir::{BuildError, Diagnostic, Graph, Program, Verified, verify};
 

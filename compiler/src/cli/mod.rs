@@ -15,6 +15,7 @@ use std::{
     process::ExitCode,
 };
 use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc_ir::DType;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
@@ -72,6 +73,24 @@ enum Command {
     Synth(SynthArgs),
 }
 
+/// Types of a KV cache.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Kv {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl From<Kv> for DType {
+    fn from(kv: Kv) -> Self {
+        match kv {
+            Kv::F32 => Self::F32,
+            Kv::Bf16 => Self::BF16,
+            Kv::Int8 => Self::I8,
+        }
+    }
+}
+
 #[derive(Args)]
 struct CompileArgs {
     /// Checkpoint directory, Hugging Face id or alias
@@ -87,6 +106,11 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// How the runtime keeps keys and values of earlier tokens (target cpu only)
+    ///
+    /// int8: 8 bits with a scale per head and token, about a quarter of the memory. bf16: half of it.
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    kv: Kv,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -246,7 +270,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
         None => compile::Model::open(&dir)?,
     };
-    let model = if args.with_loss { model.with_loss() } else { model };
+    let model = if args.with_loss { model.with_loss() } else { model }.with_kv(args.kv.into());
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
     if let Some(threads) = args.threads {

@@ -2,6 +2,7 @@
 
 use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
+use half::bf16;
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::program::{Binary, Reduce, Unary};
@@ -237,6 +238,35 @@ pub fn segment_mask<'g>(g: &'g Builder<'g>, segments: Val<'g>) -> Val<'g> {
 pub struct Append {
     /// The axis that grows.
     pub axis: usize,
+    /// How the state keeps what is appended, which is rounded to it: `f32`; `bf16`; or `i8`, rows of the last axis in steps of
+    /// max|row| / 127.
+    #[serde(default = "Append::exact", skip_serializing_if = "Append::is_exact")]
+    pub keep: DType,
+}
+
+impl Append {
+    fn exact() -> DType {
+        DType::F32
+    }
+
+    fn is_exact(keep: &DType) -> bool {
+        *keep == DType::F32
+    }
+
+    /// Types that states can be kept in.
+    pub const KEPT: [DType; 3] = [DType::F32, DType::BF16, DType::I8];
+
+    fn round(&self, row: &mut [f32]) {
+        match self.keep {
+            DType::BF16 => row.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::I8 => {
+                let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let (inverse, scale) = (127.0 / largest.max(1e-30), largest / 127.0);
+                row.iter_mut().for_each(|v| *v = (*v * inverse).round_ties_even() * scale);
+            }
+            _ => {}
+        }
+    }
 }
 
 impl OpDef for Append {
@@ -244,11 +274,14 @@ impl OpDef for Append {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [past, new] = operands(args)?;
+        expect(Self::KEPT.contains(&self.keep), || format!("a state cannot be kept in {}", self.keep))?;
         super::Concat { axis: self.axis }.infer(&[past.clone(), new.clone()])
     }
 
     fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
-        let (past, new) = (args[0].f32()?, args[1].f32()?);
+        let (past, mut new) = (args[0].f32()?, args[1].f32()?.as_standard_layout().into_owned());
+        let width = new.shape().last().copied().unwrap_or(1).max(1);
+        new.as_slice_mut().ok_or("not contiguous")?.chunks_mut(width).for_each(|row| self.round(row));
         let both = ndarray::concatenate(Axis(self.axis), &[past.view(), new.view()]);
         Ok(vec![Array::F32(both.map_err(|e| e.to_string())?)])
     }

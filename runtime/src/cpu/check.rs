@@ -37,6 +37,7 @@ fn function(p: &Program, f: &Function) -> Check {
         ensure(s.shape.len() == 4 && s.axis == 2, || {
             format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name)
         })?;
+        ensure(matches!(s.dtype, DType::F32 | DType::BF16 | DType::I8), || format!("state '{}' cannot be kept in {}", s.name, s.dtype))?;
     }
     let mut appended = vec![false; f.states.len()];
     for (i, step) in f.steps.iter().enumerate() {

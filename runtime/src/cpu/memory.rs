@@ -2,11 +2,12 @@
 
 use super::weights::Weights;
 use crate::{Data, Result, Tensor};
+use half::bf16;
 use vlmc_artifact::{
     Bindings, DType, Dim,
     program::{Function, Layout, Place},
 };
-use vlmc_kernels::{Floats, Keys};
+use vlmc_kernels::{Floats, Kept, Kernels, Keys};
 
 /// Values of dims.
 pub(super) fn extents(shape: &[Dim], symbols: &Bindings) -> Result<Vec<usize>, String> {
@@ -35,9 +36,8 @@ impl Literal {
 }
 
 /// A growing tensor `[batch, heads, len, width]`, each head with room for `capacity` rows.
-#[derive(Default)]
 pub(super) struct State {
-    data: Vec<f32>,
+    rows: Rows,
     batch: usize,
     heads: usize,
     width: usize,
@@ -45,7 +45,25 @@ pub(super) struct State {
     capacity: usize,
 }
 
+/// Rows as a state keeps them.
+enum Rows {
+    F32(Vec<f32>),
+    BF16(Vec<bf16>),
+    /// And the scale of each row.
+    I8(Vec<i8>, Vec<f32>),
+}
+
 impl State {
+    /// An empty state of a type that [`vlmc_artifact::program::StateDecl`] allows.
+    pub(super) fn new(dtype: DType) -> Self {
+        let rows = match dtype {
+            DType::BF16 => Rows::BF16(vec![]),
+            DType::I8 => Rows::I8(vec![], vec![]),
+            _ => Rows::F32(vec![]),
+        };
+        Self { rows, batch: 0, heads: 0, width: 0, len: 0, capacity: 0 }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -59,30 +77,69 @@ impl State {
         self.len = self.len.min(len);
     }
 
-    /// Appends `rows [batch, heads, s, width]`.
-    pub(super) fn append(&mut self, rows: &[f32], [batch, heads, s, width]: [usize; 4]) -> Result<(), String> {
+    /// Appends `new [batch, heads, s, width]`.
+    pub(super) fn append(&mut self, k: &Kernels, new: &[f32], [batch, heads, s, width]: [usize; 4]) -> Result<(), String> {
         if self.len == 0 && (self.batch, self.heads, self.width) != (batch, heads, width) {
-            *self = Self { batch, heads, width, ..Self::default() };
+            (self.batch, self.heads, self.width, self.capacity) = (batch, heads, width, 0);
         }
         let len = self.len + s;
         if len > self.capacity {
             let capacity = len.max(2 * self.capacity).next_multiple_of(64);
-            let size = [heads, capacity, width].iter().try_fold(batch, |n, d| n.checked_mul(*d)).ok_or("the cache is too large")?;
-            let mut data: Vec<f32> = vec![];
-            data.try_reserve_exact(size).map_err(|_| format!("there is no memory for a cache of {size} numbers"))?;
-            data.resize(size, 0.0);
-            for head in 0..batch * heads {
-                let rows = self.len * width;
-                data[head * capacity * width..][..rows].copy_from_slice(&self.data[head * self.capacity * width..][..rows]);
+            let grow = Grow { heads: batch * heads, from: self.capacity, to: capacity, used: self.len };
+            match &mut self.rows {
+                Rows::F32(rows) => *rows = grow.of(rows, width)?,
+                Rows::BF16(rows) => *rows = grow.of(rows, width)?,
+                Rows::I8(rows, scales) => (*rows, *scales) = (grow.of(rows, width)?, grow.of(scales, 1)?),
             }
-            (self.data, self.capacity) = (data, capacity);
+            self.capacity = capacity;
         }
-        let new = s * width;
         for head in 0..batch * heads {
-            self.data[(head * self.capacity + self.len) * width..][..new].copy_from_slice(&rows[head * new..][..new]);
+            let new = &new[head * s * width..][..s * width];
+            let first = head * self.capacity + self.len;
+            let at = first * width..(first + s) * width;
+            match &mut self.rows {
+                Rows::F32(rows) => rows[at].copy_from_slice(new),
+                Rows::BF16(rows) => rows[at].iter_mut().zip(new).for_each(|(r, v)| *r = bf16::from_f32(*v)),
+                Rows::I8(rows, scales) => k.round(new, width, &mut rows[at], &mut scales[first..first + s]),
+            }
         }
         self.len = len;
         Ok(())
+    }
+
+    fn keys(&self) -> Keys<'_> {
+        let data = match &self.rows {
+            Rows::F32(rows) => Kept::F32(rows),
+            Rows::BF16(rows) => Kept::BF16(rows),
+            Rows::I8(rows, scales) => Kept::I8(rows, scales),
+        };
+        Keys { data, head_stride: self.capacity }
+    }
+}
+
+/// More room for each head.
+struct Grow {
+    heads: usize,
+    /// Rows that there is room for.
+    from: usize,
+    /// Rows that there will be room for.
+    to: usize,
+    /// Rows that there are.
+    used: usize,
+}
+
+impl Grow {
+    /// A larger copy of `rows`, of `width` each.
+    fn of<T: Copy + Default>(&self, rows: &[T], width: usize) -> Result<Vec<T>, String> {
+        let size = self.heads.checked_mul(self.to).and_then(|n| n.checked_mul(width)).ok_or("the cache is too large")?;
+        let mut data: Vec<T> = vec![];
+        data.try_reserve_exact(size).map_err(|_| format!("there is no memory for a cache of {size} numbers"))?;
+        data.resize(size, T::default());
+        for head in 0..self.heads {
+            let used = self.used * width;
+            data[head * self.to * width..][..used].copy_from_slice(&rows[head * self.from * width..][..used]);
+        }
+        Ok(data)
     }
 }
 
@@ -165,10 +222,9 @@ impl Frame<'_> {
             if s.shape().as_ref().map(<[usize; 4]>::as_slice) != Some(shape) && !shape.contains(&0) {
                 return Err(format!("a state of shape {:?} is read as {shape:?}", s.shape()));
             }
-            return Ok(Keys { data: &s.data, head_stride: s.capacity * s.width });
+            return Ok(s.keys());
         }
-        let head_stride = shape[shape.len() - 2] * shape[shape.len() - 1];
-        Ok(Keys { data: self.view(value)?.f32()?, head_stride })
+        Ok(Keys { data: Kept::F32(self.view(value)?.f32()?), head_stride: shape[shape.len() - 2] })
     }
 
     pub(super) fn layout(&self, value: usize) -> Layout {

@@ -89,7 +89,11 @@ impl Loaded {
                     p.name == n.name && p.dtype == v.dtype && p.shape == v.shape
                 })
         };
-        let states = e.states.iter().map(|s| (&s.past, &s.shape, s.axis)).eq(function.states.iter().map(|s| (&s.name, &s.shape, s.axis)));
+        let states = e
+            .states
+            .iter()
+            .map(|s| (&s.past, s.dtype, &s.shape, s.axis))
+            .eq(function.states.iter().map(|s| (&s.name, s.dtype, &s.shape, s.axis)));
         if !ports(&e.inputs, &function.inputs) || !ports(&e.outputs, &function.outputs) || !states {
             return Err(format!("function '{}' has other inputs, outputs or states than the manifest says", function.name));
         }
@@ -101,7 +105,7 @@ impl Loaded {
             entry,
             literals: function.values.iter().map(literal).collect(),
             slots: vec![vec![]; function.slots.len()],
-            states: function.states.iter().map(|_| State::default()).collect(),
+            states: function.states.iter().map(|s| State::new(s.dtype)).collect(),
             function,
         })
     }

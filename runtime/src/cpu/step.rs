@@ -1,6 +1,6 @@
 //! One step: operands and result looked up, the kernel called.
 
-use super::memory::{Frame, View};
+use super::memory::{Frame, State, View};
 use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
@@ -15,7 +15,7 @@ type Done = Result<(), String>;
 /// An index is out of range, an integer division by zero, no memory.
 pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
     if let Kernel::Append = step.kernel {
-        return append(step, frame);
+        return append(k, step, frame);
     }
     let out = step.out as usize;
     let mut buffer = frame.take(out);
@@ -24,12 +24,12 @@ pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
     result
 }
 
-fn append(step: &Step, frame: &mut Frame<'_>) -> Done {
+fn append(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
     let new = step.args[0] as usize;
     let shape: [usize; 4] = frame.shapes[new].as_slice().try_into().map_err(|_| "a state needs 4 axes")?;
     let vlmc_artifact::program::Place::State(i) = frame.function.values[step.out as usize].place else { return Err("not a state".into()) };
-    let mut state = std::mem::take(&mut frame.states[i as usize]);
-    let result = frame.view(new).and_then(View::f32).and_then(|rows| state.append(rows, shape));
+    let mut state = std::mem::replace(&mut frame.states[i as usize], State::new(DType::F32));
+    let result = frame.view(new).and_then(View::f32).and_then(|rows| state.append(k, rows, shape));
     frame.states[i as usize] = state;
     result
 }
