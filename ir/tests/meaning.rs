@@ -292,8 +292,8 @@ fn dynamic_moe_rounds_what_its_stacks_multiply() {
         let identity = floats(&[1, 2, 2], |i| f64::from(u8::from(i % 3 == 0)));
         // 0.102 is 12.95 steps of 1 / 127.
         let x = floats(&[1, 2], |i| [1.0, 0.102][i]);
-        let args = vec![x, ints(&[1, 1], &[0]), floats(&[1, 1], |_| 1.0), identity.clone(), identity.clone(), identity];
-        interp::eval(&op(dynamic), &types("int8"), &args.iter().collect::<Vec<_>>(), &Bindings::default()).unwrap().remove(0)
+        let args = [x, ints(&[1, 1], &[0]), floats(&[1, 1], |_| 1.0), identity.clone(), identity.clone(), identity];
+        interp::eval(&op(dynamic), &types("int8"), &args.each_ref(), &Bindings::default()).unwrap().remove(0)
     };
     let gated = |v: f64| v * v / (1.0 + (-v).exp());
     close(&run(false), &[1, 2], |i| [gated(1.0), gated(0.102)][i[1]]);
