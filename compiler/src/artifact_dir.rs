@@ -234,6 +234,7 @@ mod tests {
             processor: None,
             generation: Generation::default(),
             files: BTreeMap::new(),
+            certificate: None,
         }
     }
 

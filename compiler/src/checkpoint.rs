@@ -60,6 +60,8 @@ pub struct Checkpoint {
     weights: Weights,
     /// What is added to weights while they are read, by tensor.
     adapters: BTreeMap<String, Adapter>,
+    /// Tensors that calibration has found.
+    found: Weights,
     /// Layers that come quantized.
     packed: PackedLayers,
 }
@@ -109,11 +111,27 @@ impl Checkpoint {
             // Only the layout of OpenAI has no such file; timm's says nothing of the pair.
             let weights = Weights::find(&dir, true)?;
             let (config, config_sha256) = weights.inferred_config(&dir)?.map_or_else(|| read_config(&config), Ok)?;
-            return Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), packed: PackedLayers::default() });
+            return Ok(Self {
+                dir,
+                config,
+                config_sha256,
+                weights,
+                adapters: BTreeMap::new(),
+                packed: PackedLayers::default(),
+                found: Weights::default(),
+            });
         }
         let (config, config_sha256) = read_config(&config)?;
         let weights = Weights::find(&dir, false)?;
-        Ok(Self { dir, config, config_sha256, weights, adapters: BTreeMap::new(), packed: PackedLayers::default() })
+        Ok(Self {
+            dir,
+            config,
+            config_sha256,
+            weights,
+            adapters: BTreeMap::new(),
+            packed: PackedLayers::default(),
+            found: Weights::default(),
+        })
     }
 
     /// The structure without the weights: every tensor is taken to exist, in the type that `torch_dtype` (or `dtype`) names.
@@ -132,6 +150,7 @@ impl Checkpoint {
             weights: Weights::Assumed(dtype),
             adapters: BTreeMap::new(),
             packed: PackedLayers::default(),
+            found: Weights::default(),
         })
     }
 
@@ -188,6 +207,13 @@ impl Checkpoint {
         Ok(self)
     }
 
+    /// Adds tensors of a file that is no part of the checkpoint, and not of its [`Self::source`].
+    pub(crate) fn with_found(self, file: File, tensors: BTreeMap<String, Stored>) -> Self {
+        let shard = Shard { name: String::new(), path: std::env::temp_dir(), file, header_sha256: String::new() };
+        let tensors = tensors.into_iter().map(|(name, stored)| (name, Tensor { shard: 0, stored })).collect();
+        Self { found: Weights::Files { shards: vec![shard], tensors }, ..self }
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -218,7 +244,8 @@ impl Checkpoint {
 
     /// Element type and shape of a tensor; `None` if there is no such tensor, or of a type that vlmc does not know.
     pub fn tensor(&self, name: &str) -> Option<(DType, &[usize])> {
-        self.packed.tensor(name).or_else(|| self.weights.tensor(name))
+        let found = self.packed.tensor(name).or_else(|| self.weights.tensor(name));
+        found.or_else(|| self.found.tensor(name))
     }
 
     /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
@@ -228,8 +255,10 @@ impl Checkpoint {
     /// The tensor or the rows do not exist, the checkpoint was opened without weights, or the file cannot be read.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, buf: &mut Vec<u8>) -> Result<()> {
         let first = rows.start;
+        let has = |weights: &Weights| weights.tensor(name).is_some();
         match self.packed.read_rows(name, rows.clone(), &self.weights) {
             Some(bytes) => *buf = bytes?,
+            None if has(&self.found) && !has(&self.weights) => self.found.read_rows(name, rows, buf)?,
             None => self.weights.read_rows(name, rows, buf)?,
         }
         if let (Some(adapter), Some((dtype, _))) = (self.adapters.get(name), self.tensor(name)) {
@@ -238,10 +267,10 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A whole tensor of floats, row major, with what adapters add to it.
+    /// A whole tensor of floats, row major, with what adapters add to it; or of bytes, as numbers.
     ///
     /// # Errors
-    /// As [`Self::read_rows`], or it is not of floats.
+    /// As [`Self::read_rows`], or it is of another type.
     pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
         const TILE: usize = 16 << 20;
         let (dtype, shape) = self.tensor(name).ok_or_else(|| Error::tensor(name, "is missing, or of a type that is not supported"))?;
@@ -250,7 +279,10 @@ impl Checkpoint {
         let (mut out, mut bytes) = (vec![], vec![]);
         for start in (0..rows).step_by(step) {
             self.read_rows(name, start..rows.min(start + step), &mut bytes)?;
-            widen(name, dtype, &bytes, &mut out)?;
+            match dtype {
+                DType::U8 => out.extend(bytes.iter().map(|b| f32::from(*b))),
+                dtype => widen(name, dtype, &bytes, &mut out)?,
+            }
         }
         Ok(out)
     }
@@ -272,6 +304,12 @@ fn widen(name: &str, dtype: DType, bytes: &[u8], out: &mut Vec<f32>) -> Result<(
         other => return Err(Error::tensor(name, format!("has type {other}, floats are needed"))),
     }
     Ok(())
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self::Files { shards: vec![], tensors: BTreeMap::new() }
+    }
 }
 
 impl WeightSource for Checkpoint {

@@ -5,6 +5,7 @@ use crate::{
     arch::{Architecture, SideFiles},
     artifact_dir::ArtifactDir,
     back::{self, Stored},
+    calibrate::Recipes,
     checkpoint::Checkpoint,
     loss, packed, target, tiktoken,
     weights_writer::{PAD, WeightsWriter},
@@ -21,7 +22,7 @@ use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processo
 use vlmc_ir::{DType, Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
     Pass, Target, keep_states,
-    quantize::{Outcome, Policy, quantize},
+    quantize::{Calibration, Choice, Outcome, Policy, quantize},
 };
 
 /// Name and version of this compiler, as manifests have it.
@@ -41,6 +42,8 @@ pub struct Model {
     checkpoint: Checkpoint,
     with_loss: bool,
     kv: DType,
+    /// What calibration has found.
+    found: Recipes,
 }
 
 /// What the program of a model is, besides its graphs.
@@ -102,8 +105,8 @@ impl Model {
     /// # Errors
     /// As [`Self::open`], or the adapters do not fit.
     pub fn open_with_lora(dir: &Path, lora: &Path) -> Result<Self> {
-        let Self { architecture, checkpoint, with_loss, kv } = Self::open(dir)?;
-        Ok(Self { architecture, checkpoint: checkpoint.with_lora(lora, architecture.canonical_name)?, with_loss, kv })
+        let model = Self::open(dir)?;
+        Ok(Self { checkpoint: model.checkpoint.with_lora(lora, model.architecture.canonical_name)?, ..model })
     }
 
     /// The structure of a model from its `config.json` alone: good for everything but an artifact.
@@ -116,12 +119,8 @@ impl Model {
 
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
-        Ok(Self {
-            architecture,
-            checkpoint: checkpoint.with_names(architecture.canonical_name)?.with_packed()?,
-            with_loss: false,
-            kv: DType::F32,
-        })
+        let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
+        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -134,6 +133,11 @@ impl Model {
     #[must_use]
     pub fn with_kv(self, kv: DType) -> Self {
         Self { kv, ..self }
+    }
+
+    /// The model with tensors that calibration has found, and the recipes of weights that use them.
+    pub(crate) fn with_found(self, add: impl FnOnce(Checkpoint) -> Checkpoint, found: Recipes) -> Self {
+        Self { checkpoint: add(self.checkpoint), found, ..self }
     }
 
     /// The frontend.
@@ -161,14 +165,21 @@ impl Model {
         Ok(Lowered { program: verified(program)?, task, unused, unknown, outcomes: BTreeMap::new() })
     }
 
+    /// As [`Self::lower`], with the codes of layers that come quantized where `target` runs them.
+    pub(crate) fn lower_with_codes(&self, target: &Target) -> Result<Lowered> {
+        let lowered = self.lower()?;
+        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
+        Ok(Lowered { program: verified(program)?, ..lowered })
+    }
+
     /// The program as `target` runs it, quantized by `policy`; `after` sees it after each pass.
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
-        let lowered = self.lower()?;
-        let program = packed::use_codes(lowered.program.into_inner(), self.checkpoint.packed(), target)?;
-        let (mut program, outcomes) = quantize(target, policy, program)?;
+        let lowered = self.lower_with_codes(target)?;
+        let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
+        self.found.apply(&mut program);
         if self.kv != DType::F32 {
             program = keep_states(program, self.kv)?;
         }
@@ -223,6 +234,13 @@ impl Model {
         let Lowered { program, task, unused, unknown, outcomes } = self.lower_for(target, options.policy, |_, _| {})?;
         let processor = self.processor()?;
         let mut warnings = vec![];
+        for (name, outcome) in &outcomes {
+            if let Outcome::Done(Choice { calibration: Calibration::Gptq | Calibration::Awq | Calibration::Smooth, .. }) = outcome
+                && self.found.is_empty()
+            {
+                return Err(Error::Uncalibrated(name.clone()));
+            }
+        }
         if !unknown.is_empty() {
             let fields = abridged(&unknown);
             warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));
@@ -387,7 +405,7 @@ fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsW
     WeightsWriter::create(path, &stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
 }
 
-fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
+pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
     let port = |p: &vlmc_ir::Port| {
         let ty = g.ty(p.value);
         Port { name: p.name.clone(), dtype: ty.dtype, shape: ty.shape.clone() }

@@ -40,6 +40,14 @@ pub enum Error {
         /// What was looked for, where, and what to do.
         message: String,
     },
+    /// A model does not take a request, or does not run it.
+    #[error("{name}: {message}")]
+    Request {
+        /// What the request is called.
+        name: String,
+        /// What is wrong.
+        message: String,
+    },
     /// A tensor's bytes cannot be read or written as asked.
     #[error("tensor '{name}': {message}")]
     Tensor {
@@ -51,6 +59,20 @@ pub enum Error {
     /// `--target` names no target.
     #[error("target '{0}' is not supported; supported: {list}", list = crate::target::TARGETS.iter().map(|t| t.name).collect::<Vec<_>>().join(", "))]
     Target(String),
+    /// `--budget` is less than what the fewest bits take.
+    #[error("a budget of {budget} bits per weight is too small: the least is {least:.3}")]
+    Budget {
+        /// As the user wrote it.
+        budget: f64,
+        /// With the fewest bits for all weights.
+        least: f64,
+    },
+    /// A policy's method needs data.
+    #[error("weight '{0}' is to be quantized by a method that needs calibration data: give --calibrate")]
+    Uncalibrated(String),
+    /// A policy of quantization is not one.
+    #[error(transparent)]
+    Policy(#[from] vlmc_passes::quantize::PolicyError),
     /// A pass refused the program.
     #[error(transparent)]
     Pass(#[from] vlmc_passes::PassError),

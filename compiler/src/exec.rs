@@ -16,13 +16,7 @@ use vlmc_runtime::{Data, Engine, Pipeline, Scored, Tensor, Tensors, forward};
 /// # Errors
 /// A file cannot be read or written, or the tensors do not fit the model.
 pub fn exec(mut engine: Box<dyn Engine>, inputs: &Path, outputs: &Path, new_tokens: usize) -> Result<Vec<String>> {
-    let bytes = fs::read(inputs).map_err(Error::io(inputs))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(inputs, format!("is not a safetensors file: {e}")))?;
-    let mut given = Tensors::new();
-    for (name, view) in file.tensors() {
-        let t = tensor(&view).map_err(|why| Error::file(inputs, format!("tensor '{name}': {why}")))?;
-        given.insert(name, t);
-    }
+    let given = read(inputs)?;
     let mut out = Tensors::new();
     let ignored: Vec<String> = if engine.manifest().task.prompt().is_some() {
         let mut pipeline = Pipeline::new(engine)?;
@@ -43,6 +37,21 @@ pub fn exec(mut engine: Box<dyn Engine>, inputs: &Path, outputs: &Path, new_toke
     };
     write(outputs, &out)?;
     Ok(ignored.into_iter().map(|name| format!("tensor '{name}' is ignored: the model takes no such input")).collect())
+}
+
+/// Tensors of a safetensors file: floats as `f32`, integers as `i64`.
+///
+/// # Errors
+/// The file cannot be read, or has a tensor of another type.
+pub fn read(path: &Path) -> Result<Tensors> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
+    let mut out = Tensors::new();
+    for (name, view) in file.tensors() {
+        let t = tensor(&view).map_err(|why| Error::file(path, format!("tensor '{name}': {why}")))?;
+        out.insert(name, t);
+    }
+    Ok(out)
 }
 
 /// Floats as `f32`; integers and booleans as `i64`.

@@ -24,17 +24,31 @@ pub struct Sample {
     pub image: Option<PathBuf>,
     /// What is asked of the picture, or compared with it.
     pub prompt: Option<String>,
+    /// What the model should say, if the list knows.
+    pub answer: Option<String>,
 }
 
 impl Sample {
-    /// The tensors that the model takes of it.
+    /// The tensors that the model takes of it: of a prompt without the answer.
     ///
     /// # Errors
     /// The picture cannot be read, or the model takes no such sample.
     pub fn tensors(&self, preparer: &Preparer) -> Result<Tensors> {
+        self.request(preparer, None)
+    }
+
+    /// The tensors of the prompt and the answer, if there is one, as if the model had said it.
+    ///
+    /// # Errors
+    /// As [`Self::tensors`].
+    pub fn answered(&self, preparer: &Preparer) -> Result<Tensors> {
+        self.request(preparer, self.answer.as_deref())
+    }
+
+    fn request(&self, preparer: &Preparer, answer: Option<&str>) -> Result<Tensors> {
         let picture: Option<Rgb> = self.image.as_deref().map(image::read).transpose()?;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: self.name.clone(), message: e.to_string() };
-        preparer.request(picture.as_ref(), self.prompt.as_deref()).map_err(failed)
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: self.name.clone(), message: e.to_string() };
+        preparer.request(picture.as_ref(), self.prompt.as_deref(), answer).map_err(failed)
     }
 }
 
@@ -44,12 +58,13 @@ struct Line {
     image: Option<PathBuf>,
     #[serde(alias = "question")]
     prompt: Option<String>,
+    answer: Option<String>,
 }
 
 /// The samples at `path`, at most `limit`.
 ///
-/// A `.jsonl` file has a sample on each line: `{"image": "a.png", "prompt": "What is it?"}`, where either may be missing, and the
-/// file of a picture is relative to the list. A directory has pictures and texts that belong together by name (`a.png` and
+/// A `.jsonl` file has a sample on each line: `{"image": "a.png", "prompt": "What is it?"}`, where either may be missing, possibly
+/// with the right `answer`; the file of a picture is relative to the list. A directory has pictures and texts that belong together by name (`a.png` and
 /// `a.txt`), in the order of the names, where either may be missing.
 ///
 /// # Errors
@@ -70,12 +85,12 @@ fn of_list(path: &Path) -> Result<Vec<Sample>> {
     lines
         .map(|(i, line)| {
             let number = i + 1;
-            let Line { image, prompt } =
+            let Line { image, prompt, answer } =
                 serde_json::from_str(line).map_err(|e| Error::file(path, format!("line {number} is not a sample: {e}")))?;
             if image.is_none() && prompt.is_none() {
                 return Err(Error::file(path, format!("line {number} has neither `image` nor `prompt`")));
             }
-            Ok(Sample { name: format!("line {number}"), image: image.map(|f| dir.join(f)), prompt })
+            Ok(Sample { name: format!("line {number}"), image: image.map(|f| dir.join(f)), prompt, answer })
         })
         .collect()
 }
@@ -94,7 +109,7 @@ fn of_directory(dir: &Path) -> Result<Vec<Sample>> {
         let name = file.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let known = samples.iter().position(|s| s.name == name);
         let at = known.unwrap_or_else(|| {
-            samples.push(Sample { name: name.clone(), image: None, prompt: None });
+            samples.push(Sample { name: name.clone(), image: None, prompt: None, answer: None });
             samples.len() - 1
         });
         if !is_picture {
@@ -122,6 +137,7 @@ mod tests {
             name: name.into(),
             image: image.map(at),
             prompt: prompt.map(String::from),
+            answer: None,
         };
         let all = [sample("a", Some("a.JPG"), Some("What?")), sample("b", Some("b.png"), None), sample("c", None, Some("Text."))];
         assert_eq!(read(dir.path(), None).unwrap(), all);
@@ -131,7 +147,8 @@ mod tests {
 
         let list = at("list.jsonl");
         fs::write(&list, "{\"image\": \"b.png\", \"question\": \"Who?\", \"answer\": \"me\"}\n\n{\"prompt\": \"Text.\"}\n").unwrap();
-        assert_eq!(read(&list, None).unwrap(), [sample("line 1", Some("b.png"), Some("Who?")), sample("line 3", None, Some("Text."))]);
+        let first = Sample { answer: Some("me".into()), ..sample("line 1", Some("b.png"), Some("Who?")) };
+        assert_eq!(read(&list, None).unwrap(), [first, sample("line 3", None, Some("Text."))]);
         for (text, why) in [("{}", "line 1 has neither `image` nor `prompt`"), ("[", "line 1 is not a sample")] {
             fs::write(&list, text).unwrap();
             assert!(read(&list, None).unwrap_err().to_string().contains(why));

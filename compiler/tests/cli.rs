@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use safetensors::SafeTensors;
+use sha2::{Digest, Sha256};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -376,4 +377,59 @@ fn models_without_prompts() {
     .concat();
     insta::assert_snapshot!("models_without_prompts_refuse", refused);
     assert!(!Path::new(out).exists());
+}
+
+/// An artifact is compared with its checkpoint, and what came out is in its manifest; of a program with a fault, the layer is named.
+#[test]
+fn verifies_artifacts() {
+    let dir = TempDir::new().unwrap();
+    let (model, artifact, page) = (fixture("qwen2-vl"), dir.path().join("artifact"), dir.path().join("report.html"));
+    stdout(&vlmc(&["compile", text(&model), "-o", text(&artifact)]));
+    let base = ["verify", text(&artifact), "--checkpoint", text(&model), "--max-new-tokens", "2"];
+    fn with<'a>(base: &[&'a str], extra: &[&'a str]) -> Vec<&'a str> {
+        [base, extra].concat()
+    }
+    let inspected = || stdout(&vlmc(&["inspect", text(&artifact)]));
+
+    let report = stdout(&vlmc(&with(&base, &["--no-certificate"])));
+    assert!(report.contains("model.layers.1 ") && report.contains("greedy tokens 2 of 2"), "{report}");
+    assert!(report.contains("The artifact agrees with its checkpoint"), "{report}");
+    assert!(!inspected().contains("certificate"));
+    let picture = fixture("pictures/small.png");
+    let args = ["--image", text(&picture), "--prompt", "What is it?", "--json", "--html", text(&page)];
+    let report: serde_json::Value = serde_json::from_str(&stdout(&vlmc(&with(&base, &args)))).unwrap();
+    assert!(report["nodes"].as_array().unwrap().len() > 30 && report["requests"][0]["outputs"]["logits"]["relative"].is_number());
+    assert!(fs::read_to_string(&page).unwrap().contains("<svg"));
+    assert!(inspected().contains("certificate: agrees with its checkpoint"));
+
+    let (other, empty, none) = (fixture("vit"), dir.path().join("empty"), dir.path().join("none.png"));
+    fs::create_dir(&empty).unwrap();
+    let refused = [
+        &["verify", text(&model), "--checkpoint", text(&model)][..],
+        &["verify", text(&artifact), "--checkpoint", text(&other)],
+        &with(&base, &["--image", text(&picture)]),
+        &with(&base, &["--image", text(&none), "--prompt", "What is it?"]),
+        &with(&base, &["--data", text(&empty)]),
+        &with(&base, &["--data", text(&none)]),
+    ]
+    .map(|args| failure(dir.path(), args).replace(text(&fixture("")), "<fixtures>/"))
+    .concat();
+    insta::assert_snapshot!("verify_refuses", refused);
+
+    // A norm of one layer adds something else to its mean square.
+    let path = artifact.join("program.json");
+    let mut program: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let steps = program["functions"].as_array_mut().unwrap().iter_mut().flat_map(|f| f["steps"].as_array_mut().unwrap());
+    let eps = steps.filter(|s| s["scope"].as_str().is_some_and(|s| s.starts_with("model.layers.1"))).find_map(|s| s.get_mut("eps"));
+    *eps.unwrap() = 0.5.into();
+    fs::write(&path, serde_json::to_vec(&program).unwrap()).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let sha256: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let manifest = artifact.join("manifest.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    json["files"]["program.json"] = serde_json::json!({"bytes": bytes.len(), "sha256": sha256});
+    fs::write(&manifest, json.to_string()).unwrap();
+    let message = failure(dir.path(), &with(&base, &[]));
+    assert!(message.contains("differs from its checkpoint, first in model.layers.1: rms_norm with model.layers.1."), "{message}");
+    assert!(inspected().contains("certificate: DIFFERS from its checkpoint"));
 }

@@ -157,7 +157,7 @@ pub trait Observer {
         Ok(())
     }
 
-    /// `node` has computed `results`, for each sample; else as [`Self::before`].
+    /// `node` has computed `results`, for each sample, which may be changed; else as [`Self::before`].
     ///
     /// # Errors
     /// Ends the run.
@@ -166,7 +166,7 @@ pub trait Observer {
         _node: &Node,
         _weights: &Resident<'_>,
         _operands: &[Vec<Option<&Array>>],
-        _results: &[Vec<Array>],
+        _results: &mut [Vec<Array>],
     ) -> Result<(), String> {
         Ok(())
     }
@@ -258,8 +258,8 @@ fn execute<'w>(
                 .collect::<Result<Vec<_>, _>>()?;
             eval(&node.op, &types, &args, symbols)
         };
-        let results = operands.par_iter().zip(symbols).map(compute).collect::<Result<Vec<_>, String>>().map_err(in_node)?;
-        observer.after(node, &resident, &operands, &results).map_err(in_node)?;
+        let mut results = operands.par_iter().zip(symbols).map(compute).collect::<Result<Vec<_>, String>>().map_err(in_node)?;
+        observer.after(node, &resident, &operands, &mut results).map_err(in_node)?;
 
         for (values, results) in values.iter_mut().zip(results) {
             values.extend(node.outs.iter().copied().zip(results.into_iter().map(Cow::Owned)));

@@ -42,7 +42,7 @@ impl Observer for Log<'_> {
         Ok(())
     }
 
-    fn after(&mut self, node: &Node, _: &Resident<'_>, operands: &[Vec<Option<&Array>>], results: &[Vec<Array>]) -> Result<(), String> {
+    fn after(&mut self, node: &Node, _: &Resident<'_>, operands: &[Vec<Option<&Array>>], results: &mut [Vec<Array>]) -> Result<(), String> {
         let rows = |a: &Array| a.shape()[0];
         let same = operands.iter().zip(results).all(|(o, r)| rows(o[0].unwrap()) == rows(&r[0]));
         if same { Ok(()) } else { Err(format!("{} changed the number of rows", node.op.name())) }

@@ -41,12 +41,12 @@ impl Preparer {
     }
 
     /// The tensors of one picture with one text: of a prompt with the model's own instructions around it, of a pair, or of the
-    /// picture alone where the model takes no texts.
+    /// picture alone where the model takes no texts. A prompt may come with its `answer`.
     ///
     /// # Errors
     /// The model takes no pictures or no texts, or the checkpoint had no preprocessor config, tokenizer or chat template to make
     /// tensors of them.
-    pub fn request(&self, picture: Option<&Rgb>, text: Option<&str>) -> Result<Tensors> {
+    pub fn request(&self, picture: Option<&Rgb>, text: Option<&str>, answer: Option<&str>) -> Result<Tensors> {
         let pixels = picture.map(|p| processor::image(self.processor()?, p)).transpose()?;
         match &self.task {
             Task::Generate(rules) => {
@@ -56,7 +56,11 @@ impl Preparer {
                 if pixels.is_some() {
                     content.insert(0, Content::Image);
                 }
-                let text = template.render(&[Message { role: "user".into(), content }], true)?;
+                let mut messages = vec![Message { role: "user".into(), content }];
+                if let Some(answer) = answer {
+                    messages.push(Message { role: "assistant".into(), content: vec![Content::Text { text: answer.into() }] });
+                }
+                let text = template.render(&messages, answer.is_none())?;
                 self.prompt(rules, &tokenizer.encode(&text)?, pixels)
             }
             Task::Contrast(rules) => {

@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: fixtures, goldens, comparisons.
 
+pub mod quantization;
+
 use half::{bf16, f16};
 use ndarray::{ArrayD, Axis, IxDyn};
 use safetensors::{Dtype, SafeTensors};

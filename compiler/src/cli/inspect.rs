@@ -216,15 +216,15 @@ fn text(r: &Value) -> String {
 
 fn certificate(c: &Certificate) -> String {
     let verdict = if c.right { "agrees with its checkpoint" } else { "DIFFERS from its checkpoint" };
-    let number = |v: Option<f64>| v.map_or("none".to_string(), |v| v.to_string());
+    let number = |v: Option<f64>| v.map_or("none".to_string(), |v| format!("{v:.2e}"));
     let mut out = format!("\ncertificate: {verdict}, says {}, on {} request(s)\n", c.compiler, c.requests.len());
     let _ = writeln!(out, "  nodes compared {}, not compared {}", c.nodes, c.nodes_not_compared);
     let worst = c.worst_scope.iter().chain(&c.worst_weights).map(String::as_str).collect::<Vec<_>>().join(", ");
     let _ = writeln!(out, "  worst node     relative error {} in {worst}", number(c.worst_relative_error));
     let _ = writeln!(out, "  outputs        relative error {}", number(c.output_relative_error));
     if let Some(mean) = c.logit_kl_mean {
-        let (max, top1) = (number(c.logit_kl_max), number(c.top1_agreement.map(|t| t * 100.0)));
-        let _ = writeln!(out, "  logits         KL {mean} mean, {max} largest; top-1 agrees on {top1} %");
+        let top1 = c.top1_agreement.unwrap_or(0.0) * 100.0;
+        let _ = writeln!(out, "  logits         KL {mean:.2e} mean, {} largest; top-1 agrees on {top1:.1} %", number(c.logit_kl_max));
     }
     out
 }

@@ -1,11 +1,13 @@
 //! `vlmc`: arguments, progress bars and what is printed. The work is done by the library.
 
 mod embed;
+mod eval;
 mod inspect;
+mod ranges;
 mod run;
 mod verify;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
@@ -13,10 +15,16 @@ use std::{
     num::NonZero,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
-use vlmc::{arch::ARCHITECTURES, back::onnx, compile, hub, synth, target};
+use vlmc::{
+    arch::ARCHITECTURES,
+    back::onnx,
+    calibrate::{self, Budgeted, Report, chosen},
+    compile, hub, samples, synth, target,
+};
 use vlmc_ir::DType;
-use vlmc_passes::quantize::Policy;
+use vlmc_passes::quantize::{Part, Policy};
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
@@ -59,6 +67,16 @@ enum Command {
     /// weights make of the same operands, and the outputs. Names the first layer that is wrong, and then exits with 1. The
     /// result goes into the artifact's manifest. Without --image, --prompt and --data, on a made-up picture and text.
     Verify(verify::VerifyArgs),
+    /// Measure what quantization costs on your data
+    ///
+    /// Asks an artifact and a reference (the same model without quantization) about pictures; says how many answers are the same,
+    /// how many are right if the data knows, and how far the probabilities of tokens diverge.
+    Eval(eval::EvalArgs),
+    /// Find out where a model would leave the range of f16
+    ///
+    /// Interprets the checkpoint on samples, names what has to stay in f32 on targets that compute in f16, and compares the
+    /// outputs with and without that.
+    Ranges(ranges::RangesArgs),
     /// Show what a checkpoint or an artifact holds
     Inspect(inspect::InspectArgs),
     /// Print the graphs of a checkpoint or an artifact
@@ -91,6 +109,9 @@ impl From<Kv> for DType {
     }
 }
 
+/// The policy that is made for a budget.
+const AUTO: &str = "auto";
+
 #[derive(Args)]
 struct CompileArgs {
     /// Checkpoint directory, Hugging Face id or alias
@@ -103,6 +124,16 @@ struct CompileArgs {
     /// Directory of LoRA adapters (PEFT) to merge into the weights
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
+    /// Pictures and prompts to find 4-bit codes for (GPTQ): a directory of files a.png and a.txt, or a list (.jsonl) of {"image": ...,
+    /// "prompt": ..., "answer": ...}. A few dozen that are like what the model will be asked will do; answers help.
+    #[arg(long, value_name = "PATH")]
+    calibrate: Option<PathBuf>,
+    /// With --quant auto, bits per weight of linear layers and experts, scales counted: 4.5 or 4.5bpw
+    ///
+    /// Each gets 4 bits with a scale per 128 or per 32 columns, or 8 bits, by how much the error of its output (with --calibrate), or
+    /// of its weights, falls per bit.
+    #[arg(long, value_name = "BITS", value_parser = bits_per_weight)]
+    budget: Option<f64>,
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
@@ -119,12 +150,17 @@ struct CompileArgs {
     json: bool,
 }
 
+fn bits_per_weight(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix("bpw").unwrap_or(text).trim().parse::<f64>().ok();
+    number.filter(|b| b.is_finite() && *b > 0.0).ok_or_else(|| "must be a number of bits, such as 4.5 or 4.5bpw".into())
+}
+
 #[derive(Args)]
 struct TargetArgs {
     /// What to compile for; see `vlmc targets`
     #[arg(long, default_value = "cpu")]
     target: String,
-    /// Quantization of the weights: none, int8, int4, or a file of rules
+    /// Quantization of the weights: none, int8, int4, auto (by --budget, only to compile), or a file of rules
     ///
     /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder's layers in 4 bits with a scale
     /// per 32 columns, the rest as int8. Norms, biases, positions, convolutions, routers and what reads the request's pixels
@@ -141,6 +177,9 @@ impl TargetArgs {
         if path.extension().is_some_and(|e| e == "toml") {
             let text = std::fs::read_to_string(path).with_context(|| format!("--quant {}", self.quant))?;
             return Policy::parse(&text).with_context(|| format!("--quant {}", self.quant));
+        }
+        if self.quant == AUTO {
+            bail!("--quant auto is for `vlmc compile`, with --budget");
         }
         Policy::named(&self.quant).context("--quant (a file of rules ends in .toml)")
     }
@@ -195,6 +234,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Embed(args) => embed::embed(&args),
         Command::Exec(args) => exec(&args),
         Command::Verify(args) => verify::verify(&args),
+        Command::Eval(args) => eval::eval(&args),
+        Command::Ranges(args) => ranges::ranges(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),
         Command::Archs(args) => archs(args.json),
@@ -215,6 +256,13 @@ pub(crate) fn main() -> ExitCode {
 fn print(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// A spinner on the terminal; nothing elsewhere.
+fn spinner() -> ProgressBar {
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
@@ -263,8 +311,54 @@ fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path)
     Ok(report)
 }
 
-fn compile_command(args: &CompileArgs) -> Result<()> {
+/// The model and the policy to compile it with, after calibration and the choice of schemes, if these are asked for.
+fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Model, Policy)> {
+    let target = &args.target.target;
+    let data = args.calibrate.as_ref();
+    let requests = |d: &PathBuf| calibrate::requests(&model, &samples::read(d, None)?);
+    let requests = data.map(|d| requests(d).with_context(|| format!("--calibrate {}", d.display()))).transpose()?;
+    let bar = spinner();
+    let progress = |weight: &str| bar.set_message(format!("quantizing {weight}"));
+    if args.target.quant == AUTO {
+        let budget = args.budget.context("--quant auto needs --budget")?;
+        let Budgeted { model, policy, bits_per_weight, report } =
+            model.within_budget(target, budget, requests.as_deref().unwrap_or_default(), &progress)?;
+        bar.finish_and_clear();
+        if !args.json {
+            print(&budget_text(&policy, bits_per_weight, &report))?;
+        }
+        return Ok((model, policy));
+    }
+    if args.budget.is_some() {
+        bail!("--budget goes with --quant auto");
+    }
     let policy = args.target.policy()?;
+    let Some(requests) = requests else { return Ok((model, policy)) };
+    let (model, report) = model.calibrate(target, &chosen(&policy), &requests, &progress)?;
+    bar.finish_and_clear();
+    if report.is_empty() {
+        bail!("--calibrate finds codes of 4 bits, but --quant {} has none for this model and target", args.target.quant);
+    }
+    Ok((model, policy))
+}
+
+/// Which weights keep 8 bits, and their errors with fewer.
+fn budget_text(policy: &Policy, bits: f64, report: &Report) -> String {
+    let scheme = |name: &String| policy.choice(name, Part::Decoder).map(|c| c.scheme);
+    let eight: Vec<_> = report.iter().filter(|(name, _)| scheme(name).is_some_and(|s| s.bits == 8)).collect();
+    let mut out = format!("{bits:.3} bits per weight; {} of {} weights keep 8 bits\n", eight.len(), report.len());
+    for (name, measured) in eight {
+        let errors: Vec<String> = measured.iter().map(|m| format!("{} {:.4}", m.scheme, m.error)).collect();
+        out += &format!("  {name}: relative error {}\n", errors.join(", "));
+    }
+    out
+}
+
+fn compile_command(args: &CompileArgs) -> Result<()> {
+    target::named(&args.target.target)?;
+    if args.target.quant != AUTO {
+        args.target.policy()?;
+    }
     let dir = checkpoint_dir(&args.model)?;
     let model = match &args.lora {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
@@ -276,6 +370,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
+    let (model, policy) = quantized(args, model)?;
     let report = compile_to(&model, &args.target.target, &policy, &out)?;
     if args.json {
         return print_json(&report);

@@ -1,15 +1,12 @@
 //! `vlmc verify`.
 
-use super::{checkpoint_dir, inspect, print, print_json};
+use super::{checkpoint_dir, inspect, print, print_json, spinner};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use indicatif::ProgressBar;
 use std::{
     fmt::Write,
-    io::IsTerminal,
     num::NonZero,
     path::{Path, PathBuf},
-    time::Duration,
 };
 use vlmc::{
     artifact_dir::certify,
@@ -69,8 +66,7 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<()> {
         None => Model::open(&dir)?,
     };
     let requests = requests(args, &artifact)?;
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
-    bar.enable_steady_tick(Duration::from_millis(100));
+    let bar = spinner();
     let options = Options { threads: args.threads, new_tokens: args.max_new_tokens, progress: &|what| bar.set_message(what.to_string()) };
     let report = verify::verify(&artifact, model, &requests, &options);
     bar.finish_and_clear();
@@ -116,7 +112,7 @@ fn requests(args: &VerifyArgs, artifact: &Artifact) -> Result<Vec<Request>> {
         }
         None => {
             let name = args.image.as_deref().map_or("prompt".to_string(), |p: &Path| p.display().to_string());
-            vec![Sample { name, image: args.image.clone(), prompt: args.prompt.clone() }]
+            vec![Sample { name, image: args.image.clone(), prompt: args.prompt.clone(), answer: None }]
         }
     };
     samples.iter().map(|s| Ok(Request { name: s.name.clone(), tensors: s.tensors(&preparer)? })).collect()

@@ -44,7 +44,7 @@ impl Errors {
 }
 
 /// Kullback-Leibler divergence, in nats, of the softmax of `got` from that of `reference`.
-pub(super) fn kl(got: &[f32], reference: &[f32]) -> f64 {
+pub(crate) fn kl(got: &[f32], reference: &[f32]) -> f64 {
     let (p, q) = (log_softmax(reference), log_softmax(got));
     let sum: f64 = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum();
     // Rounding may leave a little less than nothing.

@@ -9,6 +9,7 @@
 
 mod html;
 mod measure;
+mod plot;
 mod reference;
 mod spool;
 mod tap;
@@ -23,7 +24,8 @@ use crate::{
     digest,
     safetensors_header::Header,
 };
-use measure::kl;
+pub(crate) use measure::kl;
+pub(crate) use reference::array;
 use reference::{Reference, Step};
 use serde::Serialize;
 use spool::{Kept, Spool};
@@ -64,6 +66,7 @@ pub struct Options<'a> {
 }
 
 /// Tensors of a request, named as in the Hugging Face forward signature.
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Where it comes from.
     pub name: String,
@@ -301,7 +304,7 @@ impl Runner {
     /// All that the model gives; its nodes are told of, but for those of single tokens.
     fn run(&mut self, request: &Request, new_tokens: usize, state: &RefCell<State>) -> Result<Tensors> {
         let Request { name, tensors } = request;
-        let failed = |e: vlmc_runtime::Error| Error::Model { model: name.clone(), message: e.to_string() };
+        let failed = |e: vlmc_runtime::Error| Error::Request { name: name.clone(), message: e.to_string() };
         state.borrow_mut().active = true;
         match self {
             Self::Others(engine) => forward(&mut **engine, tensors).map_err(failed),
@@ -328,7 +331,7 @@ fn compare_outputs(request: &Request, got: &Tensors, expected: &Tensors) -> Resu
         let g = got.get(name).map(Tensor::f32).transpose()?.unwrap_or_default();
         if g.len() != r.len() {
             let message = format!("the artifact gives {} numbers as '{name}', the reference {}", g.len(), r.len());
-            return Err(Error::Model { model: request.name.clone(), message });
+            return Err(Error::Request { name: request.name.clone(), message });
         }
         outputs.insert(name.clone(), Errors::of(g, r));
         let width = reference.shape().last().copied().unwrap_or(1);
@@ -461,6 +464,7 @@ impl Stored {
             let parts = self.parts(name);
             let from = parts.first().and_then(|p| self.weights.get(p)).map_or(DType::F32, |w| w.dtype);
             match self.dtypes.get(name) {
+                Some(DType::Quant(_)) if from.scheme().is_some() => Storage::Kept,
                 Some(DType::Quant(scheme)) => Storage::Quantized(*scheme),
                 Some(DType::BF16) if from != DType::BF16 => Storage::Narrowed(4e-3),
                 Some(DType::F16) if from != DType::F16 && from != DType::BF16 => Storage::Narrowed(5e-4),
@@ -504,17 +508,23 @@ enum Storage {
     Exact,
     /// In a narrower float type, of that relative step.
     Narrowed(f64),
+    /// As the codes that the checkpoint has.
+    Kept,
     /// As codes.
     Quantized(Scheme),
 }
 
+/// Relative error of rounding what a layer reads to 8 bits, as layers of quantized weights may do.
+const DYNAMIC: f64 = 0.02;
+
 impl Storage {
-    /// Relative error of a node that it explains. Of codes it is twice the error that rounding to nearest makes in these very
-    /// weights (activations do not lie evenly), and 2 % for activations that are rounded to 8 bits.
+    /// Relative error of a node that it explains. Of codes that the compiler found it is twice the error that rounding to nearest
+    /// makes in these very weights, since activations do not lie evenly.
     fn tolerance(self, step: &Step<'_>) -> f64 {
         match self {
             Self::Exact => EXACT,
             Self::Narrowed(step) => EXACT + 2.0 * step,
+            Self::Kept => EXACT + DYNAMIC,
             Self::Quantized(scheme) => {
                 let error = |w: &Array| {
                     let (k, data) = (w.shape().last().copied().unwrap_or(1), w.f32().ok()?.iter().copied().collect::<Vec<_>>());
@@ -525,7 +535,7 @@ impl Storage {
                     Def::Weight(name) => step.weights.get(name).filter(|w| w.shape().len() > 1),
                     _ => None,
                 });
-                EXACT + 0.02 + 2.0 * matrices.filter_map(|w| error(w)).fold(0.0, f64::max)
+                EXACT + DYNAMIC + 2.0 * matrices.filter_map(|w| error(w)).fold(0.0, f64::max)
             }
         }
     }
@@ -639,6 +649,7 @@ fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool) -> R
         return Ok(None);
     }
     let mut args = vec![];
+    let mut types: Vec<Type> = step.node.args.iter().map(|a| step.graph.ty(*a).clone()).collect();
     for (i, v) in step.node.args.iter().enumerate() {
         let reference = match (step.operands[i], step.graph.def(*v)) {
             (Some(a), _) => a,
@@ -652,16 +663,18 @@ fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool) -> R
             None => Cow::Borrowed(reference),
             Some(at) => {
                 let kept = &record.operands[at];
-                let same =
-                    kept.dtype == reference.dtype() && kept.shape.iter().product::<usize>() == reference.shape().iter().product::<usize>();
-                if !same {
+                if kept.shape.iter().product::<usize>() != reference.shape().iter().product::<usize>() {
                     return Ok(None);
                 }
+                types[i].dtype = kept.dtype;
                 Cow::Owned(reference::array(&spool.get(&Kept { shape: reference.shape().to_vec(), ..kept.clone() })?)?)
             }
         });
     }
-    let types: Vec<Type> = step.node.args.iter().map(|a| step.graph.ty(*a).clone()).collect();
+    // The artifact may have an operand of another type (a mask that is added), if the op takes it.
+    if step.node.op.infer(&types).is_err() {
+        return Ok(None);
+    }
     let args: Vec<&Array> = args.iter().map(AsRef::as_ref).collect();
     // What has no meaning for these operands (an index out of range) is no computation of the artifact's either.
     Ok(interp::eval(&step.node.op, &types, &args, step.symbols).ok().and_then(|r| r.into_iter().next()))

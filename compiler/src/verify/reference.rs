@@ -48,7 +48,7 @@ pub(super) struct Reference {
 /// The checkpoint cannot be lowered for the artifact's target, or has other entries than the artifact.
 pub(super) fn program(model: &Model, manifest: &Manifest) -> Result<(Verified, BTreeMap<String, WeightDef>)> {
     let target = crate::target::named(&manifest.target)?;
-    let lowered = model.lower()?.program;
+    let lowered = model.lower_with_codes(target)?.program;
     let weights = lowered.weights.clone();
     let passes: Vec<_> = vlmc_passes::pipeline(target).into_iter().filter(|p| SPELLED_OUT.contains(&p.name)).collect();
     let program = vlmc_passes::run(target, lowered, &passes, |_, _| {})?;
@@ -100,7 +100,7 @@ impl Observer for Forward<'_> {
         node: &Node,
         weights: &Resident<'_>,
         operands: &[Vec<Option<&Array>>],
-        results: &[Vec<Array>],
+        results: &mut [Vec<Array>],
     ) -> Result<(), String> {
         let [operands] = operands else { return Err("one sample at a time".into()) };
         (self.watcher)(&Step { graph: self.graph, symbols: self.symbols, node, weights, operands, results: &results[0] })
@@ -180,7 +180,7 @@ impl Engine for Reference {
     }
 }
 
-pub(super) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
+pub(crate) fn array(t: &Tensor) -> vlmc_runtime::Result<Array> {
     fn with<T: Clone>(t: &Tensor, data: &[T]) -> vlmc_runtime::Result<ArrayD<T>> {
         ArrayD::from_shape_vec(IxDyn(t.shape()), data.to_vec()).map_err(|e| failed("a tensor", e))
     }

@@ -95,8 +95,9 @@ fn find(graph: &onnx::proto::GraphProto) -> Vec<Tap> {
     }
     let mut taps: Vec<Tap> = vec![];
     for node in &graph.node {
-        // An operand that is left out has no name.
-        let inputs: Vec<&str> = node.input.iter().map(String::as_str).filter(|n| !n.is_empty()).collect();
+        // Shapes and bounds are attributes elsewhere; an operand that is left out has no name.
+        let data = if matches!(node.op_type(), "Reshape" | "Expand" | "Slice") { 1 } else { node.input.len() };
+        let inputs: Vec<&str> = node.input.iter().take(data).map(String::as_str).filter(|n| !n.is_empty()).collect();
         let weights: Vec<String> = inputs.iter().filter_map(|n| constants.get(n)).flatten().cloned().collect();
         let operands: Vec<String> = inputs.iter().filter(|n| !constants.contains_key(*n)).map(|n| (*n).to_string()).collect();
         if operands.is_empty() && !inputs.is_empty() {

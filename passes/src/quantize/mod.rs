@@ -1,9 +1,11 @@
 //! Quantization: a policy turns weights into quantized types, and linear layers of such weights into ones that round what
 //! they read.
 
+pub mod gptq;
 mod policy;
+pub mod scaling;
 
-pub use policy::{BUILT_IN, Choice, Part, Policy, PolicyError};
+pub use policy::{BUILT_IN, Calibration, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
 use std::collections::BTreeMap;

@@ -2,6 +2,7 @@
 
 use globset::{Glob, GlobMatcher};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use vlmc_ir::{Scheme, quant::Method};
 
 /// What a weight is to a model. Weights of no part (norms, biases, positions, convolutions) are never quantized.
@@ -23,6 +24,21 @@ pub enum Part {
     Router,
 }
 
+/// What calibration data are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Calibration {
+    /// Nothing.
+    Unused,
+    /// What is best, if there are any: [`Self::Gptq`] for 4 bits, [`Self::Smooth`] for towers in 8.
+    Optional,
+    /// Codes that keep outputs ([`super::gptq`]).
+    Gptq,
+    /// Columns scaled before codes are chosen ([`super::scaling::awq`]).
+    Awq,
+    /// Columns scaled so that inputs are easier to round ([`super::scaling::smooth`]).
+    Smooth,
+}
+
 /// How a weight is quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
@@ -30,6 +46,8 @@ pub struct Choice {
     pub scheme: Scheme,
     /// How scales are chosen.
     pub method: Method,
+    /// What calibration data are for.
+    pub calibration: Calibration,
     /// Whether what it multiplies is rounded to 8 bits too.
     pub dynamic: bool,
 }
@@ -73,8 +91,9 @@ struct FileRule {
 }
 
 impl Choice {
-    fn new(scheme: Scheme, dynamic: bool) -> Self {
-        Self { scheme, method: Method::Search, dynamic }
+    /// Scales chosen by search, or what calibration makes of it.
+    pub fn new(scheme: Scheme, dynamic: bool) -> Self {
+        Self { scheme, method: Method::Search, calibration: Calibration::Optional, dynamic }
     }
 }
 
@@ -121,7 +140,8 @@ impl Policy {
 
     /// A policy from a TOML file: `base`, a built-in policy for the weights that no rule names (none if absent), and rules in
     /// order, the first that fits counts. `weights` is a pattern of names in which `*` stands for anything; `scheme` as
-    /// [`Scheme`] prints, or `none`; `method` is `search` or `round`; `activations` `int8` or `f32`.
+    /// [`Scheme`] prints, or `none`; `method` is `search` or `round`, which need no data, or `gptq`, `awq` or `smooth`, which do;
+    /// `activations` `int8` or `f32`.
     ///
     /// ```toml
     /// base = "int4"
@@ -144,14 +164,36 @@ impl Policy {
                 Some("f32") => false,
                 Some(other) => return Err(at("activations", format!("must be int8 or f32, is '{other}'"))),
             };
-            let method = rule.method.as_deref().map_or(Ok(Method::Search), str::parse).map_err(|why| at("method", why))?;
+            let (method, calibration) = match rule.method.as_deref() {
+                None => (Method::Search, Calibration::Optional),
+                Some("gptq") => (Method::Search, Calibration::Gptq),
+                Some("awq") => (Method::Search, Calibration::Awq),
+                Some("smooth") => (Method::Search, Calibration::Smooth),
+                Some(name) => {
+                    let unknown = |_: String| at("method", format!("must be search, round, gptq, awq or smooth, is '{name}'"));
+                    (name.parse().map_err(unknown)?, Calibration::Unused)
+                }
+            };
             let choice = match rule.scheme.as_str() {
                 "none" => None,
-                scheme => Some(Choice { scheme: scheme.parse().map_err(|why| at("scheme", why))?, method, dynamic }),
+                scheme => Some(Choice { scheme: scheme.parse().map_err(|why| at("scheme", why))?, method, calibration, dynamic }),
             };
             policy.rules.push((pattern, choice));
         }
         Ok(policy)
+    }
+
+    /// The policy that names weights and their schemes one by one; others are as in `int8`.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn listing(schemes: &BTreeMap<String, Scheme>) -> Result<Self, PolicyError> {
+        let mut text = String::from("base = \"int8\"\n");
+        for (name, scheme) in schemes {
+            let pattern = toml::Value::String(globset::escape(name));
+            text += &format!("[[rule]]\nweights = {pattern}\nscheme = \"{scheme}\"\n");
+        }
+        Self::parse(&text)
     }
 
     /// How a weight of that name and part is quantized.

@@ -297,13 +297,24 @@ fn round(v: f32) -> f32 {
 /// Codes of one group that share a scale; gives the scale, as it is kept, and the zero. Not-a-number counts as 0.
 #[inline(always)]
 fn quantize_group(x: &[f32], scheme: Scheme, method: Method, codes: &mut [u8]) -> (f32, u8) {
-    let (scale, zero) = if scheme.zero_points { asymmetric(x, scheme, method) } else { (symmetric(x, scheme, method), scheme.middle()) };
+    let (scale, zero) = choose_scale(x, scheme, method);
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let (zero_f, top) = (f32::from(zero), f32::from(scheme.max_code()));
     for (x, code) in x.iter().zip(codes) {
-        *code = (round((x * inverse).clamp(-512.0, 512.0)) + zero_f).clamp(0.0, top) as u8;
+        *code = code_of(*x, inverse, zero, scheme);
     }
     (scale, zero)
+}
+
+/// The scale of a group, as it is kept, and its zero.
+#[inline(always)]
+pub fn choose_scale(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
+    if scheme.zero_points { asymmetric(x, scheme, method) } else { (symmetric(x, scheme, method), scheme.middle()) }
+}
+
+/// The code nearest to `x`, where `inverse` is 1 / scale, or 0 if the scale is 0.
+#[inline(always)]
+pub fn code_of(x: f32, inverse: f32, zero: u8, scheme: Scheme) -> u8 {
+    (round((x * inverse).clamp(-512.0, 512.0)) + f32::from(zero)).clamp(0.0, f32::from(scheme.max_code())) as u8
 }
 
 /// The number of largest size, with its sign.

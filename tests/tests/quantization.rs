@@ -1,0 +1,186 @@
+//! What quantization costs: answers of the trained model, and logits of random ones, which are the worst case.
+
+use std::path::Path;
+use vlmc::{
+    calibrate::{chosen, requests},
+    compile::{Model, Options},
+    samples,
+    verify::Request,
+};
+use vlmc_ir::Scheme;
+use vlmc_passes::quantize::{Part, Policy, parts};
+use vlmc_runtime::Tensors;
+use vlmc_tests::{
+    cases, compile, exec_case, fixture, floats,
+    quantization::{Bench, Way, bits_per_weight, policy},
+    write_inputs,
+};
+
+/// Checkpoints of random weights that answer prompts.
+const RANDOM: [&str; 11] = [
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "qwen-vl",
+    "llava-1.5",
+    "llava-llama3-gqa",
+    "llama-3.2-vision",
+    "deepseek-vl",
+    "deepseek-vl-hybrid",
+    "deepseek-vl2-mha",
+    "deepseek-vl2-mla",
+];
+
+const AWQ: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
+const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
+
+fn shapes_vl(target: &str) {
+    let bench = Bench::new(target, None);
+    let ways = [
+        Way::Policy("none"),
+        Way::Policy("int8"),
+        Way::Policy(ROUND),
+        Way::Q4_0,
+        Way::Policy("int4"),
+        Way::Calibrated("int4"),
+        Way::Calibrated(AWQ),
+    ];
+    let [plain, int8, round, q4_0, search, calibrated, awq] = ways.map(|way| bench.run(way));
+    assert_eq!((plain.score.samples, plain.score.known, plain.score.same), (300, 300, 300));
+    assert_eq!(plain.score.max_kl, 0.0);
+    // Points of 300 pictures.
+    let lost = |right: usize| plain.score.right as i64 - right as i64;
+    assert!(lost(int8.score.right) <= 3, "{int8:?}");
+    assert!(lost(calibrated.score.right) <= 6, "{calibrated:?}");
+    assert!(lost(search.score.right) <= 6 && lost(awq.score.right) <= 6, "{search:?} {awq:?}");
+    let kl = [&int8, &calibrated, &search, &round, &q4_0].map(|o| o.score.mean_kl);
+    println!("{target} {kl:?} awq {:?}", awq.score);
+    assert!(kl[0] > 0.0 && kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3] && kl[2] < kl[4], "{kl:?}");
+    assert!(search.weight_bytes < int8.weight_bytes && int8.weight_bytes < plain.weight_bytes);
+    assert_eq!((search.weight_bytes, search.bits_per_weight), (calibrated.weight_bytes, calibrated.bits_per_weight));
+}
+
+#[test]
+fn shapes_vl_onnx_cpu() {
+    shapes_vl("onnx-cpu");
+}
+
+/// A budget is kept, and more bits give a smaller error.
+#[test]
+fn budgets() {
+    let dir = fixture("shapes-vl");
+    let data = samples::read(&dir.join("calibration.jsonl"), Some(8)).unwrap();
+    let choose = |budget: f64, calibrated: bool| {
+        let model = Model::open(&dir).unwrap();
+        let requests = if calibrated { requests(&model, &data).unwrap() } else { vec![] };
+        model.within_budget("onnx-cpu", budget, &requests, &|_| {})
+    };
+    for calibrated in [true, false] {
+        let mut errors = vec![];
+        for budget in [4.3, 5.0, 6.5] {
+            let found = choose(budget, calibrated).unwrap();
+            assert!(found.bits_per_weight <= budget && found.bits_per_weight > budget - 0.25, "{} of {budget}", found.bits_per_weight);
+            let overall = bits_per_weight(&found.model, "onnx-cpu", &found.policy).unwrap();
+            assert!((overall - found.bits_per_weight).abs() < 1e-9, "{overall} instead of {}", found.bits_per_weight);
+            let scheme = |name: &str| found.policy.choice(name, Part::Tower).unwrap().scheme;
+            let of = |(name, measured): (&String, &Vec<vlmc::calibrate::Measured>)| {
+                measured.iter().find(|m| m.scheme == scheme(name)).map(|m| m.error * m.error)
+            };
+            errors.push(found.report.iter().map(|m| of(m).unwrap()).sum::<f64>());
+        }
+        assert!(errors.is_sorted_by(|a, b| a > b), "{errors:?}");
+    }
+    let error = choose(3.0, false).err().unwrap().to_string();
+    assert!(error.contains("a budget of 3 bits per weight is too small: the least is 4.1"), "{error}");
+}
+
+#[test]
+fn bad_calibration_data() {
+    let dir = fixture("shapes-vl");
+    let model = || Model::open(&dir).unwrap();
+    let int4 = Policy::named("int4").unwrap();
+    let of = |data: &Path| samples::read(data, None).and_then(|s| requests(&model(), &s)).unwrap_err().to_string();
+    let out = tempfile::tempdir().unwrap();
+    assert!(of(out.path()).contains("has no samples"), "{}", of(out.path()));
+    let list = out.path().join("list.jsonl");
+    std::fs::write(&list, "{\"image\": \"no.png\", \"prompt\": \"What?\"}").unwrap();
+    assert!(of(&list).contains("no.png"), "{}", of(&list));
+    std::fs::write(out.path().join("no.png"), "not a picture").unwrap();
+    assert!(of(&list).contains("no.png"), "{}", of(&list));
+
+    let run = |requests: &[Request]| model().calibrate("onnx-cpu", &chosen(&int4), requests, &|_| {}).err().unwrap().to_string();
+    assert!(run(&[]).contains("there are no samples"));
+    let empty = Request { name: "line 7".into(), tensors: Tensors::new() };
+    assert!(run(&[empty]).contains("line 7"));
+}
+
+/// Over all cases of the fixture's goldens, the length of the difference of logits from those without quantization, by policy.
+fn errors(name: &str, target: &str, policies: &[(&Policy, bool)]) -> Vec<f64> {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = fixture(name);
+    let plain = dir.path().join("plain");
+    compile(&fixture, target, &plain);
+    let logits = |artifact: &Path| -> Vec<f32> {
+        let of =
+            |case: &String| floats(&exec_case(&fixture, artifact, case, &[], 0), "logits").unwrap().iter().copied().collect::<Vec<_>>();
+        cases(&fixture).iter().flat_map(of).collect()
+    };
+    let reference = logits(&plain);
+    let mut out = vec![];
+    for (i, (policy, calibrated)) in policies.iter().enumerate() {
+        let artifact = dir.path().join(i.to_string());
+        let mut model = Model::open(&fixture).unwrap();
+        if *calibrated {
+            let request = |case: &String| {
+                let inputs = dir.path().join("inputs.safetensors");
+                write_inputs(&fixture, case, &[], &inputs);
+                Request { name: case.clone(), tensors: vlmc::exec::read(&inputs).unwrap() }
+            };
+            let requests: Vec<Request> = cases(&fixture).iter().map(request).collect();
+            model = model.calibrate(target, &chosen(policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{name}: {e}")).0;
+        }
+        model.compile(&Options { target, policy, out: &artifact, progress: &|_, _| {} }).unwrap();
+        let got = logits(&artifact);
+        assert_eq!(got.len(), reference.len());
+        out.push(got.iter().zip(&reference).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt());
+    }
+    out
+}
+
+/// `int4`, but by rounding to nearest.
+fn rounding(model: &Model) -> Policy {
+    let program = model.lower().unwrap().program;
+    let int4 = Policy::named("int4").unwrap();
+    let mut text = String::from("base = \"int4\"\n");
+    for (name, part) in parts(&program) {
+        if int4.choice(&name, part).is_some_and(|c| c.scheme == Scheme::INT4) {
+            text += &format!("[[rule]]\nweights = \"{name}\"\nscheme = \"int4g32\"\nmethod = \"round\"\n");
+        }
+    }
+    policy(&text)
+}
+
+/// Checkpoints of random weights: 4 bits lose no more than round to nearest.
+fn random_models(target: &str) {
+    let int4 = Policy::named("int4").unwrap();
+    for name in RANDOM {
+        let round = rounding(&Model::open(&fixture(name)).unwrap());
+        let [rounded, searched, calibrated] = errors(name, target, &[(&round, false), (&int4, false), (&int4, true)])[..] else { panic!() };
+        println!("{target} {name}: round {rounded:.4} search {searched:.4} calibrated {calibrated:.4}");
+    }
+}
+
+#[test]
+fn random_models_onnx_cpu() {
+    random_models("onnx-cpu");
+}
+
+#[test]
+fn random_models_cpu() {
+    random_models("cpu");
+}
+
+#[test]
+fn shapes_vl_cpu() {
+    shapes_vl("cpu");
+}
