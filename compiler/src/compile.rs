@@ -19,9 +19,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{Graph, Program, Verified, Weights, verify};
+use vlmc_ir::{DType, Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
-    Checked, Target, Trace,
+    Checked, Target, Trace, keep_states,
     quantize::{Calibration, Choice, Outcome, Policy, quantize},
 };
 
@@ -41,6 +41,7 @@ pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
     with_loss: bool,
+    kv: DType,
     /// What calibration has found.
     found: Recipes,
 }
@@ -122,13 +123,19 @@ impl Model {
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
         let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
-        Ok(Self { architecture, checkpoint, with_loss: false, found: Recipes::default() })
+        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
     #[must_use]
     pub fn with_loss(self) -> Self {
         Self { with_loss: true, ..self }
+    }
+
+    /// The model with its states (the KV cache) kept in `kv`: `f32`, `bf16` or `i8`, which not every target does.
+    #[must_use]
+    pub fn with_kv(self, kv: DType) -> Self {
+        Self { kv, ..self }
     }
 
     /// The model with tensors that calibration has found, and the recipes of weights that use them.
@@ -176,6 +183,9 @@ impl Model {
         let lowered = self.lower_with_codes(target)?;
         let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
         self.found.apply(&mut program);
+        if self.kv != DType::F32 {
+            program = keep_states(program, self.kv)?;
+        }
         let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -453,7 +463,7 @@ pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) 
     };
     let state = |s: &vlmc_ir::State| {
         let ty = g.ty(s.past);
-        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: ty.dtype, shape: ty.shape.clone(), axis: s.axis }
+        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: g.kept(s), shape: ty.shape.clone(), axis: s.axis }
     };
     Entry {
         name: g.name.clone(),

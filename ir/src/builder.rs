@@ -662,7 +662,7 @@ impl<'g> Builder<'g> {
     /// `new` appended to a state.
     #[track_caller]
     pub fn append(&'g self, past: Val<'g>, new: Val<'g>, axis: usize) -> Val<'g> {
-        self.one(Append { axis }, &[past, new])
+        self.one(Append { axis, keep: DType::F32 }, &[past, new])
     }
 }
 

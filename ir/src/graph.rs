@@ -1,7 +1,7 @@
 //! Programs, graphs, nodes and values. Construction is [`crate::Builder`]'s job; a graph is immutable afterwards, and passes
 //! build a new one.
 
-use crate::{Literal, Op, Symbol, Type, weights::WeightDef};
+use crate::{DType, Literal, Op, Symbol, Type, weights::WeightDef};
 use petgraph::visit as pv;
 use std::collections::BTreeMap;
 
@@ -160,6 +160,12 @@ impl Graph {
         let node = self.nodes.iter().find(|n| n.args.contains(&state.past))?;
         let next = node.op.appends().iter().find(|(operand, _)| node.args.get(*operand) == Some(&state.past));
         next.and_then(|(_, result)| node.outs.get(*result)).copied()
+    }
+
+    /// The type that a state is kept in: what its `append` says.
+    pub fn kept(&self, state: &State) -> DType {
+        let append = self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| &n.op);
+        if let Some(Op::Append(a)) = append { a.keep } else { self.ty(state.past).dtype }
     }
 
     /// Nodes whose results leave the graph: through outputs and states.

@@ -11,12 +11,14 @@ mod masks;
 pub mod memory;
 pub mod quantize;
 mod rules;
+mod states;
 mod target;
 mod trace;
 mod weights;
 
 pub use check::{CheckError, Checked, check};
 pub use rules::{Fused, Match, Pattern, Rule};
+pub use states::keep_states;
 pub use target::{Support, Target};
 pub use trace::{Event, Trace};
 use vlmc_ir::{BuildError, Diagnostic, Graph, Program, Verified, verify};

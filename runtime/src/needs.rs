@@ -250,7 +250,10 @@ impl Planner<'_> {
                     *axis = if state.follows_text() { context } else { rows };
                 }
                 let size = match self.program {
-                    Some(_) => cpu::state_bytes(shape.try_into().map_err(|_| Error::Input("a state must have 4 axes".into()))?),
+                    Some(_) => {
+                        let shape = shape.try_into().map_err(|_| Error::Input("a state must have 4 axes".into()))?;
+                        cpu::state_bytes(shape, state.dtype)
+                    }
                     None => bytes(&shape, state.dtype.size()),
                 };
                 (total, largest) = (total + size, largest.max(size));

@@ -80,7 +80,7 @@ impl<'a, 'w> Lowering<'a, 'w> {
         let states = g
             .states
             .iter()
-            .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis })
+            .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis, dtype: g.kept(s) })
             .collect();
         Ok(out::Function { name: g.name.clone(), inputs, outputs, states, values: self.values, steps: self.steps })
     }

@@ -23,6 +23,7 @@ use vlmc::{
     calibrate::{self, Budgeted, Report, chosen},
     compile, hub, samples, synth, target,
 };
+use vlmc_ir::DType;
 use vlmc_passes::{
     Trace,
     quantize::{Part, Policy},
@@ -93,6 +94,24 @@ enum Command {
     Synth(SynthArgs),
 }
 
+/// Types of a KV cache.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Kv {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl From<Kv> for DType {
+    fn from(kv: Kv) -> Self {
+        match kv {
+            Kv::F32 => Self::F32,
+            Kv::Bf16 => Self::BF16,
+            Kv::Int8 => Self::I8,
+        }
+    }
+}
+
 /// The policy that is made for a budget.
 const AUTO: &str = "auto";
 
@@ -130,6 +149,11 @@ struct CompileArgs {
     /// are drawn. For small models: it takes at most 256 MiB of weights as f32.
     #[arg(long)]
     check_passes: bool,
+    /// How the runtime keeps keys and values of earlier tokens (target cpu only)
+    ///
+    /// int8: 8 bits with a scale per head and token, about a quarter of the memory. bf16: half of it.
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    kv: Kv,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -352,7 +376,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
         None => compile::Model::open(&dir)?,
     };
-    let model = if args.with_loss { model.with_loss() } else { model };
+    let model = if args.with_loss { model.with_loss() } else { model }.with_kv(args.kv.into());
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
     if let Some(threads) = args.threads {

@@ -28,6 +28,7 @@ pub(super) const TARGET: Target = Target {
             return Support::Reject(format!("the CPU provider computes in f32, not {}", t.dtype));
         }
         match op {
+            Op::Append(a) if a.keep != DType::F32 => Support::Reject(format!("its states are inputs and outputs of f32, not {}", a.keep)),
             // x * sigmoid(...) is two nodes that every reader fuses or runs as fast.
             Op::Elementwise1(o) if matches!(o.f, Unary::Silu | Unary::QuickGelu) => Support::Decompose,
             // There is no product with an activation.

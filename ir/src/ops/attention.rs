@@ -2,6 +2,7 @@
 
 use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
+use half::bf16;
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
@@ -257,7 +258,7 @@ impl OpDef for RotaryAttention {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let one = |outs: Vec<Type>| outs.into_iter().next().ok_or_else(|| "no result".to_string());
-        let append = |args: &[Type]| one(Append { axis: args[0].rank().saturating_sub(2) }.infer(args)?);
+        let append = |args: &[Type]| one(Append { axis: args[0].rank().saturating_sub(2), keep: DType::F32 }.infer(args)?);
         let rotate = |args: &[Type]| one(Rotary {}.infer(args)?);
         let outs = Self::parts(args, rotate, append, |args| one(self.attention().infer(args)?))?;
         outs.ok_or_else(|| format!("takes 7 or 8 operands, got {}", args.len()))
@@ -290,6 +291,35 @@ pub fn segment_mask<'g>(g: &'g Builder<'g>, segments: Val<'g>) -> Val<'g> {
 pub struct Append {
     /// The axis that grows.
     pub axis: usize,
+    /// How the state keeps what is appended, which is rounded to it: `f32`; `bf16`; or `i8`, rows of the last axis in steps of
+    /// max|row| / 127.
+    #[serde(default = "Append::exact", skip_serializing_if = "Append::is_exact")]
+    pub keep: DType,
+}
+
+impl Append {
+    fn exact() -> DType {
+        DType::F32
+    }
+
+    fn is_exact(keep: &DType) -> bool {
+        *keep == DType::F32
+    }
+
+    /// Types that states can be kept in.
+    pub const KEPT: [DType; 3] = [DType::F32, DType::BF16, DType::I8];
+
+    fn round(&self, row: &mut [f32]) {
+        match self.keep {
+            DType::BF16 => row.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::I8 => {
+                let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let (inverse, scale) = (127.0 / largest.max(1e-30), largest / 127.0);
+                row.iter_mut().for_each(|v| *v = (*v * inverse).round_ties_even() * scale);
+            }
+            _ => {}
+        }
+    }
 }
 
 impl OpDef for Append {
@@ -298,11 +328,14 @@ impl OpDef for Append {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [past, new] = operands(args)?;
+        expect(Self::KEPT.contains(&self.keep), || format!("a state cannot be kept in {}", self.keep))?;
         super::Concat { axis: self.axis }.infer(&[past.clone(), new.clone()])
     }
 
     fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
-        let (past, new) = (args[0].f32()?, args[1].f32()?);
+        let (past, mut new) = (args[0].f32()?, args[1].f32()?.as_standard_layout().into_owned());
+        let width = new.shape().last().copied().unwrap_or(1).max(1);
+        new.as_slice_mut().ok_or("not contiguous")?.chunks_mut(width).for_each(|row| self.round(row));
         let both = ndarray::concatenate(Axis(self.axis), &[past.view(), new.view()]);
         Ok(vec![Array::F32(both.map_err(|e| e.to_string())?)])
     }

@@ -3,7 +3,7 @@
 
 use super::{Fused, Match, Pattern, Rule};
 use crate::{Contract, Pass};
-use vlmc_ir::{Def, Op, Patch, ops::RotaryAttention};
+use vlmc_ir::{DType, Def, Op, Patch, ops::RotaryAttention};
 
 pub(crate) const ROTARY_ATTENTION: Pass = Pass::rule(
     "fuse-rotary-attention",
@@ -35,6 +35,9 @@ fn replace(m: &Match<'_>) -> Result<Fused, String> {
             return Err(format!("{both} are used elsewhere"));
         }
         let Op::Append(append) = &m.node(both)?.1.op else { return Err(format!("{both} are not appended")) };
+        if append.keep != DType::F32 {
+            return Err(format!("{both} are kept in {}, rounded as they are appended", append.keep));
+        }
         if append.axis + 2 != m.ty(all).rank() {
             return Err(format!("{both} grow along axis {}", append.axis));
         }

@@ -111,7 +111,7 @@ pub struct State {
     pub past: String,
     /// Output name of an ONNX graph: `present.0.key`.
     pub present: String,
-    /// Element type.
+    /// Element type; of a `cpu` artifact how rows are kept, see [`crate::program::StateDecl`].
     pub dtype: DType,
     /// Shape before a call, e.g. `[batch, 2, past, 128]`.
     pub shape: Vec<Dim>,

@@ -116,6 +116,20 @@ pub struct StateDecl {
     pub shape: Vec<Dim>,
     /// Axis that grows.
     pub axis: usize,
+    /// How rows are kept: `f32`; `bf16`; or `i8`, each row rounded to -127..=127 with an `f32` scale max|row| / 127 of its own, as
+    /// [`Kernel::Linear`] rounds.
+    #[serde(default = "StateDecl::f32", skip_serializing_if = "StateDecl::is_f32")]
+    pub dtype: DType,
+}
+
+impl StateDecl {
+    fn f32() -> DType {
+        DType::F32
+    }
+
+    fn is_f32(dtype: &DType) -> bool {
+        *dtype == DType::F32
+    }
 }
 
 /// A tensor of a function.
@@ -215,7 +229,7 @@ pub enum Kernel {
         /// Which keys a query sees.
         mask: Mask,
     },
-    /// `new f32[batch, heads, s, d]` -> appended to the state that is the result, along its axis.
+    /// `new f32[batch, heads, s, d]` -> appended to the state that is the result, along its axis, in the state's type.
     Append,
     /// `q f32[batch, heads, s, d]`, `k f32[batch, kv_heads, s, d]`, `v f32[batch, kv_heads, s, dv]`, `cos`, `sin
     /// f32[batch, s, d/2]`, mask operand as [`Mask`] says -> attention of the rotated `q` to the states that are the second and

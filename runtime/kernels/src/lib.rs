@@ -22,7 +22,7 @@ mod pool;
 mod quantize;
 mod quantized;
 
-pub use attention::{Attention, Keys, Seen, Strides, attention_scratch};
+pub use attention::{Attention, Kept, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};

@@ -123,7 +123,7 @@ pub struct BadIndex {
     pub len: usize,
 }
 
-/// Element types of weights.
+/// Element types of weights and states.
 pub(crate) trait Element: Copy + Sync {
     fn to_f32(self) -> f32;
     /// # Safety
@@ -150,6 +150,7 @@ macro_rules! element {
 element!(f32, load, x => x);
 element!(f16, load_f16, x => f16::to_f32(x));
 element!(bf16, load_bf16, x => bf16::to_f32(x));
+element!(i8, load_i8, x => f32::from(x));
 
 /// Rows `[n, k]` to panels; missing rows of the last panel are zero.
 pub fn pack_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {

@@ -39,6 +39,7 @@ fn function(p: &Program, f: &Function) -> Check {
         ensure(s.shape.len() == 4 && s.axis == 2, || {
             format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name)
         })?;
+        ensure(matches!(s.dtype, DType::F32 | DType::BF16 | DType::I8), || format!("state '{}' cannot be kept in {}", s.name, s.dtype))?;
     }
     ensure(f.steps.len() <= MAX_STEPS, || format!("has {} steps, at most {MAX_STEPS} are possible", f.steps.len()))?;
     let mut appended = vec![false; f.states.len()];
@@ -140,6 +141,8 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
         (Kernel::RotaryAttention { .. }, [out, keys, values]) => {
             ensure(args.len() >= 5, || format!("takes at least 5 operands, got {}", args.len()))?;
             check_append(f, args[1], keys, appended)?;
+            let rotated = matches!(keys.place, Place::State(s) if f.states[s as usize].dtype == DType::F32);
+            ensure(rotated, || "rotated keys must be kept in f32".into())?;
             check_append(f, args[2], values, appended)?;
             (out, None)
         }

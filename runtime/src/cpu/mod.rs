@@ -121,7 +121,11 @@ impl Loaded {
                     p.name == n.name && p.dtype == v.dtype && p.shape == v.shape
                 })
         };
-        let states = e.states.iter().map(|s| (&s.past, &s.shape, s.axis)).eq(function.states.iter().map(|s| (&s.name, &s.shape, s.axis)));
+        let states = e
+            .states
+            .iter()
+            .map(|s| (&s.past, s.dtype, &s.shape, s.axis))
+            .eq(function.states.iter().map(|s| (&s.name, s.dtype, &s.shape, s.axis)));
         if !ports(&e.inputs, &function.inputs) || !ports(&e.outputs, &function.outputs) || !states {
             return Err(format!("function '{}' has other inputs, outputs or states than the manifest says", function.name));
         }
@@ -134,7 +138,7 @@ impl Loaded {
             literals: function.values.iter().map(literal).collect(),
             lives: Lives::new(&function),
             places: Places::default(),
-            states: function.states.iter().map(|_| State::default()).collect(),
+            states: function.states.iter().map(|s| State::new(s.dtype)).collect(),
             function,
         })
     }

@@ -1,6 +1,6 @@
 //! One step: operands and result looked up, the kernel called.
 
-use super::memory::{Frame, View};
+use super::memory::{Frame, State, View};
 use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
@@ -53,9 +53,9 @@ fn append(k: &Kernels, frame: &mut Frame<'_>, new: u32, out: u32, angles: Option
     let new = new as usize;
     let shape: [usize; 4] = frame.shapes[new].as_slice().try_into().map_err(|_| "a state needs 4 axes")?;
     let vlmc_artifact::program::Place::State(i) = frame.function.values[out as usize].place else { return Err("not a state".into()) };
-    let mut state = std::mem::take(&mut frame.states[i as usize]);
-    let extend = |state: &mut super::memory::State| {
-        state.append(frame.view(new)?.f32()?, shape)?;
+    let mut state = std::mem::replace(&mut frame.states[i as usize], State::new(DType::F32));
+    let extend = |state: &mut State| {
+        state.append(k, frame.view(new)?.f32()?, shape)?;
         if let Some([cos, sin]) = angles {
             let [cos, sin] = [cos, sin].map(|v| frame.view(v as usize).and_then(View::f32));
             state.rotate(k, cos?, sin?, shape);
