@@ -224,7 +224,7 @@ impl Model {
         let lowered = self.lower_for(target, options.policy, |_, _| {})?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
-        for (name, outcome) in &outcomes {
+        for (name, outcome) in outcomes {
             if let Outcome::Done(Choice { calibration: Calibration::Gptq | Calibration::Awq | Calibration::Smooth, .. }) = outcome
                 && self.found.is_empty()
             {
