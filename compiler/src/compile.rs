@@ -8,7 +8,7 @@ use crate::{
     calibrate::Recipes,
     checkpoint::Checkpoint,
     loss, packed, target, tiktoken,
-    weights_writer::{PAD, WeightsWriter},
+    weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
 use prost::Message;
 use serde_json::Value;
@@ -19,9 +19,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processor, State, Task};
-use vlmc_ir::{Graph, Program, Verified, Weights, verify};
+use vlmc_ir::{DType, Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
-    Pass, Target,
+    Checked, Target, Trace, keep_states,
     quantize::{Calibration, Choice, Outcome, Policy, quantize},
 };
 
@@ -41,6 +41,7 @@ pub struct Model {
     architecture: &'static Architecture,
     checkpoint: Checkpoint,
     with_loss: bool,
+    kv: DType,
     /// What calibration has found.
     found: Recipes,
 }
@@ -88,6 +89,9 @@ pub struct Report {
     pub weights: BTreeMap<String, usize>,
     /// What the user should know: what was left out, and what is missing.
     pub warnings: Vec<String>,
+    /// What each pass did.
+    #[serde(skip)]
+    pub passes: Vec<Trace>,
 }
 
 impl Model {
@@ -119,13 +123,19 @@ impl Model {
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
         let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
-        Ok(Self { architecture, checkpoint, with_loss: false, found: Recipes::default() })
+        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
     #[must_use]
     pub fn with_loss(self) -> Self {
         Self { with_loss: true, ..self }
+    }
+
+    /// The model with its states (the KV cache) kept in `kv`: `f32`, `bf16` or `i8`, which not every target does.
+    #[must_use]
+    pub fn with_kv(self, kv: DType) -> Self {
+        Self { kv, ..self }
     }
 
     /// The model with tensors that calibration has found, and the recipes of weights that use them.
@@ -169,12 +179,26 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::lower`], or the target cannot run the program.
-    pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Pass, &Verified)) -> Result<Lowered> {
+    pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Trace, &Verified)) -> Result<Lowered> {
         let lowered = self.lower_with_codes(target)?;
         let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
         self.found.apply(&mut program);
-        let program = vlmc_passes::run(target, verified(program)?, &vlmc_passes::pipeline(target), after)?;
+        if self.kv != DType::F32 {
+            program = keep_states(program, self.kv)?;
+        }
+        let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
+    }
+
+    /// Holds every pass of `target` to its contract, on the weights that `policy` quantizes: see [`vlmc_passes::check`].
+    ///
+    /// # Errors
+    /// As [`Self::lower`], or a pass that is wrong, or a model that cannot be checked.
+    pub fn check_passes(&self, target: &Target, policy: &Policy) -> Result<Vec<Checked>> {
+        let source = |name: &str| self.checkpoint.floats(name).map_err(|e| e.to_string());
+        let (mut program, _) = quantize(target, policy, self.lower_with_codes(target)?.program.into_inner())?;
+        self.found.apply(&mut program);
+        Ok(vlmc_passes::check(target, verified(program)?, target.passes, 0, &source)?)
     }
 
     /// How pictures become tensors, if the checkpoint says.
@@ -221,11 +245,12 @@ impl Model {
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
         let target = target::named(options.target)?;
-        let Lowered { program, task, unused, unknown, outcomes } = self.lower_for(target, options.policy, |_, _| {})?;
-        let processor = self.processor()?;
+        let mut passes = vec![];
+        let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
+        let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
         let mut missed = vec![];
-        for (name, outcome) in &outcomes {
+        for (name, outcome) in outcomes {
             let Outcome::Done(Choice { scheme, calibration, .. }) = outcome else { continue };
             let needed = matches!(calibration, Calibration::Gptq | Calibration::Awq | Calibration::Smooth);
             if needed && self.found.is_empty() {
@@ -241,29 +266,27 @@ impl Model {
             warnings.push(format!("{} weights are quantized without calibration, because no sample reached them: {names}", missed.len()));
         }
         if !unknown.is_empty() {
-            let fields = abridged(&unknown);
+            let fields = abridged(unknown);
             warnings.push(format!("config.json has fields that vlmc does not know, and which it ignores: {fields}"));
         }
         if !unused.is_empty() {
-            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(&unused)));
+            warnings.push(format!("{} tensors of the checkpoint are not used: {}", unused.len(), abridged(unused)));
         }
-        warnings.extend(refusals(&outcomes));
+        warnings.extend(refusals(outcomes));
 
         let dir = ArtifactDir::create(options.out)?;
         let weights = dir.path().join(WEIGHTS);
         let (entries, stored, writer) = if target.name == "cpu" {
-            let (native, stored) = back::native::lower(&program)?;
+            let (native, stored) = back::native::lower(program)?;
             let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
             write_file(&dir.path().join(PROGRAM), &json)?;
-            let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
-            let entries = program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect();
-            let writer = writer(&program, &stored, &weights)?;
-            (entries, stored, writer)
+            let writer = writer(program, &stored, &weights)?;
+            (native_entries(program, &native), stored, writer)
         } else {
-            let stored = back::onnx::stored(&program);
-            let writer = writer(&program, &stored, &weights)?;
+            let stored = back::onnx::stored(program);
+            let writer = writer(program, &stored, &weights)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(&program, WEIGHTS, &place)? {
+            for (name, model) in back::onnx::emit(program, WEIGHTS, &place)? {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
@@ -271,39 +294,59 @@ impl Model {
         };
         let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
         let done = AtomicU64::new(0);
-        back::write(&program, &self.checkpoint, &stored, &writer, &|elements| {
+        back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
             (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
         })?;
         let weight_bytes = writer.finish()?.bytes;
-        self.copy_side_files(dir.path(), &task, processor.is_some(), &mut warnings)?;
-
-        let parameters = program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum();
-        dir.commit(Manifest {
-            format: FORMAT,
-            compiler: COMPILER.into(),
-            target: target.name.into(),
-            architecture: program.name.clone(),
-            parameters,
-            source: self.checkpoint.source(),
-            symbols: program.symbols.clone(),
-            entries,
-            task,
-            processor,
-            generation: self.generation()?,
-            files: Default::default(),
-            certificate: None,
-        })?;
-        Ok(Report {
+        let manifest = self.manifest(target, &lowered, entries)?;
+        self.copy_side_files(dir.path(), task, manifest.processor.is_some(), &mut warnings)?;
+        let report = Report {
             out: options.out.into(),
-            architecture: program.name.clone(),
-            target: target.name.into(),
-            parameters,
+            architecture: manifest.architecture.clone(),
+            target: manifest.target.clone(),
+            parameters: manifest.parameters,
             weight_bytes,
             weights: program.weights.values().fold(BTreeMap::new(), |mut types, w| {
                 *types.entry(w.dtype.to_string()).or_default() += 1;
                 types
             }),
             warnings,
+            passes,
+        };
+        dir.commit(manifest)?;
+        Ok(report)
+    }
+
+    /// What an artifact for `cpu` would hold, without its files: manifest, program and bytes of the weights.
+    ///
+    /// # Errors
+    /// As [`Self::lower_for`].
+    pub fn outline(&self, policy: &Policy) -> Result<(Manifest, vlmc_artifact::program::Program, u64)> {
+        let target = target::named("cpu")?;
+        let lowered = self.lower_for(target, policy, |_, _| {})?;
+        let (native, stored) = back::native::lower(&lowered.program)?;
+        let manifest = self.manifest(target, &lowered, native_entries(&lowered.program, &native))?;
+        let specs = specs(&lowered.program, &stored)?;
+        Ok((manifest, native, specs.iter().filter_map(TensorSpec::bytes).sum()))
+    }
+
+    /// The manifest, but for the list of files.
+    fn manifest(&self, target: &Target, lowered: &Lowered, entries: Vec<Entry>) -> Result<Manifest> {
+        let program = &lowered.program;
+        Ok(Manifest {
+            format: FORMAT,
+            compiler: COMPILER.into(),
+            target: target.name.into(),
+            architecture: program.name.clone(),
+            parameters: program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum(),
+            source: self.checkpoint.source(),
+            symbols: program.symbols.clone(),
+            entries,
+            task: lowered.task.clone(),
+            processor: self.processor()?,
+            generation: self.generation()?,
+            files: Default::default(),
+            certificate: None,
         })
     }
 
@@ -399,9 +442,18 @@ fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
 }
 
-fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
+fn specs(program: &Verified, stored: &[Stored]) -> Result<Vec<TensorSpec>> {
     let specs = |s: &Stored| s.specs(program.weights.get(&s.weight).ok_or_else(|| Error::tensor(&s.weight, "is not declared"))?);
-    WeightsWriter::create(path, &stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
+    Ok(stored.iter().map(specs).collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn writer(program: &Verified, stored: &[Stored], path: &Path) -> Result<WeightsWriter> {
+    WeightsWriter::create(path, &specs(program, stored)?)
+}
+
+fn native_entries(program: &Verified, native: &vlmc_artifact::program::Program) -> Vec<Entry> {
+    let arena = |g: &Graph| native.functions.iter().find(|f| f.name == g.name).map(back::native::arena);
+    program.graphs.iter().map(|g| entry(g, PROGRAM.into(), arena(g))).collect()
 }
 
 pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) -> Entry {
@@ -411,7 +463,7 @@ pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) 
     };
     let state = |s: &vlmc_ir::State| {
         let ty = g.ty(s.past);
-        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: ty.dtype, shape: ty.shape.clone(), axis: s.axis }
+        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: g.kept(s), shape: ty.shape.clone(), axis: s.axis }
     };
     Entry {
         name: g.name.clone(),

@@ -76,6 +76,9 @@ pub enum Error {
     /// A pass refused the program.
     #[error(transparent)]
     Pass(#[from] vlmc_passes::PassError),
+    /// A pass broke its contract, or could not be checked.
+    #[error(transparent)]
+    Check(#[from] vlmc_passes::CheckError),
     /// An artifact cannot be loaded or run.
     #[error(transparent)]
     Runtime(#[from] vlmc_runtime::Error),

@@ -88,15 +88,22 @@ fn tensors(config: &Value) -> Result<Vec<TensorSpec>> {
 /// There is no such preset, `out` exists and is not empty, or the disk is full.
 pub fn synth(name: &str, out: &Path, seed: Option<u64>, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
     let preset = preset(name)?;
-    let config = (preset.config)();
-    let tensors = tensors(&config)?;
+    write(&(preset.config)(), &(preset.files)(), out, seed, progress)
+}
+
+/// [`synth`] of another config, with other files.
+///
+/// # Errors
+/// As [`synth`], or the config does not fit its architecture.
+pub fn write(config: &Value, files: &[(&str, Value)], out: &Path, seed: Option<u64>, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<()> {
+    let tensors = tensors(config)?;
     let dir = StagedDir::create(out, "an empty directory", |_| false)?;
     if let Some(seed) = seed {
         write_weights(dir.path(), &tensors, seed, progress)?;
     }
-    write_json(dir.path(), "config.json", &config)?;
-    for (name, content) in (preset.files)() {
-        write_json(dir.path(), name, &content)?;
+    write_json(dir.path(), "config.json", config)?;
+    for (name, content) in files {
+        write_json(dir.path(), name, content)?;
     }
     dir.commit()
 }

@@ -318,7 +318,7 @@ fn dumped_text_parses_to_the_same_text() {
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.json");
     fs::write(&config, serde_json::to_vec(&(vlmc::synth::preset("qwen2-vl-7b").unwrap().config)()).unwrap()).unwrap();
-    let passes: Vec<_> = vlmc_passes::pipeline(vlmc::target::named("onnx-cpu").unwrap()).iter().map(|p| p.name).collect();
+    let passes: Vec<_> = vlmc::target::named("onnx-cpu").unwrap().passes.iter().map(|p| p.name).collect();
     for args in
         passes.iter().map(|p| vec!["dump", text(&config), "--target", "onnx-cpu", "--after", p]).chain([vec!["dump", text(&config)]])
     {

@@ -10,7 +10,7 @@ use crate::{
 };
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt::Display,
     ops::{Add, Div, Mul, Sub},
     panic::Location,
@@ -662,7 +662,7 @@ impl<'g> Builder<'g> {
     /// `new` appended to a state.
     #[track_caller]
     pub fn append(&'g self, past: Val<'g>, new: Val<'g>, axis: usize) -> Val<'g> {
-        self.one(Append { axis }, &[past, new])
+        self.one(Append { axis, keep: DType::F32 }, &[past, new])
     }
 }
 
@@ -691,6 +691,33 @@ operator!(Sub, sub, Sub);
 operator!(Mul, mul, Mul);
 operator!(Div, div, Div);
 
+/// A part of a graph and what stands for it. Where node `at` is, `build` makes new values of `takes`, which must be defined
+/// before; they stand for `gives`, which must not be used before, and have their types. Nodes whose results are all replaced
+/// are gone.
+pub struct Patch {
+    /// Where the new nodes stand.
+    pub at: NodeId,
+    /// Values that the new nodes need.
+    pub takes: Vec<ValueId>,
+    /// Values that the new ones replace.
+    pub gives: Vec<ValueId>,
+    /// Makes the new nodes.
+    pub build: Replacement,
+}
+
+/// Makes nodes of the values that a patch takes; returns the values that it gives.
+pub type Replacement = Box<dyn for<'g> Fn(&'g Builder<'g>, &[Val<'g>]) -> Vec<Val<'g>>>;
+
+/// Copies a graph with patches in place of what they replace.
+///
+/// # Errors
+/// What the patches' builder calls reported, or a patch that does not fit.
+pub fn patch(graph: &Graph, patches: &[Patch]) -> Result<Graph, BuildError> {
+    let b = Builder::new(&graph.name, None);
+    copy(graph, &b, patches, &mut |_, _, _| None);
+    b.finish()
+}
+
 /// Copies a graph through `rewrite`, which may replace a node by others: it gets the node and its new operands and returns
 /// the values that stand for its results, or `None` to keep the node.
 ///
@@ -701,11 +728,17 @@ pub fn rewrite(
     mut rewrite: impl for<'g> FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>,
 ) -> Result<Graph, BuildError> {
     let b = Builder::new(&graph.name, None);
-    copy(graph, &b, &mut rewrite);
+    copy(graph, &b, &[], &mut rewrite);
     b.finish()
 }
 
-fn copy<'g>(graph: &Graph, b: &'g Builder<'g>, rewrite: &mut impl FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>) {
+fn copy<'g>(
+    graph: &Graph,
+    b: &'g Builder<'g>,
+    patches: &[Patch],
+    rewrite: &mut impl FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>,
+) {
+    let replaced: HashSet<ValueId> = patches.iter().flat_map(|p| &p.gives).copied().collect();
     let mut map: HashMap<ValueId, Val<'g>> = HashMap::new();
     for p in &graph.inputs {
         let t = graph.ty(p.value);
@@ -722,14 +755,26 @@ fn copy<'g>(graph: &Graph, b: &'g Builder<'g>, rewrite: &mut impl FnMut(&'g Buil
             Def::Input(_) | Def::State(_) | Def::Node(..) => b.fail(format!("value %{} is used before it is defined", v.0)),
         })
     };
-    for (_, node) in graph.nodes() {
+    for (id, node) in graph.nodes() {
         let _scope = b.scope(&node.scope);
+        for p in patches.iter().filter(|p| p.at == id) {
+            let takes: Vec<Val<'g>> = p.takes.iter().map(|v| resolve(*v, &mut map)).collect();
+            let made = (p.build)(b, &takes);
+            let fits = made.iter().map(|v| v.ty()).eq(p.gives.iter().map(|v| graph.ty(*v).clone()));
+            if !fits && b.inner.borrow().error.is_none() {
+                b.fail("a patch gives other types than what it replaces");
+            }
+            map.extend(p.gives.iter().copied().zip(made));
+        }
+        if !node.outs.is_empty() && node.outs.iter().all(|o| replaced.contains(o)) {
+            continue;
+        }
         let args: Vec<Val<'g>> = node.args.iter().map(|a| resolve(*a, &mut map)).collect();
         let outs = rewrite(b, node, &args).unwrap_or_else(|| b.apply_op(node.op.clone(), &args));
         if outs.len() != node.outs.len() && b.inner.borrow().error.is_none() {
             b.fail(format!("{} has {} results, its replacement {}", node.op.name(), node.outs.len(), outs.len()));
         }
-        map.extend(node.outs.iter().copied().zip(outs));
+        map.extend(node.outs.iter().copied().zip(outs).filter(|(v, _)| !replaced.contains(v)));
     }
     for o in &graph.outputs {
         let v = resolve(o.value, &mut map);

@@ -1,7 +1,7 @@
 //! Programs, graphs, nodes and values. Construction is [`crate::Builder`]'s job; a graph is immutable afterwards, and passes
 //! build a new one.
 
-use crate::{Literal, Op, Symbol, Type, weights::WeightDef};
+use crate::{DType, Literal, Op, Symbol, Type, weights::WeightDef};
 use petgraph::visit as pv;
 use std::collections::BTreeMap;
 
@@ -80,7 +80,7 @@ pub struct Port {
     pub value: ValueId,
 }
 
-/// A tensor that is kept between runs. Exactly one `append` node reads `past`; its result is the state after the run.
+/// A tensor that is kept between runs. Exactly one node reads `past`, and appends to it ([`crate::ops::OpDef::APPENDS`]).
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
     /// `past_key_values.0.key`
@@ -155,9 +155,17 @@ impl Graph {
         }
     }
 
-    /// The value of a state after the run: the result of the node that reads its `past`.
+    /// The value of a state after the run: the result of the node that appends to its `past`.
     pub fn present(&self, state: &State) -> Option<ValueId> {
-        self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| n.outs[0])
+        let node = self.nodes.iter().find(|n| n.args.contains(&state.past))?;
+        let next = node.op.appends().iter().find(|(operand, _)| node.args.get(*operand) == Some(&state.past));
+        next.and_then(|(_, result)| node.outs.get(*result)).copied()
+    }
+
+    /// The type that a state is kept in: what its `append` says.
+    pub fn kept(&self, state: &State) -> DType {
+        let append = self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| &n.op);
+        if let Some(Op::Append(a)) = append { a.keep } else { self.ty(state.past).dtype }
     }
 
     /// Nodes whose results leave the graph: through outputs and states.

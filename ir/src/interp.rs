@@ -296,7 +296,7 @@ fn check_type(name: &str, array: &Array, ty: &Type, symbols: &Bindings) -> Resul
 /// Values that have no meaning.
 pub fn eval(op: &Op, types: &[Type], args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
     // What models spend their time in: the same sums as the decomposition's, without its copies of the weight.
-    if let Op::Linear(Linear { dynamic: false }) = op {
+    if let Op::Linear(Linear { dynamic: false, act: None }) = op {
         return op.eval(args, symbols);
     }
     let b = Builder::new(&op.name(), None);

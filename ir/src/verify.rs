@@ -155,9 +155,12 @@ impl GraphCheck<'_> {
         }
         for s in &g.states {
             let readers: Vec<_> = g.nodes().filter(|(_, n)| n.args.contains(&s.past)).collect();
-            let appended =
-                matches!(readers.as_slice(), [(_, n)] if matches!(&n.op, crate::Op::Append(a) if a.axis == s.axis) && n.args[0] == s.past);
-            if !appended {
+            let once = matches!(readers.as_slice(), [(_, n)] if n.args.iter().filter(|a| **a == s.past).count() == 1);
+            let grows = |present: ValueId| {
+                let (past, present) = (&g.ty(s.past).shape, &g.ty(present).shape);
+                past.len() == present.len() && (0..past.len()).all(|i| (past[i] == present[i]) == (i != s.axis))
+            };
+            if !once || !g.present(s).is_some_and(grows) {
                 self.report(None, format!("state '{}' must be read by exactly one append along axis {}", s.past_name, s.axis));
             }
         }

@@ -7,7 +7,7 @@ use vlmc_artifact::program::{Reduce, Unary};
 use vlmc_ir::{
     Bindings, Builder, DType, Op, Type, Val,
     interp::{self, Array, Env, EvalError},
-    ops::{Linear, Mask, Moe, NtkRope},
+    ops::{Append, Linear, Mask, Moe, NtkRope},
 };
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
@@ -292,8 +292,8 @@ fn dynamic_moe_rounds_what_its_stacks_multiply() {
         let identity = floats(&[1, 2, 2], |i| f64::from(u8::from(i % 3 == 0)));
         // 0.102 is 12.95 steps of 1 / 127.
         let x = floats(&[1, 2], |i| [1.0, 0.102][i]);
-        let args = vec![x, ints(&[1, 1], &[0]), floats(&[1, 1], |_| 1.0), identity.clone(), identity.clone(), identity];
-        interp::eval(&op(dynamic), &types("int8"), args, &Bindings::default()).unwrap().remove(0)
+        let args = [x, ints(&[1, 1], &[0]), floats(&[1, 1], |_| 1.0), identity.clone(), identity.clone(), identity];
+        interp::eval(&op(dynamic), &types("int8"), &args.each_ref(), &Bindings::default()).unwrap().remove(0)
     };
     let gated = |v: f64| v * v / (1.0 + (-v).exp());
     close(&run(false), &[1, 2], |i| [gated(1.0), gated(0.102)][i[1]]);
@@ -301,4 +301,19 @@ fn dynamic_moe_rounds_what_its_stacks_multiply() {
     close(&run(true), &[1, 2], |i| [gated(1.0), (gated(13.0 / 127.0) / step).round() * step][i[1]]);
     assert!(op(false).infer(&types("f32")).is_ok());
     assert!(op(true).infer(&types("f32")).is_err());
+}
+
+/// What a state keeps in 8 bits is rounded once, when it is appended: rows have steps of their own.
+#[test]
+fn append_rounds_what_is_new() {
+    let op = |keep: &str| Op::from(Append { axis: 0, keep: keep.parse().unwrap() });
+    let types = |d| [Type::new(DType::F32, [1, 2]), Type::new(d, [2, 2])];
+    let run = |keep: &str| {
+        let (past, new) = (floats(&[1, 2], |i| [0.1, 0.3][i]), floats(&[2, 2], |i| [1.27, 0.0149, -254.0, 3.1][i]));
+        interp::eval(&op(keep), &types(DType::F32), &[&past, &new], &Bindings::default()).unwrap().remove(0)
+    };
+    close(&run("f32"), &[3, 2], |i| [0.1, 0.3, 1.27, 0.0149, -254.0, 3.1][2 * i[0] + i[1]]);
+    close(&run("i8"), &[3, 2], |i| [0.1, 0.3, 1.27, 0.01, -254.0, 4.0][2 * i[0] + i[1]]);
+    close(&run("bf16"), &[3, 2], |i| [0.1, 0.3, 1.2734375, 0.014892578, -254.0, 3.09375][2 * i[0] + i[1]]);
+    assert!(op("i64").infer(&types(DType::F32)).is_err());
 }

@@ -4,12 +4,10 @@ use crate::{Contract, Pass, PassError, Support, Target, map_graphs};
 use vlmc_ir::{Graph, Type, rewrite};
 
 /// Decomposes every op that the target does not run itself.
-pub(crate) const LEGALIZE: Pass = Pass {
-    name: "legalize",
-    summary: "ops that the target lacks, decomposed into ops that it has",
-    contract: Contract::Close,
-    run: |target, program| map_graphs(program, |graph| legalize(target, graph)),
-};
+pub(crate) const LEGALIZE: Pass =
+    Pass::new("legalize", "ops that the target lacks, decomposed into ops that it has", Contract::Close, |target, program| {
+        map_graphs(program, |graph| legalize(target, graph))
+    });
 
 fn legalize(target: &Target, graph: &Graph) -> Result<Graph, PassError> {
     let mut graph = graph.clone();

@@ -4,15 +4,23 @@
 //! of what runs for a target; [`run`] runs it and verifies the program after each pass. What a target can do is a [`Target`]
 //! table, which [`legalize`](mod@legalize) obeys: an op that the table does not know is decomposed, or refused with a reason.
 
+mod check;
 mod clean;
 mod legalize;
 mod masks;
 pub mod memory;
 pub mod quantize;
+mod rules;
+mod states;
 mod target;
+mod trace;
 mod weights;
 
+pub use check::{CheckError, Checked, check};
+pub use rules::{Fused, Match, Pattern, Rule};
+pub use states::keep_states;
 pub use target::{Support, Target};
+pub use trace::{Event, Trace};
 use vlmc_ir::{BuildError, Diagnostic, Graph, Program, Verified, verify};
 
 /// What a pass promises about the results of the program it gives.
@@ -24,7 +32,17 @@ pub enum Contract {
     Close,
 }
 
+impl std::fmt::Display for Contract {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Close => "close",
+        })
+    }
+}
+
 /// A rewrite.
+#[derive(Clone, Copy)]
 pub struct Pass {
     /// Name, as `vlmc dump --after` takes it.
     pub name: &'static str,
@@ -32,7 +50,46 @@ pub struct Pass {
     pub summary: &'static str,
     /// What it promises.
     pub contract: Contract,
-    run: fn(&Target, Program) -> Result<Program, PassError>,
+    run: Run,
+}
+
+#[derive(Clone, Copy)]
+enum Run {
+    Whole(fn(&Target, Program) -> Result<Program, PassError>),
+    Rule(Rule),
+}
+
+impl Pass {
+    /// A pass over whole programs.
+    pub const fn new(
+        name: &'static str,
+        summary: &'static str,
+        contract: Contract,
+        run: fn(&Target, Program) -> Result<Program, PassError>,
+    ) -> Self {
+        Self { name, summary, contract, run: Run::Whole(run) }
+    }
+
+    /// A pass that applies a rule wherever it matches.
+    pub const fn rule(name: &'static str, summary: &'static str, contract: Contract, rule: Rule) -> Self {
+        Self { name, summary, contract, run: Run::Rule(rule) }
+    }
+
+    /// The program after the pass, and what the pass did.
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub fn apply(&self, target: &Target, program: Verified) -> Result<(Verified, Trace), PassError> {
+        let nodes = |p: &Program| p.graphs.iter().map(|g| g.nodes().len()).sum();
+        let (before, mut events) = (nodes(&program), vec![]);
+        let program = match &self.run {
+            Run::Whole(run) => run(target, program.into_inner())?,
+            Run::Rule(rule) => rules::apply(rule, program.into_inner(), &mut events)?,
+        };
+        let program = verify(program).map_err(|found| PassError::Invalid { pass: self.name, found })?;
+        let trace = Trace { pass: self.name, nodes: [before, nodes(&program)], events };
+        Ok((program, trace))
+    }
 }
 
 /// Why a pass stopped.
@@ -72,25 +129,35 @@ impl From<BuildError> for PassError {
     }
 }
 
-/// What runs for a target, in order.
-pub fn pipeline(target: &Target) -> Vec<Pass> {
-    let mut passes = vec![weights::STORAGE];
-    if target.given_masks {
-        passes.extend([masks::GIVEN, masks::ONE_KEY]);
-    }
-    passes.extend([legalize::LEGALIZE, clean::FOLD, clean::CSE, clean::DCE]);
-    passes
-}
+/// What runs for vlmc's own runtime, in order.
+///
+/// Frontends write the largest op that says what a model means, so there is no pass that finds them: features of pictures are
+/// merged by `merge_features`, patches of windows are contiguous by `window_order`, and attention knows its kind of mask.
+pub const CPU: &[Pass] = &[
+    weights::STORAGE,
+    // The MLP's gate before other activations; the residual's sum wherever it is.
+    rules::PACK_QKV,
+    rules::PACK_GATE_UP,
+    rules::LINEAR_ACTIVATION,
+    rules::RESIDUAL_NORM,
+    rules::ROTARY_ATTENTION,
+    legalize::LEGALIZE,
+    clean::FOLD,
+    clean::CSE,
+    clean::DCE,
+];
 
-/// Runs `passes` and calls `after` with each pass and the program it made.
+/// What runs for ONNX of standard ops, in order. It has no op for what the other rules fuse.
+pub const ONNX: &[Pass] = &[weights::STORAGE, masks::GIVEN, masks::ONE_KEY, legalize::LEGALIZE, clean::FOLD, clean::CSE, clean::DCE];
+
+/// Runs `passes` and calls `after` with each pass's trace and the program it made.
 ///
 /// # Errors
 /// [`PassError::Rejected`] if the target cannot run the program; the others are bugs.
-pub fn run(target: &Target, program: Verified, passes: &[Pass], mut after: impl FnMut(&Pass, &Verified)) -> Result<Verified, PassError> {
+pub fn run(target: &Target, program: Verified, passes: &[Pass], mut after: impl FnMut(&Trace, &Verified)) -> Result<Verified, PassError> {
     passes.iter().try_fold(program, |program, pass| {
-        let program = (pass.run)(target, program.into_inner())?;
-        let program = verify(program).map_err(|found| PassError::Invalid { pass: pass.name, found })?;
-        after(pass, &program);
+        let (program, trace) = pass.apply(target, program)?;
+        after(&trace, &program);
         Ok(program)
     })
 }

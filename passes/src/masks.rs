@@ -8,11 +8,8 @@ use vlmc_ir::{
 };
 
 /// Attention whose mask is known by kind gets it as a `bool` tensor, which [`crate::clean::CSE`] then shares among layers.
-pub(crate) const GIVEN: Pass = Pass {
-    name: "given-masks",
-    summary: "attention masks as tensors, for targets that know no kinds of mask",
-    contract: Contract::Exact,
-    run: |_, program| {
+pub(crate) const GIVEN: Pass =
+    Pass::new("given-masks", "attention masks as tensors, for targets that know no kinds of mask", Contract::Exact, |_, program| {
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
                 let Op::Attention(Attention { scale, mask }) = &node.op else { return None };
@@ -36,16 +33,12 @@ pub(crate) const GIVEN: Pass = Pass {
             })
             .map_err(Into::into)
         })
-    },
-};
+    });
 
 /// Attention of graphs in which there may be no keys (no pictures to attend to) gets one more, which nobody sees: runtimes of
 /// other people refuse to attend to nothing.
-pub(crate) const ONE_KEY: Pass = Pass {
-    name: "one-key",
-    summary: "a hidden key where attention may have none, for targets that need one",
-    contract: Contract::Close,
-    run: |_, program| {
+pub(crate) const ONE_KEY: Pass =
+    Pass::new("one-key", "a hidden key where attention may have none, for targets that need one", Contract::Close, |_, program| {
         let least: Bindings = program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect();
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
@@ -66,5 +59,4 @@ pub(crate) const ONE_KEY: Pass = Pass {
             })
             .map_err(Into::into)
         })
-    },
-};
+    });

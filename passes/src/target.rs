@@ -1,5 +1,6 @@
 //! What a target can do.
 
+use crate::Pass;
 use vlmc_ir::{DType, Op, Type, weights::WeightDef};
 
 /// Whether a target runs an op.
@@ -23,6 +24,6 @@ pub struct Target {
     pub supports: fn(&Op, &[Type]) -> Support,
     /// Element type in which the artifact stores a weight.
     pub storage: fn(&WeightDef) -> DType,
-    /// Attention takes its mask as a `bool` tensor rather than by kind.
-    pub given_masks: bool,
+    /// What runs for it, in order.
+    pub passes: &'static [Pass],
 }

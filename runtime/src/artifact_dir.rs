@@ -1,13 +1,13 @@
 //! Opening an artifact directory: the manifest, and whether the files are those that it speaks of.
 
-use crate::{Error, Result};
+use crate::{Error, Result, cpu};
 use sha2::{Digest, Sha256};
 use std::{
     fs::File,
     io::Read,
     path::{Component, Path, PathBuf},
 };
-use vlmc_artifact::{DATA_SHA256, FORMAT, FileEntry, MANIFEST, Manifest};
+use vlmc_artifact::{DATA_SHA256, FORMAT, FileEntry, MANIFEST, Manifest, program::Program};
 
 /// Longest manifest that is read.
 const MAX_MANIFEST: u64 = 64 << 20;
@@ -74,6 +74,14 @@ impl Artifact {
     /// The manifest does not list it.
     pub fn require(&self, name: &str) -> Result<PathBuf> {
         self.path(name).ok_or_else(|| Error::file(self.dir.join(MANIFEST), format!("lists no file '{name}'")))
+    }
+
+    /// The program of an artifact for vlmc's own runtime; `None` for others.
+    ///
+    /// # Errors
+    /// It could not be run safely.
+    pub fn program(&self) -> Result<Option<Program>> {
+        (self.manifest.target == "cpu").then(|| cpu::program(self)).transpose()
     }
 
     fn check(&self, name: &str, entry: &FileEntry) -> Result<()> {

@@ -47,13 +47,7 @@ pub fn bind<'t>(symbols: &[Symbol], entry: &Entry, inputs: &[(&str, &'t Tensor)]
             }
         }
     }
-    for s in symbols {
-        if let Some(v) = bound.symbols.get(&s.name)
-            && !(s.min..=s.max).contains(&v)
-        {
-            return Err(fail(format!("{} is {v}, the model takes {} to {}", s.name, s.min, s.max)));
-        }
-    }
+    in_range(symbols, &bound.symbols).map_err(fail)?;
     let check = |kind: &str, name: &str, declared: &[Dim], actual: &[usize]| {
         for (axis, (d, a)) in declared.iter().zip(actual).enumerate() {
             let wanted = d.eval(&bound.symbols).map_err(|e| Error::Input(format!("{}: {kind} '{name}': {e}", entry.name)))?;
@@ -80,7 +74,7 @@ pub fn bind<'t>(symbols: &[Symbol], entry: &Entry, inputs: &[(&str, &'t Tensor)]
 
 /// Symbols that stand alone in `declared`, possibly with a factor, get the values that `actual` implies. What does not come out
 /// even is left to the comparison that follows.
-fn solve(declared: &[Dim], actual: &[usize], symbols: &mut Bindings) {
+pub(crate) fn solve(declared: &[Dim], actual: &[usize], symbols: &mut Bindings) {
     for (d, a) in declared.iter().zip(actual) {
         if let Some((factor, symbol)) = d.as_scaled_symbol()
             && symbols.get(symbol).is_none()
@@ -89,6 +83,24 @@ fn solve(declared: &[Dim], actual: &[usize], symbols: &mut Bindings) {
             symbols.set(symbol, *a as i64 / factor);
         }
     }
+}
+
+/// Whether the model takes these values.
+pub(crate) fn in_range(symbols: &[Symbol], bound: &Bindings) -> Result<(), String> {
+    let outside = |s: &&Symbol| bound.get(&s.name).is_some_and(|v| !(s.min..=s.max).contains(&v));
+    symbols.iter().find(outside).map_or(Ok(()), |s| {
+        let v = bound.get(&s.name).unwrap_or_default();
+        Err(format!("{} is {v}, the model takes {} to {}", s.name, s.min, s.max))
+    })
+}
+
+/// Values of dims.
+pub(crate) fn extents(shape: &[Dim], symbols: &Bindings) -> Result<Vec<usize>, String> {
+    let extent = |d: &Dim| {
+        let v = d.eval(symbols).map_err(|e| e.to_string())?;
+        usize::try_from(v).map_err(|_| format!("dim {d} is {v}"))
+    };
+    shape.iter().map(extent).collect()
 }
 
 pub(crate) fn shape_text(shape: &[Dim]) -> String {

@@ -43,13 +43,13 @@ impl Cross {
         let sizes = port.and_then(|p| if let [_, _, tokens, hidden] = &p.shape[..] { Some([tokens, hidden]) } else { None });
         let sizes = sizes.and_then(|s| Some([s[0].as_const()?, s[1].as_const()?].map(|d| d as usize)));
         let [tokens, hidden] = sizes.ok_or_else(|| Error::Input(format!("the artifact's 'decoder' takes no '{STATES}'")))?;
-        let data = states.map_or(Ok(&[][..]), Tensor::f32)?;
+        let len = states.map_or(Ok(0), |t| t.f32().map(<[f32]>::len))?;
         let row = batch * tokens * hidden;
-        if row == 0 || !data.len().is_multiple_of(row) {
+        if row == 0 || !len.is_multiple_of(row) {
             let shape = states.map(Tensor::shape).unwrap_or_default();
             return Err(Error::Input(format!("'{STATES}' {shape:?} is not of as many tiles for each of {batch} prompts")));
         }
-        let (new, before) = (data.len() / row, self.last.first().map_or(0, Vec::len));
+        let (new, before) = (len / row, self.last.first().map_or(0, Vec::len));
         let all = before + new;
         let seen = match mask {
             Some(m) if m.shape().len() >= 3 && m.shape()[..2] == [batch, seq] && m.data().len() == batch * seq * all => m.i64()?.to_vec(),
@@ -64,8 +64,9 @@ impl Cross {
                 })
                 .collect(),
         };
+        let shape = [batch, new, tokens, hidden];
         Ok([
-            (STATES.into(), Tensor::new([batch, new, tokens, hidden], data.to_vec())?),
+            (STATES.into(), states.map_or_else(|| Tensor::new(shape, Vec::<f32>::new()), |t| t.reshaped(shape))?),
             (MASK.into(), Tensor::new([batch, seq, all], seen)?),
         ])
     }

@@ -1,7 +1,7 @@
 //! What runs the graphs of an artifact.
 
 use crate::{Result, Tensor};
-use vlmc_artifact::Manifest;
+use vlmc_artifact::{Manifest, program::Unary};
 
 /// A computation with weights, as an engine did it.
 #[derive(Clone, Debug)]
@@ -15,6 +15,8 @@ pub struct Observed {
     pub operands: Vec<Tensor>,
     /// What came out.
     pub result: Tensor,
+    /// A function that was applied to what came out, if there was one.
+    pub act: Option<Unary>,
 }
 
 /// Is told of every computation with weights.

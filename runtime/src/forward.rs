@@ -31,7 +31,7 @@ pub(crate) fn fit(t: &Tensor, port: &Port) -> Result<Tensor> {
     let shape: Vec<usize> = std::iter::once(joined).chain(t.shape()[have - want + 1..].iter().copied()).collect();
     match (port.dtype, t.dtype()) {
         (DType::Bool, DType::I64) => Tensor::new(shape, t.i64()?.iter().map(|v| *v != 0).collect::<Vec<_>>()),
-        _ => Tensor::new(shape, t.data().clone()),
+        _ => t.reshaped(shape),
     }
 }
 

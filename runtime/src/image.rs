@@ -9,6 +9,7 @@ use std::{
     fs,
     io::Cursor,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// Longest file that is read.
@@ -18,19 +19,19 @@ const MAX_PIXELS: usize = 1 << 28;
 /// Most frames of a video.
 const MAX_FRAMES: usize = 4096;
 
-/// A picture: `[height, width, 3]`, row-major.
+/// A picture: `[height, width, 3]`, row-major. Copies share its pixels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rgb {
     width: usize,
     height: usize,
-    data: Vec<u8>,
+    data: Arc<Vec<u8>>,
 }
 
 impl Rgb {
     /// `None` if `data` does not have `height * width * 3` bytes, or none.
     pub fn new(width: usize, height: usize, data: Vec<u8>) -> Option<Self> {
         let len = width.checked_mul(height)?.checked_mul(3)?;
-        (len > 0 && data.len() == len).then_some(Self { width, height, data })
+        (len > 0 && data.len() == len).then(|| Self { width, height, data: Arc::new(data) })
     }
 
     /// Pixels per row.

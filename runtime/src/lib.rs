@@ -12,6 +12,7 @@ mod forward;
 mod generate;
 pub mod image;
 mod model;
+mod needs;
 #[cfg(feature = "ort")]
 mod ort;
 mod pipeline;
@@ -25,12 +26,13 @@ pub mod tokenizer;
 mod vectors;
 
 pub use artifact_dir::Artifact;
-pub use cpu::CpuEngine;
+pub use cpu::{CpuEngine, Working};
 pub use engine::{Engine, Observed, Observer};
 pub use error::{Error, Result};
 pub use forward::{Tensors, forward};
 pub use generate::{Finish, GenerateOptions, Reply};
 pub use model::{Conversation, Model, Part, open_engine};
+pub use needs::{Needs, Request, Run, needs};
 pub use pipeline::{Features, Outputs, Pipeline, Scored};
 pub use resize::resize;
 pub use tensor::{Data, Tensor};

@@ -223,6 +223,8 @@ impl Conversation<'_> {
             inputs.insert(cross::MASK.into(), self.cross_mask(&ids, keep, &rules)?);
         }
         let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
+        // They are in the cache now, and the answer needs memory of its own.
+        drop((inputs, features));
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
         let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
         let reply = generate(self.pipeline, self.tokenizer, &eos, options, start, on_text)?;
@@ -312,6 +314,10 @@ fn append(all: &mut Option<Outputs>, features: &Outputs, skip: usize) -> Result<
     for (name, t) in features {
         let all = all.get_or_insert_default();
         let width = t.shape().last().copied().unwrap_or(0);
+        if skip == 0 && all.iter().all(|(n, _)| n != name) {
+            all.push((name.clone(), t.reshaped([t.data().len() / width.max(1), width])?));
+            continue;
+        }
         let before = all.iter().position(|(n, _)| n == name).map(|i| all.remove(i).1);
         let mut rows = before.map_or(Ok(vec![]), |t| t.f32().map(<[f32]>::to_vec))?;
         rows.extend(t.f32()?.iter().skip(skip * width));

@@ -258,7 +258,7 @@ impl Pipeline {
         let pictures = self.pictures(None, None, [batch, 1])?;
         let logits = self.decode([embeds, pictures].concat(), positions, vec![vec![1]; batch], vec![0], next)?;
         let vocab = logits.shape()[2];
-        Tensor::new([batch, vocab], logits.data().clone())
+        logits.reshaped([batch, vocab])
     }
 
     /// `i64[batch, n]` of the most probable tokens, the first of which follows from `logits f32[batch, seq, vocab]`.

@@ -1,13 +1,14 @@
 //! Tensors at the boundary of an engine.
 
 use crate::{Error, Result};
+use std::sync::Arc;
 use vlmc_artifact::DType;
 
-/// A dense row-major tensor.
+/// A dense row-major tensor. Copies share its elements.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
     shape: Vec<usize>,
-    data: Data,
+    data: Arc<Data>,
 }
 
 /// Elements of a [`Tensor`].
@@ -51,7 +52,18 @@ impl Tensor {
     /// # Errors
     /// [`Error::Input`] if the shape does not hold as many elements as `data`.
     pub fn new(shape: impl Into<Vec<usize>>, data: impl Into<Data>) -> Result<Self> {
-        let (shape, data) = (shape.into(), data.into());
+        Self::checked(shape.into(), Arc::new(data.into()))
+    }
+
+    /// The same elements in another shape.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        Self::checked(shape.into(), self.data.clone())
+    }
+
+    fn checked(shape: Vec<usize>, data: Arc<Data>) -> Result<Self> {
         let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
         if elements != Some(data.len()) {
             return Err(Error::Input(format!("a tensor of shape {shape:?} cannot have {} elements", data.len())));
@@ -71,7 +83,7 @@ impl Tensor {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        match self.data {
+        match *self.data {
             Data::F32(_) => DType::F32,
             Data::I64(_) => DType::I64,
             Data::Bool(_) => DType::Bool,
@@ -81,7 +93,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Input`] if the elements are not `f32`.
     pub fn f32(&self) -> Result<&[f32]> {
-        match &self.data {
+        match &*self.data {
             Data::F32(v) => Ok(v),
             _ => Err(Error::Input(format!("expected a tensor of f32, got {}", self.dtype()))),
         }
@@ -90,7 +102,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Input`] if the elements are not `i64`.
     pub fn i64(&self) -> Result<&[i64]> {
-        match &self.data {
+        match &*self.data {
             Data::I64(v) => Ok(v),
             _ => Err(Error::Input(format!("expected a tensor of i64, got {}", self.dtype()))),
         }

@@ -11,12 +11,15 @@ use std::{
 use tempfile::TempDir;
 use vlmc::{
     artifact_dir::certify,
+    calibrate,
     compile::Model,
     samples,
     verify::{Options, Report, Request, html, verify},
 };
+use vlmc_ir::interp::Array;
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::Manifest, open_engine, prepare::Preparer};
-use vlmc_tests::{compile, fixture};
+use vlmc_tests::{compile, difference, fixture, load};
 
 const TARGETS: [&str; 2] = ["cpu", "onnx-cpu"];
 const OPTIONS: Options<'_> = Options { threads: None, new_tokens: 3, progress: &|_| {} };
@@ -58,6 +61,56 @@ fn clean_artifacts_agree() {
                 assert_eq!(logits.greedy, (name != "vit").then_some([3, 3]), "{name} for {target}");
             }
         }
+    }
+}
+
+/// Errors of quantized weights are told from faults, and are about as large as the codes make them.
+#[test]
+fn quantized_artifacts_agree() {
+    let checkpoint = fixture("shapes-vl");
+    for (policy, expected) in [("int8", 2e-3..0.02), ("int4", 0.03..0.15)] {
+        for target in TARGETS {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("artifact");
+            let model = Model::open(&checkpoint).unwrap();
+            let policy = Policy::named(policy).unwrap();
+            model.compile(&vlmc::compile::Options { target, out: &out, policy: &policy, progress: &|_, _| {} }).unwrap();
+            let report = verified(&out, "shapes-vl");
+            assert!(report.is_right(), "{target}: {:?}", report.first_wrong());
+            let mlp = report.nodes.iter().filter(|n| n.weights[0].starts_with("model.layers.") && n.weights[0].contains("mlp"));
+            let errors: Vec<f64> = mlp.map(|n| n.local.unwrap().relative).collect();
+            assert!(errors.len() == 12 && errors.iter().all(|e| expected.contains(e)), "{target}: {errors:?}");
+            // A norm is stored exactly, whatever the rest is.
+            edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.02));
+            assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
+        }
+    }
+}
+
+/// Factors that calibration moves from a norm into the layers that read it are no faults, but a norm that they do not undo is.
+#[test]
+fn calibrated_artifacts_agree() {
+    let rules = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
+    let policy = Policy::parse(rules).unwrap();
+    for target in TARGETS {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("artifact");
+        let model = Model::open(&fixture("shapes-vl")).unwrap();
+        let samples = samples::read(&fixture("shapes-vl/heldout.jsonl"), Some(4)).unwrap();
+        let requests = calibrate::requests(&model, &samples).unwrap();
+        let (model, _) = model.calibrate(target, &calibrate::chosen(&policy), &requests, &|_| {}).unwrap();
+        model.compile(&vlmc::compile::Options { target, out: &out, policy: &policy, progress: &|_, _| {} }).unwrap();
+        let artifact = Artifact::open(&out).unwrap();
+        let report = verify(&artifact, Model::open(&fixture("shapes-vl")).unwrap(), &requests[..2], &OPTIONS).unwrap();
+        assert!(report.is_right(), "{target}: {:?}", report.first_wrong());
+        // The factors are there: norms have other weights than in the checkpoint.
+        let (stored, given) = (load(&out.join("weights.safetensors")), load(&fixture("shapes-vl/model.safetensors")));
+        let norms = given.iter().filter(|(n, _)| n.contains("norm") && n.ends_with(".weight"));
+        let factor = |(n, w): (&String, &Array)| difference(stored[n].f32().unwrap(), w.f32().unwrap()).0;
+        let largest = norms.map(factor).fold(0.0, f32::max);
+        assert!(largest > 0.05, "{target}: nothing was scaled: {largest}");
+        edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.5));
+        assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
     }
 }
 

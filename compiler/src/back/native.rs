@@ -13,7 +13,7 @@ use vlmc_passes::memory;
 /// [`Error::Backend`] if the program was not legalised for this target.
 pub fn lower(program: &Verified) -> Result<(out::Program, Vec<Stored>)> {
     let mut weights = WeightTable::new(program);
-    let functions = program.graphs.iter().map(|g| Lowering::new(g, program, &mut weights).run()).collect::<Result<_>>()?;
+    let functions = program.graphs.iter().map(|g| Lowering::new(g, &mut weights).run()).collect::<Result<_>>()?;
     Ok((out::Program { symbols: program.symbols.clone(), weights: weights.used, functions }, weights.stored))
 }
 
@@ -62,8 +62,8 @@ struct Lowering<'a, 'w> {
 }
 
 impl<'a, 'w> Lowering<'a, 'w> {
-    fn new(graph: &'a Graph, program: &'a Verified, weights: &'w mut WeightTable<'a>) -> Self {
-        let plan = memory::plan(graph, &program.symbols, works_in_place);
+    fn new(graph: &'a Graph, weights: &'w mut WeightTable<'a>) -> Self {
+        let plan = memory::plan(graph, works_in_place);
         Self { graph, plan, weights, values: vec![], index: HashMap::new(), steps: vec![] }
     }
 
@@ -80,10 +80,9 @@ impl<'a, 'w> Lowering<'a, 'w> {
         let states = g
             .states
             .iter()
-            .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis })
+            .map(|s| out::StateDecl { name: s.past_name.clone(), shape: g.ty(s.past).shape.clone(), axis: s.axis, dtype: g.kept(s) })
             .collect();
-        let slots = self.plan.slots;
-        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, slots, values: self.values, steps: self.steps })
+        Ok(out::Function { name: g.name.clone(), inputs, outputs, states, values: self.values, steps: self.steps })
     }
 
     /// Index of a value in the function; `layout` says how an op wants a weight.
@@ -106,10 +105,13 @@ impl<'a, 'w> Lowering<'a, 'w> {
             Def::Weight(name) => Place::Weight(self.weights.index(name, layout.unwrap_or(Layout::Rows))?),
             Def::Literal(l) => Place::Literal(l.data.clone()),
             Def::State(i) => Place::State(*i),
-            Def::Node(n, _) => {
+            Def::Node(n, result) => {
                 let node = g.node(*n);
+                let past = node.op.appends().iter().find(|(_, present)| present == &(*result as usize));
+                if let Some((past, _)) = past {
+                    return self.place(node.args[*past], None);
+                }
                 match (&node.op, self.plan.slot(v)) {
-                    (Op::Append(_), _) => self.place(node.args[0], None)?,
                     (_, Some(slot)) => Place::Slot(slot),
                     // A reshape of what lies elsewhere lies there too.
                     (Op::Reshape(_), None) => self.place(node.args[0], None)?,
@@ -123,14 +125,12 @@ impl<'a, 'w> Lowering<'a, 'w> {
         let Some(kernel) = kernel(&node.op).map_err(|why| Error::Backend(format!("{}: {}: {why}", node.scope, node.op.name())))? else {
             return Ok(());
         };
-        let args = match &node.op {
-            // The state itself is the result.
-            Op::Append(_) => &node.args[1..],
-            _ => &node.args[..],
-        };
-        let args = args.iter().enumerate().map(|(i, a)| self.value(*a, self.layout(node, i))).collect::<Result<_>>()?;
-        let out = self.value(node.outs[0], None)?;
-        self.steps.push(Step { kernel, args, out, scope: node.scope.clone() });
+        // States are results only.
+        let is_past = |i: usize| node.op.appends().iter().any(|(past, _)| *past == i);
+        let operands = (0..node.args.len()).filter(|i| !is_past(*i));
+        let args = operands.map(|i| self.value(node.args[i], self.layout(node, i))).collect::<Result<_>>()?;
+        let outs = node.outs.iter().map(|o| self.value(*o, None)).collect::<Result<_>>()?;
+        self.steps.push(Step { kernel, args, outs, scope: node.scope.clone() });
         Ok(())
     }
 
@@ -148,20 +148,16 @@ impl<'a, 'w> Lowering<'a, 'w> {
 fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
     Ok(Some(match op {
         Op::Reshape(_) => return Ok(None),
-        Op::Linear(o) => Kernel::Linear { dynamic: o.dynamic },
+        Op::Linear(o) => Kernel::Linear { dynamic: o.dynamic, act: o.act },
+        Op::Gated(o) => Kernel::Gated { act: o.act },
         Op::Embedding(_) => Kernel::Embedding,
         Op::LayerNorm(o) => Kernel::LayerNorm { eps: o.eps },
         Op::RmsNorm(o) => Kernel::RmsNorm { eps: o.eps },
         Op::Rotary(_) => Kernel::Rotary,
-        Op::Attention(o) => Kernel::Attention {
-            scale: o.scale,
-            mask: match o.mask {
-                Mask::Full => out::Mask::Full,
-                Mask::Causal => out::Mask::Causal,
-                Mask::Segments => out::Mask::Segments,
-                Mask::Given => out::Mask::Given,
-            },
-        },
+        Op::AddLayerNorm(o) => Kernel::AddLayerNorm { eps: o.eps },
+        Op::AddRmsNorm(o) => Kernel::AddRmsNorm { eps: o.eps },
+        Op::Attention(o) => Kernel::Attention { scale: o.scale, mask: mask(o.mask) },
+        Op::RotaryAttention(o) => Kernel::RotaryAttention { scale: o.scale, mask: mask(o.mask) },
         Op::Append(_) => Kernel::Append,
         Op::Elementwise1(o) => Kernel::Unary { f: o.f },
         Op::Elementwise2(o) => Kernel::Binary { f: o.f },
@@ -183,16 +179,50 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
     }))
 }
 
-/// Operands that a kernel may overwrite with its result, if their type is the result's.
+fn mask(mask: Mask) -> out::Mask {
+    match mask {
+        Mask::Full => out::Mask::Full,
+        Mask::Causal => out::Mask::Causal,
+        Mask::Segments => out::Mask::Segments,
+        Mask::Given => out::Mask::Given,
+    }
+}
+
+/// Operands that a kernel may overwrite with its first result, if their type is the result's.
 fn works_in_place(op: &Op) -> &'static [usize] {
     match op {
         Op::Elementwise1(_) | Op::LayerNorm(_) | Op::RmsNorm(_) => &[0],
-        Op::Elementwise2(_) => &[0, 1],
+        Op::Elementwise2(_) | Op::AddLayerNorm(_) | Op::AddRmsNorm(_) => &[0, 1],
         _ => &[],
     }
 }
 
-/// Bytes of all slots of a function, as the runtime lays them out.
+/// At most so many bytes of a function's values are alive at once: of each product of symbols the most that there is at any step.
 pub(crate) fn arena(f: &out::Function) -> Dim {
-    f.slots.iter().fold(Dim::from(0), |sum, s| &sum + &s.ceil_div(&64.into()) * 64)
+    let bytes: HashMap<u32, Dim> = f
+        .values
+        .iter()
+        .filter_map(|v| match v.place {
+            Place::Slot(i) => Some((i, v.shape.iter().fold(v.dtype.size().into(), |n: Dim, d| &n * d))),
+            _ => None,
+        })
+        .collect();
+    let (mut born, mut dying) = (vec![vec![]; f.steps.len() + 1], vec![vec![]; f.steps.len() + 1]);
+    for (slot, life) in f.lives().into_iter().enumerate() {
+        if let (Some(life), Some(bytes)) = (life, bytes.get(&(slot as u32))) {
+            born[*life.start()].push(bytes);
+            dying[*life.end()].push(bytes);
+        }
+    }
+    let mut alive = Dim::from(0);
+    let mut most: BTreeMap<Vec<Dim>, i64> = BTreeMap::new();
+    for (born, dying) in born.iter().zip(&dying) {
+        alive = born.iter().fold(alive, |sum, b| &sum + *b);
+        for (coefficient, product) in alive.as_terms() {
+            let most = most.entry(product).or_default();
+            *most = coefficient.max(*most);
+        }
+        alive = dying.iter().fold(alive, |sum, b| &sum - *b);
+    }
+    most.into_iter().fold(Dim::from(0), |sum, (product, most)| &sum + product.iter().fold(most.into(), |n: Dim, d| &n * d))
 }

@@ -1,20 +1,23 @@
 //! `vlmc inspect` and `vlmc dump`.
 
 use super::{TargetArgs, bytes_bar, is_artifact, print, print_json, read_onnx};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use petgraph::dot::{Config, Dot};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     fmt::Write,
+    num::NonZero,
     path::{Path, PathBuf},
 };
 use vlmc::{compile::Model, target};
 use vlmc_ir::{Graph, Program};
+use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{
-    Artifact,
+    Artifact, Request, Run,
     artifact::{Certificate, Dim, Entry, PROGRAM},
+    needs,
 };
 
 #[derive(Args)]
@@ -24,6 +27,19 @@ pub(super) struct InspectArgs {
     /// Read all files of an artifact and compare their digests
     #[arg(long)]
     verify: bool,
+    /// Tell how much memory a request with a picture of this size takes; may be repeated
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    image: Vec<[usize; 2]>,
+    /// Tell how much memory a request takes whose prompt, pictures included, and answer are of so many tokens [default with
+    /// --image: 4096, or the model's longest]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Tokens of the answer, which are part of the context
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    max_new_tokens: usize,
+    /// Threads to run with [default: one per core]
+    #[arg(long)]
+    threads: Option<NonZero<usize>>,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -81,7 +97,7 @@ fn open(path: &Path) -> Result<Model> {
 }
 
 pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
-    let report = if is_artifact(&args.path) {
+    let mut report = if is_artifact(&args.path) {
         let artifact = Artifact::open(&args.path)?;
         if args.verify {
             let bar = bytes_bar("reading");
@@ -96,10 +112,90 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
     } else {
         of_checkpoint(&open(&args.path)?)?
     };
+    let asked = !args.image.is_empty() || args.context.is_some();
+    if asked {
+        report["request"] = of_request(args)?;
+    }
     if args.json {
         return print_json(&report);
     }
-    print(&text(&report))
+    print(&if asked { request(&report["request"]) } else { text(&report) })
+}
+
+/// `1344x1344` as width and height.
+fn size(text: &str) -> Result<[usize; 2]> {
+    let (width, height) = text.split_once('x').context("a size is a width and a height, such as 1344x1344")?;
+    Ok([width.parse()?, height.parse()?])
+}
+
+/// How much memory a request takes.
+fn of_request(args: &InspectArgs) -> Result<Value> {
+    let (manifest, program, weights) = if is_artifact(&args.path) {
+        let artifact = Artifact::open(&args.path)?;
+        let weights = artifact.manifest().files.iter().filter(|(name, _)| name.ends_with(".safetensors")).map(|(_, f)| f.bytes).sum();
+        (artifact.manifest().clone(), artifact.program()?, weights)
+    } else {
+        let (manifest, program, weights) = open(&args.path)?.outline(&Policy::named("none")?)?;
+        (manifest, Some(program), weights)
+    };
+    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+    let longest = manifest.task.prompt().map_or(0, |rules| rules.max_positions);
+    let request = Request {
+        pictures: args.image.clone(),
+        context: args.context.unwrap_or(longest.min(4096)),
+        new_tokens: args.max_new_tokens,
+        threads,
+    };
+    let needs = needs(&manifest, program.as_ref(), &request)?;
+    let run = |run: &Run| {
+        json!({
+            "entry": run.entry,
+            "symbols": run.symbols.iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>(),
+            "arena_bytes": run.working.map(|w| w.arena),
+            "largest_live_bytes": run.working.map(|w| w.largest_live),
+            "scratch_bytes": run.working.map(|w| w.scratch),
+        })
+    };
+    let total = |arena: usize| weights + (arena + needs.cache + needs.tensors) as u64;
+    Ok(json!({
+        "target": manifest.target,
+        "images": args.image.iter().map(|[w, h]| format!("{w}x{h}")).collect::<Vec<_>>(),
+        "context": request.context,
+        "max_new_tokens": request.new_tokens,
+        "threads": threads,
+        "runs": needs.runs.iter().map(run).collect::<Vec<_>>(),
+        "arena_bytes": needs.arena(),
+        "cache_bytes": needs.cache,
+        "tensor_bytes": needs.tensors,
+        "weight_bytes": weights,
+        "total_bytes": needs.arena().map(total),
+    }))
+}
+
+fn request(r: &Value) -> String {
+    let number = |v: &Value| bytes(v.as_u64().unwrap_or(0));
+    let images = r["images"].as_array().into_iter().flatten().filter_map(Value::as_str).map(|i| format!(", a picture of {i}"));
+    let threads = r["threads"].as_u64().unwrap_or(1);
+    let mut out = format!("memory of a request: {} tokens{}, {threads} threads\n", r["context"], images.collect::<String>());
+    for run in r["runs"].as_array().into_iter().flatten().filter(|r| !r["arena_bytes"].is_null()) {
+        let symbols = run["symbols"].as_object().into_iter().flatten().map(|(n, v)| format!(" {n} {v}")).collect::<String>();
+        let entry = run["entry"].as_str().unwrap_or_default();
+        let scratch = number(&run["scratch_bytes"]);
+        let _ = writeln!(out, "  {entry:8} {:>10}  of which kernels work with {scratch};{symbols}", number(&run["arena_bytes"]));
+    }
+    let mut line = |what: &str, bytes: &str, note: &str| _ = writeln!(out, "{what:10} {bytes:>10}  {note}");
+    if r["arena_bytes"].is_null() {
+        line("arena", "?", "ONNX Runtime plans it, and what requests take besides: only the rest is known");
+    } else {
+        line("arena", &number(&r["arena_bytes"]), "one for all, as large as the largest");
+    }
+    line("KV cache", &number(&r["cache_bytes"]), "");
+    line("tensors", &number(&r["tensor_bytes"]), "pictures, pixels, features, embeddings, logits: the most at once");
+    line("weights", &number(&r["weight_bytes"]), "a mapped file: those that are read");
+    if !r["total_bytes"].is_null() {
+        line("total", &number(&r["total_bytes"]), "besides the program itself and its tokenizer");
+    }
+    out
 }
 
 fn of_checkpoint(model: &Model) -> Result<Value> {
@@ -238,12 +334,12 @@ pub(super) fn dump(args: &DumpArgs) -> Result<()> {
     let mut program = (*model.lower()?.program).clone();
     if let Some(wanted) = &args.after {
         let target = target::named(&args.target.target)?;
-        let passes: Vec<&str> = vlmc_passes::pipeline(target).iter().map(|p| p.name).collect();
+        let passes: Vec<&str> = target.passes.iter().map(|p| p.name).collect();
         if !passes.contains(&wanted.as_str()) {
             bail!("--after: target '{}' has no pass '{wanted}'; its passes are {}", target.name, passes.join(", "));
         }
-        model.lower_for(target, &policy, |pass, after| {
-            if pass.name == wanted {
+        model.lower_for(target, &policy, |trace, after| {
+            if trace.pass == wanted {
                 program = (**after).clone();
             }
         })?;
@@ -307,8 +403,7 @@ fn dump_artifact(args: &DumpArgs) -> Result<()> {
 fn listing(p: &vlmc_runtime::artifact::program::Program, f: &vlmc_runtime::artifact::program::Function) -> String {
     use vlmc_runtime::artifact::program::Place;
     let mut out = String::new();
-    let slots: Vec<String> = f.slots.iter().map(Dim::to_string).collect();
-    let _ = writeln!(out, "function {}\n  slots {}", f.name, slots.join("; "));
+    let _ = writeln!(out, "function {}", f.name);
     let value = |i: u32| {
         let Some(v) = f.values.get(i as usize) else { return "?".to_string() };
         let place = match &v.place {
@@ -327,7 +422,8 @@ fn listing(p: &vlmc_runtime::artifact::program::Program, f: &vlmc_runtime::artif
             let _ = writeln!(out, "  [{scope}]");
         }
         let args: Vec<String> = s.args.iter().map(|a| value(*a)).collect();
-        let _ = writeln!(out, "  {} = {:?}({})", value(s.out), s.kernel, args.join(", "));
+        let outs: Vec<String> = s.outs.iter().map(|o| value(*o)).collect();
+        let _ = writeln!(out, "  {} = {:?}({})", outs.join(", "), s.kernel, args.join(", "));
     }
     out
 }

@@ -23,7 +23,11 @@ use vlmc::{
     calibrate::{self, Budgeted, Report, chosen},
     compile, hub, samples, synth, target,
 };
-use vlmc_passes::quantize::{Part, Policy};
+use vlmc_ir::DType;
+use vlmc_passes::{
+    Trace,
+    quantize::{Part, Policy},
+};
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
@@ -90,6 +94,24 @@ enum Command {
     Synth(SynthArgs),
 }
 
+/// Types of a KV cache.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Kv {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl From<Kv> for DType {
+    fn from(kv: Kv) -> Self {
+        match kv {
+            Kv::F32 => Self::F32,
+            Kv::Bf16 => Self::BF16,
+            Kv::Int8 => Self::I8,
+        }
+    }
+}
+
 /// The policy that is made for a budget.
 const AUTO: &str = "auto";
 
@@ -118,6 +140,20 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// Print what each pass did: where rules fired and where they did not, and why
+    #[arg(long, conflicts_with = "json")]
+    trace_passes: bool,
+    /// Check that no pass changes what the model computes
+    ///
+    /// Runs the program before and after each pass in the reference interpreter, with the checkpoint's weights and inputs that
+    /// are drawn. For small models: it takes at most 256 MiB of weights as f32.
+    #[arg(long)]
+    check_passes: bool,
+    /// How the runtime keeps keys and values of earlier tokens (target cpu only)
+    ///
+    /// int8: 8 bits with a scale per head and token, about a quarter of the memory. bf16: half of it.
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    kv: Kv,
     /// Threads to compile with [default: one per core]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
@@ -340,14 +376,23 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
         Some(lora) => compile::Model::open_with_lora(&dir, lora)?,
         None => compile::Model::open(&dir)?,
     };
-    let model = if args.with_loss { model.with_loss() } else { model };
+    let model = if args.with_loss { model.with_loss() } else { model }.with_kv(args.kv.into());
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
     let (model, policy) = quantized(args, model)?;
+    if args.check_passes {
+        let checked = model.check_passes(target::named(&args.target.target)?, &policy)?;
+        if !args.json {
+            print(&checked.iter().map(|c| format!("{c}\n")).collect::<String>())?;
+        }
+    }
     let report = compile_to(&model, &args.target.target, &policy, &out)?;
+    if args.trace_passes {
+        print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
+    }
     if args.json {
         return print_json(&report);
     }

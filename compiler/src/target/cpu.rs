@@ -12,6 +12,8 @@ pub(super) const TARGET: Target = Target {
         }
         // A mask for several leading axes would need as many strides.
         Op::Attention(a) if a.mask == Mask::Given && args[0].rank() > 4 => Support::Decompose,
+        // The cache of the runtime has four axes.
+        Op::RotaryAttention(_) if args[0].rank() != 4 => Support::Decompose,
         // Weights are widened by the kernels that read them, never on their own.
         Op::Cast(c) if args.iter().any(|t| is_narrow(t.dtype)) || is_narrow(c.dtype) => {
             Support::Reject("the runtime computes in f32 and converts no narrower floats".into())
@@ -39,7 +41,11 @@ pub(super) const TARGET: Target = Target {
         | Op::LayerNorm(_)
         | Op::RmsNorm(_)
         | Op::Rotary(_)
-        | Op::Attention(_) => Support::Native,
+        | Op::Attention(_)
+        | Op::Gated(_)
+        | Op::AddLayerNorm(_)
+        | Op::AddRmsNorm(_)
+        | Op::RotaryAttention(_) => Support::Native,
         Op::SplitHeads(_)
         | Op::BatchNorm(_)
         | Op::MergeHeads(_)
@@ -60,7 +66,7 @@ pub(super) const TARGET: Target = Target {
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },
-    given_masks: false,
+    passes: vlmc_passes::CPU,
 };
 
 fn is_narrow(d: DType) -> bool {

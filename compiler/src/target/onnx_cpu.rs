@@ -28,8 +28,11 @@ pub(super) const TARGET: Target = Target {
             return Support::Reject(format!("the CPU provider computes in f32, not {}", t.dtype));
         }
         match op {
+            Op::Append(a) if a.keep != DType::F32 => Support::Reject(format!("its states are inputs and outputs of f32, not {}", a.keep)),
             // x * sigmoid(...) is two nodes that every reader fuses or runs as fast.
             Op::Elementwise1(o) if matches!(o.f, Unary::Silu | Unary::QuickGelu) => Support::Decompose,
+            // There is no product with an activation.
+            Op::Linear(o) if o.act.is_some() => Support::Decompose,
             // Attention takes a mask tensor, which the pass `given-masks` makes.
             Op::Attention(o) if matches!(o.mask, Mask::Causal | Mask::Segments) => Support::Decompose,
             // With fewer leading axes there is no batch to attend in, with more no such op.
@@ -77,9 +80,13 @@ pub(super) const TARGET: Target = Target {
             | Op::Route(_)
             | Op::TileRows(_)
             | Op::GridRelative(_)
+            | Op::Gated(_)
+            | Op::AddLayerNorm(_)
+            | Op::AddRmsNorm(_)
+            | Op::RotaryAttention(_)
             | Op::Moe(_) => Support::Decompose,
         }
     },
     storage: |_| DType::F32,
-    given_masks: true,
+    passes: vlmc_passes::ONNX,
 };

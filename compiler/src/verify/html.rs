@@ -154,10 +154,11 @@ fn live_bytes(f: &Function, symbols: &BTreeMap<String, i64>) -> Vec<u64> {
         for i in step.args.iter().filter_map(value).filter_map(slot) {
             held.entry(i).and_modify(|h| h.2 = now);
         }
-        let result = value(&step.out).and_then(|v| Some((slot(v)?, bytes(v))));
-        if let Some((from, size, to)) = result.and_then(|(i, size)| held.insert(i, (now, size, now))) {
-            // What is overwritten in place lives on as what overwrites it.
-            release((from, size, to.min(now.saturating_sub(1)).max(from)));
+        for (i, size) in step.outs.iter().filter_map(value).filter_map(|v| Some((slot(v)?, bytes(v)))) {
+            if let Some((from, size, to)) = held.insert(i, (now, size, now)) {
+                // What is overwritten in place lives on as what overwrites it.
+                release((from, size, to.min(now.saturating_sub(1)).max(from)));
+            }
         }
     }
     for i in f.outputs.iter().filter_map(|o| slot(value(&o.value)?)) {

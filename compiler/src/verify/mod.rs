@@ -5,6 +5,8 @@
 //! with the artifact's (`propagated`: all errors so far), and its result *for the artifact's own operands* with the artifact's
 //! (`local`: the error of this node alone). The second is what says where something is wrong.
 //!
+//! Calibration may have moved factors of columns from a norm into the layers that read it: where the layers say so, neither is wrong.
+//!
 //! Nodes are the same if they have the same weights, by name; of several nodes with the same weights, the first is the first.
 
 mod html;
@@ -36,17 +38,19 @@ use std::{
     fs::File,
     num::NonZero,
     ops::Range,
+    path::PathBuf,
     rc::Rc,
 };
 use tap::Tapped;
 use vlmc_artifact::{
     Scheme,
-    program::Program,
+    program::{Program, Unary},
     quant::{Codes, Method},
 };
 use vlmc_ir::{
-    DType, Def, Graph, Type,
+    DType, Def, Graph, Op, Type, ValueId,
     interp::{self, Array},
+    ops::Elementwise1,
     weights::WeightDef,
 };
 use vlmc_runtime::{
@@ -247,6 +251,7 @@ pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: 
         nodes: vec![],
         index: HashMap::new(),
         symbols: BTreeMap::new(),
+        scaled: HashMap::new(),
         active: false,
     }));
 
@@ -412,6 +417,9 @@ impl Constants {
 
 /// The artifact's weight file: what its tensors are called in the program, and how they are stored.
 struct Stored {
+    path: PathBuf,
+    file: File,
+    tensors: HashMap<String, crate::stored::Stored>,
     dtypes: HashMap<String, DType>,
     weights: Rc<BTreeMap<String, WeightDef>>,
     /// What a backend adds to the name of a weight in a layout of its own.
@@ -421,16 +429,18 @@ struct Stored {
 impl Stored {
     fn open(artifact: &Artifact, weights: Rc<BTreeMap<String, WeightDef>>) -> Result<Self> {
         let path = artifact.require(WEIGHTS)?;
-        let header = Header::read(&path, &File::open(&path).map_err(Error::io(&path))?)?;
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        let header = Header::read(&path, &file)?;
         let mut dtypes: HashMap<String, DType> =
             header.tensors.iter().filter_map(|(name, t)| Some((name.clone(), known_dtype(t.dtype)?))).collect();
         if artifact.path(PROGRAM).is_some() {
             // Here quantized tensors are bytes; the program knows more.
-            let path = artifact.require(PROGRAM)?;
-            let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-            let program: Program = serde_json::from_slice(&bytes).map_err(|e| Error::file(&path, e.to_string()))?;
+            let json = artifact.require(PROGRAM)?;
+            let bytes = std::fs::read(&json).map_err(Error::io(&json))?;
+            let program: Program = serde_json::from_slice(&bytes).map_err(|e| Error::file(&json, e.to_string()))?;
             dtypes.extend(program.weights.into_iter().map(|w| (w.name, w.dtype)));
-            return Ok(Self { dtypes, weights, suffixes: &[".rows"] });
+            let tensors = header.tensors.into_iter().collect();
+            return Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".rows"] });
         }
         // Codes of blocks: [rows, blocks, bytes of a block].
         for (name, t) in &header.tensors {
@@ -443,7 +453,18 @@ impl Stored {
                 dtypes.extend([".codes", ".rows"].map(|part| (format!("{weight}{part}"), scheme)));
             }
         }
-        Ok(Self { dtypes, weights, suffixes: &[".T", ".codes", ".rows"] })
+        let tensors = header.tensors.into_iter().collect();
+        Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".T", ".codes", ".rows"] })
+    }
+
+    /// A vector of floats as the artifact has it; `None` if it has none of that name.
+    fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(t) = self.tensors.get(name).filter(|t| known_dtype(t.dtype) == Some(DType::F32) && t.shape.len() == 1) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![];
+        t.read_rows(&self.file, 0..t.shape[0], &mut bytes).map_err(Error::io(&self.path))?;
+        Ok(Some(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
     }
 
     /// The frontend's weights in a tensor: one, or several whose rows were put together (`a+b`), or none that it knows.
@@ -488,14 +509,31 @@ struct State {
     /// Places in `nodes`, by entry, weights and use.
     index: HashMap<(String, Vec<String>, usize), usize>,
     symbols: BTreeMap<String, BTreeMap<String, i64>>,
+    /// Norms with other weights than the checkpoint's, by entry and result.
+    scaled: HashMap<(String, ValueId), Scaled>,
     /// Whether what is computed now is to be compared.
     active: bool,
+}
+
+/// A norm whose result has factors by column, for the layers that read it to undo.
+struct Scaled {
+    /// Its place among the nodes.
+    node: usize,
+    factors: Vec<f32>,
+    /// Its error.
+    plain: Errors,
+    /// Its error but for the factors.
+    errors: Errors,
+    /// How far the layers that read it go to undo them, and how far they should, as [`way`] tells.
+    way: [f64; 2],
 }
 
 /// A node as the artifact computed it.
 struct Record {
     operands: Vec<Kept>,
     result: Kept,
+    /// Function that was applied to the result.
+    act: Option<Unary>,
     /// Its part of the result's last axis.
     columns: Range<usize>,
     storage: Storage,
@@ -547,6 +585,7 @@ impl State {
         self.spool = Spool::new()?;
         self.records.clear();
         self.uses.clear();
+        self.scaled.clear();
         Ok(())
     }
 
@@ -554,7 +593,7 @@ impl State {
         if !self.active {
             return Ok(());
         }
-        let Observed { entry, weights, operands, result } = observed;
+        let Observed { entry, weights, operands, result, act } = observed;
         let parts: Vec<Vec<String>> = weights.iter().map(|w| self.stored.parts(w)).filter(|p| !p.is_empty()).collect();
         let Some(count) = parts.first().map(Vec::len).filter(|n| parts.iter().all(|p| p.len() == *n)) else { return Ok(()) };
         let width = result.shape().last().copied().unwrap_or(1);
@@ -572,7 +611,7 @@ impl State {
             let key = (entry.clone(), parts.iter().map(|p| p[i].clone()).collect());
             let columns = start..start + width;
             start += width;
-            self.records.entry(key).or_default().push(Record { operands: operands.clone(), result: result.clone(), columns, storage });
+            self.records.entry(key).or_default().push(Record { operands: operands.clone(), result: result.clone(), act, columns, storage });
         }
         Ok(())
     }
@@ -612,25 +651,83 @@ impl State {
         });
         let Some(record) = record else { return Ok(()) };
         let got = columns(&self.spool.get(&record.result)?, &record.columns)?;
-        let local = local(step, &others, record, &self.spool)?;
         let errors = |reference: &Array| {
+            let applied = |f| {
+                let ty = Type::new(DType::F32, reference.shape().iter().copied());
+                interp::eval(&Elementwise1 { f }.into(), &[ty], &[reference], step.symbols).ok()?.pop()
+            };
+            let reference = match record.act {
+                Some(f) => applied(f)?,
+                None => reference.clone(),
+            };
             let reference: Vec<f32> = reference.f32().ok()?.iter().copied().collect();
             (reference.len() == got.len()).then(|| Errors::of(&got, &reference))
         };
+        let alone = local(step, &others, record, &self.spool, None)?;
+        let mut local_errors = alone.as_ref().and_then(errors);
+        // Of every request the same; found once.
+        let tolerance = match self.nodes[index].tolerance {
+            EXACT => record.storage.tolerance(step),
+            known => known,
+        };
+        if let (Op::Linear(_), Some(scaled)) = (&step.node.op, self.scaled.get_mut(&(step.graph.name.clone(), step.node.args[0]))) {
+            let undone = local(step, &others, record, &self.spool, Some(&scaled.factors))?;
+            if let Some([along, length]) = alone.as_ref().zip(undone.as_ref()).and_then(|(a, b)| way(&got, a, b)) {
+                scaled.way[0] += along;
+                scaled.way[1] += length;
+            }
+            let undoes = scaled.way[0] > 0.5 * scaled.way[1];
+            if undoes {
+                local_errors = undone.as_ref().and_then(errors);
+            }
+            self.nodes[scaled.node].local = Some(if undoes { scaled.errors } else { scaled.plain });
+        }
+        if let (Op::RmsNorm(_) | Op::LayerNorm(_), Some(alone), Some(e)) = (&step.node.op, &alone, local_errors)
+            && e.relative > tolerance
+            && let Some(factors) = self.factors(step)?
+        {
+            let reference = alone.f32().map_err(Error::Backend)?.iter().zip(factors.iter().cycle()).map(|(y, f)| y * f);
+            let errors = Errors::of(&got, &reference.collect::<Vec<_>>());
+            if errors.relative <= tolerance {
+                let scaled = Scaled { node: index, factors, plain: e, errors, way: [0.0; 2] };
+                self.scaled.insert((step.graph.name.clone(), step.node.outs[0]), scaled);
+            }
+        }
         let worse = |before: Option<Errors>, now: Option<Errors>| match (before, now) {
             (Some(a), Some(b)) => Some(a.worse(b)),
             (a, b) => a.or(b),
         };
-        let (local, propagated) = (local.as_ref().and_then(errors), step.results.first().and_then(errors));
+        let propagated = step.results.first().and_then(errors);
         let node = &mut self.nodes[index];
-        node.local = worse(node.local, local);
+        node.local = worse(node.local, local_errors);
         node.propagated = worse(node.propagated, propagated);
-        // Of every request the same; found once.
-        if node.tolerance == EXACT {
-            node.tolerance = record.storage.tolerance(step);
-        }
+        node.tolerance = tolerance;
         Ok(())
     }
+
+    /// What the artifact's weight of a norm is of the checkpoint's, column by column.
+    fn factors(&self, step: &Step<'_>) -> Result<Option<Vec<f32>>> {
+        let Some(Def::Weight(name)) = step.node.args.get(1).map(|v| step.graph.def(*v)) else { return Ok(None) };
+        let (Some(stored), Some(weight)) = (self.stored.vector(name)?, step.weights.get(name)) else { return Ok(None) };
+        let weight = weight.f32().map_err(Error::Backend)?;
+        let ratio = |(s, w): (&f32, &f32)| if w == s { 1.0 } else { s / w };
+        let factors: Vec<f32> = stored.iter().zip(weight).map(ratio).collect();
+        Ok((stored.len() == weight.len() && factors.iter().all(|f| f.is_finite() && *f != 0.0)).then_some(factors))
+    }
+}
+
+/// How far `got` goes from `a` along the way to `b`, and how far that is, in units that make layers comparable. Errors in all other
+/// directions, which are those of quantization, do not count.
+fn way(got: &[f32], a: &Array, b: &Array) -> Option<[f64; 2]> {
+    let (a, b) = (a.f32().ok()?, b.f32().ok()?);
+    let (mut along, mut length, mut unit) = (0.0, 0.0, 0.0);
+    for ((g, a), b) in got.iter().zip(a).zip(b) {
+        let step = f64::from(b - a);
+        along += f64::from(g - a) * step;
+        length += step * step;
+        unit += f64::from(*a) * f64::from(*a);
+    }
+    (a.len() == got.len() && unit > 0.0).then(|| [along / unit, length / unit])
 }
 
 /// Some columns of a tensor of floats.
@@ -643,8 +740,9 @@ fn columns(t: &Tensor, columns: &Range<usize>) -> Result<Vec<f32>> {
     Ok(data.chunks_exact(width).flat_map(|row| &row[columns.clone()]).copied().collect())
 }
 
-/// The node's result for the operands that it has in the artifact; `None` if these do not fit.
-fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool) -> Result<Option<Array>> {
+/// The node's result for the operands that it has in the artifact, the first of them with its columns divided by factors; `None`
+/// if these do not fit.
+fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool, factors: Option<&[f32]>) -> Result<Option<Array>> {
     if others.len() != record.operands.len() {
         return Ok(None);
     }
@@ -667,7 +765,11 @@ fn local(step: &Step<'_>, others: &[usize], record: &Record, spool: &Spool) -> R
                     return Ok(None);
                 }
                 types[i].dtype = kept.dtype;
-                Cow::Owned(reference::array(&spool.get(&Kept { shape: reference.shape().to_vec(), ..kept.clone() })?)?)
+                let mut operand = reference::array(&spool.get(&Kept { shape: reference.shape().to_vec(), ..kept.clone() })?)?;
+                if let (0, Array::F32(x), Some(factors)) = (at, &mut operand, factors) {
+                    x.iter_mut().zip(factors.iter().cycle()).for_each(|(x, f)| *x /= f);
+                }
+                Cow::Owned(operand)
             }
         });
     }

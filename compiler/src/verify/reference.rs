@@ -50,7 +50,7 @@ pub(super) fn program(model: &Model, manifest: &Manifest) -> Result<(Verified, B
     let target = crate::target::named(&manifest.target)?;
     let lowered = model.lower_with_codes(target)?.program;
     let weights = lowered.weights.clone();
-    let passes: Vec<_> = vlmc_passes::pipeline(target).into_iter().filter(|p| SPELLED_OUT.contains(&p.name)).collect();
+    let passes: Vec<_> = target.passes.iter().copied().filter(|p| SPELLED_OUT.contains(&p.name)).collect();
     let program = vlmc_passes::run(target, lowered, &passes, |_, _| {})?;
     for e in &manifest.entries {
         let graph = program.graphs.iter().find(|g| g.name == e.name);

@@ -132,7 +132,7 @@ impl Engine for Tapped {
         for tap in self.taps.get(entry).into_iter().flatten() {
             let operands = tap.operands.iter().map(value).collect::<Option<Vec<_>>>();
             let (Some(operands), Some(result)) = (operands, value(&tap.result)) else { continue };
-            (self.observer)(Observed { entry: entry.into(), weights: tap.weights.clone(), operands, result })?;
+            (self.observer)(Observed { entry: entry.into(), weights: tap.weights.clone(), operands, result, act: None })?;
         }
         let own = self.manifest.entries.iter().find(|e| e.name == entry).map_or(0, |e| e.outputs.len());
         Ok(outputs.into_iter().take(own).collect())

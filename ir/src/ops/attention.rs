@@ -2,8 +2,10 @@
 
 use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
+use half::bf16;
 use ndarray::Axis;
 use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
 use vlmc_artifact::program::{Binary, Reduce, Unary};
 
 /// `[..., s, heads * d]` to `[..., heads, s, d]`.
@@ -217,6 +219,58 @@ impl OpDef for Attention {
     }
 }
 
+/// A decoder's attention in one op: `q f32[..., heads, s, d]` and `k f32[..., kv_heads, s, d]` are rotated by `cos` and `sin`
+/// ([`Rotary`]), `k` and `v f32[..., kv_heads, s, dv]` are appended to `past_k` and `past_v f32[..., kv_heads, past, d or dv]`
+/// ([`Append`]), and `q` attends to both ([`Attention`]). The operands are in this order, a mask last; the results are those of
+/// the attention and the two appends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RotaryAttention {
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// Which keys a query sees.
+    pub mask: Mask,
+}
+
+impl RotaryAttention {
+    /// Rotated queries and keys, keys and values appended, attention: `rotate`, `append` and `attend` over types or values.
+    fn parts<T: Clone, E>(
+        args: &[T],
+        rotate: impl Fn(&[T]) -> Result<T, E>,
+        append: impl Fn(&[T]) -> Result<T, E>,
+        attend: impl Fn(&[T]) -> Result<T, E>,
+    ) -> Result<Option<Vec<T>>, E> {
+        let [q, k, v, cos, sin, past_k, past_v, mask @ ..] = args else { return Ok(None) };
+        let rotated = |x: &T| rotate(&[x.clone(), cos.clone(), sin.clone()]);
+        let (q, k) = (rotated(q)?, append(&[past_k.clone(), rotated(k)?])?);
+        let v = append(&[past_v.clone(), v.clone()])?;
+        let out = attend(&[&[q, k.clone(), v.clone()], mask].concat())?;
+        Ok(Some(vec![out, k, v]))
+    }
+
+    fn attention(&self) -> Attention {
+        Attention { scale: self.scale, mask: self.mask }
+    }
+}
+
+impl OpDef for RotaryAttention {
+    const NAME: &'static str = "rotary_attention";
+    const APPENDS: &'static [(usize, usize)] = &[(5, 1), (6, 2)];
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let one = |outs: Vec<Type>| outs.into_iter().next().ok_or_else(|| "no result".to_string());
+        let append = |args: &[Type]| one(Append { axis: args[0].rank().saturating_sub(2), keep: DType::F32 }.infer(args)?);
+        let rotate = |args: &[Type]| one(Rotary {}.infer(args)?);
+        let outs = Self::parts(args, rotate, append, |args| one(self.attention().infer(args)?))?;
+        outs.ok_or_else(|| format!("takes 7 or 8 operands, got {}", args.len()))
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let rotate = |args: &[Val<'g>]| Ok::<_, Infallible>(g.rotary(args[0], (args[1], args[2])));
+        let append = |args: &[Val<'g>]| Ok(g.append(args[0], args[1], args[0].ty().rank().saturating_sub(2)));
+        Self::parts(args, rotate, append, |args| Ok(g.apply::<1>(self.attention(), args)[0])).ok()?
+    }
+}
+
 /// `attention_mask i64[batch, t]` and `s` queries to `bool[batch, 1, s, t]`: query `i` sees keys `j <= t - s + i` that the
 /// mask lets through.
 pub fn causal_mask<'g>(g: &'g Builder<'g>, attention_mask: Val<'g>, s: &Dim) -> Val<'g> {
@@ -237,18 +291,51 @@ pub fn segment_mask<'g>(g: &'g Builder<'g>, segments: Val<'g>) -> Val<'g> {
 pub struct Append {
     /// The axis that grows.
     pub axis: usize,
+    /// How the state keeps what is appended, which is rounded to it: `f32`; `bf16`; or `i8`, rows of the last axis in steps of
+    /// max|row| / 127.
+    #[serde(default = "Append::exact", skip_serializing_if = "Append::is_exact")]
+    pub keep: DType,
+}
+
+impl Append {
+    fn exact() -> DType {
+        DType::F32
+    }
+
+    fn is_exact(keep: &DType) -> bool {
+        *keep == DType::F32
+    }
+
+    /// Types that states can be kept in.
+    pub const KEPT: [DType; 3] = [DType::F32, DType::BF16, DType::I8];
+
+    fn round(&self, row: &mut [f32]) {
+        match self.keep {
+            DType::BF16 => row.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+            DType::I8 => {
+                let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let (inverse, scale) = (127.0 / largest.max(1e-30), largest / 127.0);
+                row.iter_mut().for_each(|v| *v = (*v * inverse).round_ties_even() * scale);
+            }
+            _ => {}
+        }
+    }
 }
 
 impl OpDef for Append {
     const NAME: &'static str = "append";
+    const APPENDS: &'static [(usize, usize)] = &[(0, 0)];
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [past, new] = operands(args)?;
+        expect(Self::KEPT.contains(&self.keep), || format!("a state cannot be kept in {}", self.keep))?;
         super::Concat { axis: self.axis }.infer(&[past.clone(), new.clone()])
     }
 
     fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
-        let (past, new) = (args[0].f32()?, args[1].f32()?);
+        let (past, mut new) = (args[0].f32()?, args[1].f32()?.as_standard_layout().into_owned());
+        let width = new.shape().last().copied().unwrap_or(1).max(1);
+        new.as_slice_mut().ok_or("not contiguous")?.chunks_mut(width).for_each(|row| self.round(row));
         let both = ndarray::concatenate(Axis(self.axis), &[past.view(), new.view()]);
         Ok(vec![Array::F32(both.map_err(|e| e.to_string())?)])
     }

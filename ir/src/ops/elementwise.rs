@@ -2,7 +2,7 @@
 
 use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, operands};
 use crate::{
-    Bindings, Builder, DType, Type, Val,
+    Bindings, Builder, DType, Dim, Type, Val,
     interp::{Array, broadcast2},
 };
 use half::{bf16, f16};
@@ -102,6 +102,41 @@ fn erf(x: f32) -> f32 {
     let fraction = (1..60).rev().fold(a, |f, n| a + f64::from(n) / 2.0 / f);
     let complement = (-a * a).exp() / fraction * scale / 2.0;
     ((1.0 - complement) * x.signum()) as f32
+}
+
+/// `x f32[..., 2 n]` to `act(a) * b`, `f32[..., n]`, for the halves `a` and `b` of the last axis: the gated linear units of
+/// Shazeer, 2020, over packed projections.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gated {
+    /// Function of the first half.
+    pub act: Unary,
+}
+
+impl Gated {
+    fn half(x: &Type) -> Result<Dim, String> {
+        let width = x.last()?;
+        width.exact_div(&2.into()).ok_or_else(|| format!("last dim of {x} has no halves"))
+    }
+}
+
+impl OpDef for Gated {
+    const NAME: &'static str = "gated";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x] = operands(args)?;
+        expect_dtype(x, DType::F32, "x")?;
+        expect(self.act != Unary::Not, || "the activation must be one of floats".into())?;
+        let mut out = x.clone();
+        out.shape[x.rank() - 1] = Self::half(x)?;
+        Ok(vec![out])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (x, axis) = (args[0], args[0].ty().rank() - 1);
+        let half = Self::half(&x.ty()).ok()?;
+        let (a, b) = (g.slice(x, axis, 0, half.clone()), g.slice(x, axis, half.clone(), half));
+        Some(vec![g.unary(self.act, a) * b])
+    }
 }
 
 /// A function of two operands of one dtype with NumPy broadcasting, named as the function: `add`, `lt`.

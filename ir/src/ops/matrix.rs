@@ -70,13 +70,16 @@ fn split2<T>(shape: &[T]) -> (&[T], [&T; 2]) {
     (batch, [&last[0], &last[1]])
 }
 
-/// `x f32[..., k]`, `weight [n, k]`, optional `bias [n]` to `x weightᵀ + bias`, `f32[..., n]`.
+/// `x f32[..., k]`, `weight [n, k]`, optional `bias [n]` to `act(x weightᵀ + bias)`, `f32[..., n]`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Linear {
     /// `x` is first rounded to 8 bits, to -127..=127 with the scale max|x| / 127 of a row's columns, in the groups that the
     /// columns of `weight` have, which must be quantized.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dynamic: bool,
+    /// Function of each element of the result, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act: Option<Unary>,
 }
 
 impl OpDef for Linear {
@@ -92,6 +95,7 @@ impl OpDef for Linear {
         expect_float(w, "weight")?;
         expect(w.rank() == 2, || format!("weight must have 2 axes, is {w}"))?;
         expect(x.last()? == &w.shape[1], || format!("last dim of {x} and {w} differ"))?;
+        expect(self.act != Some(Unary::Not), || "the activation must be one of floats".into())?;
         expect(!self.dynamic || w.dtype.scheme().is_some(), || format!("x is rounded for quantized weights only, not {w}"))?;
         if let Some(b) = bias {
             expect_float(b, "bias")?;
@@ -103,15 +107,16 @@ impl OpDef for Linear {
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        if let Some(act) = self.act {
+            let [y] = g.apply(Self { act: None, ..self.clone() }, args);
+            return Some(vec![g.unary(act, y)]);
+        }
         if let (true, Some(scheme)) = (self.dynamic, args[1].ty().dtype.scheme()) {
             let x = round_to_8_bits(g, args[0], scheme)?;
-            return Some(g.apply_op(Self { dynamic: false }.into(), &[&[x], &args[1..]].concat()));
+            return Some(g.apply_op(Self { dynamic: false, ..self.clone() }.into(), &[&[x], &args[1..]].concat()));
         }
         let y = g.matmul(args[0], g.transpose(g.cast(args[1], DType::F32), &[1, 0]));
-        Some(vec![match args.get(2) {
-            Some(bias) => y + g.cast(*bias, DType::F32),
-            None => y,
-        }])
+        Some(vec![args.get(2).map_or(y, |bias| y + g.cast(*bias, DType::F32))])
     }
 
     /// As the decomposition of what is not dynamic, without copies of the weight.

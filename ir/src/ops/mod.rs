@@ -12,12 +12,12 @@ mod positions;
 mod shape;
 mod tiles;
 
-pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, SplitHeads, causal_mask, segment_mask};
-pub use elementwise::{Cast, Elementwise1, Elementwise2, Select};
+pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, RotaryAttention, SplitHeads, causal_mask, segment_mask};
+pub use elementwise::{Cast, Elementwise1, Elementwise2, Gated, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, Route, TopK};
-pub use norm::{BatchNorm, LayerNorm, RmsNorm};
+pub use norm::{AddLayerNorm, AddRmsNorm, BatchNorm, LayerNorm, RmsNorm};
 pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions, WindowOrder};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
 pub use tiles::{GridRelative, TileRows};
@@ -30,6 +30,9 @@ use serde_json::{Map, Value};
 pub trait OpDef: Serialize + DeserializeOwned {
     /// Name in the text form. Ops that are one of a family (`add`, `mul`) override [`Self::mnemonic`] and [`Self::parse`].
     const NAME: &'static str;
+
+    /// Operands that may be states, with the results that are the states' next values.
+    const APPENDS: &'static [(usize, usize)] = &[];
 
     /// Types of the results for operands of types `args`.
     ///
@@ -114,6 +117,11 @@ macro_rules! ops {
                 match self { $(Self::$Op(op) => op.infer(args),)* }
             }
 
+            /// See [`OpDef::APPENDS`].
+            pub fn appends(&self) -> &'static [(usize, usize)] {
+                match self { $(Self::$Op(_) => $Op::APPENDS,)* }
+            }
+
             /// See [`OpDef::decompose`].
             pub fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
                 match self { $(Self::$Op(op) => op.decompose(g, args),)* }
@@ -140,6 +148,8 @@ ops! {
     SplitHeads, MergeHeads, Rotary, Attention,
     GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, WindowOrder, NtkRope, LogN,
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
+    // Composites that no frontend writes: passes make them of the ones above.
+    Gated, AddLayerNorm, AddRmsNorm, RotaryAttention,
 }
 
 // What type rules share.

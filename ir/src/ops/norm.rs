@@ -66,6 +66,52 @@ impl OpDef for RmsNorm {
     }
 }
 
+/// `x`, `y f32[..., n]` and what [`LayerNorm`] takes to two results: the sum `x + y` and its layer norm.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AddLayerNorm {
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl OpDef for AddLayerNorm {
+    const NAME: &'static str = "add_layer_norm";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, y, weight, bias] = operands(args)?;
+        expect(x == y, || format!("x and y must have one type, are {x} and {y}"))?;
+        Ok([check(x, &[(weight, "weight"), (bias, "bias")], self.eps)?, vec![x.clone()]].concat())
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let sum = args[0] + args[1];
+        let [normed] = g.apply(LayerNorm { eps: self.eps }, &[sum, args[2], args[3]]);
+        Some(vec![sum, normed])
+    }
+}
+
+/// `x`, `y f32[..., n]` and what [`RmsNorm`] takes to two results: the sum `x + y` and its RMS norm.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AddRmsNorm {
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+impl OpDef for AddRmsNorm {
+    const NAME: &'static str = "add_rms_norm";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, y, weight] = operands(args)?;
+        expect(x == y, || format!("x and y must have one type, are {x} and {y}"))?;
+        Ok([check(x, &[(weight, "weight")], self.eps)?, vec![x.clone()]].concat())
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let sum = args[0] + args[1];
+        let [normed] = g.apply(RmsNorm { eps: self.eps }, &[sum, args[2]]);
+        Some(vec![sum, normed])
+    }
+}
+
 /// `x f32[n, c, h, w]` and `weight`, `bias`, `mean`, `var` `[c]` to `(x - mean) / sqrt(var + eps) * weight + bias` per channel
 /// (Ioffe and Szegedy, 2015, at inference).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -43,11 +43,12 @@
 //!           | "quantize" "(" recipe "," dtype "," method ")" | "codes" "(" source "," dtype ")"
 //! source    = "*" | name
 //! method    = "round" | "search"
-//! name      = letters, digits, "_" and ".", but no "." in front; or a JSON string
+//! name      = letters, digits, "_", "." and "+", but no "." in front; or a JSON string
 //! ```
 //!
 //! - Only results have numbers; they mean nothing beyond their graph, and those in a repeat nothing beyond it.
-//! - A weight `@.attn.weight` goes on from the scope: `visual.blocks.0.attn.weight` after `[visual.blocks.0]`.
+//! - A weight `@.attn.weight` goes on from the scope: `visual.blocks.0.attn.weight` after `[visual.blocks.0]`, and so does each
+//!   part of `@.gate.weight+.up.weight`.
 //! - `repeat i in 2..5 (%1 = %0) { ... yield %7, %8 } -> %9, %10`: the body is there for `i` = 2, 3 and 4, and in names
 //!   `{i}`, `{i+1}`, `{i-2}` stand for numbers. `%1` is `%0` the first time and then the first yield of the time before; the
 //!   yields of the last time are the results. There is no scope at the start of a body and after a repeat.

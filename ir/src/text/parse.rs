@@ -451,14 +451,11 @@ impl<'a> Parser<'a> {
                 OperandKind::Port(name)
             }
         } else if self.eat("@") {
-            let mut name = self.name_or(true)?;
-            if name.0.starts_with('.') {
-                if scope.0.is_empty() || scope.is_quoted() {
-                    return self.fail_at(start, "there is no scope before it that the name could go on from");
-                }
-                name.0.insert_str(0, &scope.0);
+            let name = self.name_or(true)?;
+            if name.0.starts_with('.') && (scope.0.is_empty() || scope.is_quoted()) {
+                return self.fail_at(start, "there is no scope before it that the name could go on from");
             }
-            OperandKind::Weight(name, self.ty()?)
+            OperandKind::Weight(name.absolute(scope), self.ty()?)
         } else if self.peek().is_some_and(|c| c.is_ascii_alphabetic()) {
             OperandKind::Literal(self.literal()?)
         } else {

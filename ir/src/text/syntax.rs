@@ -14,7 +14,7 @@ pub(super) struct Name(pub(super) String);
 
 /// Characters of a bare name.
 pub(super) fn is_name_char(c: char) -> bool {
-    c.is_ascii_alphanumeric() || c == '_' || c == '.'
+    c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '+')
 }
 
 /// Length and offset of the index at the start of `text`: `{i}`, `{i+1}`, `{i-2}`.
@@ -77,10 +77,16 @@ impl Name {
         Some(Name(parts.collect::<Option<Vec<_>>>()?.join(".")))
     }
 
-    /// The name written in `scope`: `.attn.weight` for `layers.0.attn.weight` in `layers.0`.
-    fn relative_to<'a>(&'a self, scope: &Name) -> &'a str {
-        let rest = (!scope.0.is_empty() && !scope.is_quoted()).then(|| self.0.strip_prefix(&scope.0)).flatten();
-        rest.filter(|r| r.starts_with('.')).unwrap_or(&self.0)
+    /// The name written in `scope`: `.attn.weight` for `layers.0.attn.weight` in `layers.0`; of names joined by `+`, each part.
+    fn relative_to(&self, scope: &Name) -> String {
+        let within = |part: &'_ str| part.strip_prefix(&scope.0).filter(|r| r.starts_with('.')).map(String::from);
+        let parts = (!scope.0.is_empty() && !scope.is_quoted()).then(|| self.0.split('+').map(within).collect::<Option<Vec<_>>>());
+        parts.flatten().map_or_else(|| self.0.clone(), |parts| parts.join("+"))
+    }
+
+    /// The name that is written `self` in `scope`, if it starts with a dot.
+    pub(super) fn absolute(self, scope: &Name) -> Name {
+        if self.0.starts_with('.') { Name(format!("{}{}", scope.0, self.0.replace("+.", &format!("+{}.", scope.0)))) } else { self }
     }
 }
 

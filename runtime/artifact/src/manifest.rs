@@ -111,7 +111,7 @@ pub struct State {
     pub past: String,
     /// Output name of an ONNX graph: `present.0.key`.
     pub present: String,
-    /// Element type.
+    /// Element type; of a `cpu` artifact how rows are kept, see [`crate::program::StateDecl`].
     pub dtype: DType,
     /// Shape before a call, e.g. `[batch, 2, past, 128]`.
     pub shape: Vec<Dim>,
@@ -140,7 +140,8 @@ pub struct Entry {
     /// States, in layer order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub states: Vec<State>,
-    /// Bytes of working memory as planned by the compiler (CPU runtime only): activations, without weights and states.
+    /// At most so many bytes of results are in use at once (CPU runtime only), without weights, states and what kernels work
+    /// with. The runtime places them so that they take hardly more (`vlmc inspect --context` tells how much a request takes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arena: Option<Dim>,
 }

@@ -1,10 +1,14 @@
 //! The compiled program of a `cpu` artifact: per entry, a flat list of kernel calls over values placed in an arena.
 //!
 //! Every value is a contiguous row-major tensor, except states (see [`Place::State`]). Floating-point values are `f32`;
-//! only weights have narrower types. Slot sizes are functions of the symbols, so one plan serves every input size.
+//! only weights have narrower types.
+//!
+//! The program says which results share memory, not where it lies: that follows from their sizes and lives
+//! ([`Function::lives`]), which are known when the symbols are.
 
 use crate::{DType, Dim, Symbol};
 use serde::{Deserialize, Serialize};
+use std::ops::RangeInclusive;
 
 /// The content of `program.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,12 +66,36 @@ pub struct Function {
     pub outputs: Vec<NamedValue>,
     /// State tensors, indexed by [`Place::State`].
     pub states: Vec<StateDecl>,
-    /// Bytes of each arena slot; slots lie one after the other, each rounded up to 64 bytes.
-    pub slots: Vec<Dim>,
     /// All values.
     pub values: Vec<Value>,
     /// Kernel calls in execution order.
     pub steps: Vec<Step>,
+}
+
+impl Function {
+    /// By slot, the steps from the first that writes it to the last that uses it; to the end, if an output lies there. `None` for
+    /// a number that no step writes.
+    pub fn lives(&self) -> Vec<Option<RangeInclusive<usize>>> {
+        let slot = |value: u32| match self.values.get(value as usize)?.place {
+            Place::Slot(i) => Some(i as usize).filter(|i| *i < self.values.len()),
+            _ => None,
+        };
+        let slots = (0..self.values.len() as u32).filter_map(slot).max().map_or(0, |last| last + 1);
+        let mut lives: Vec<Option<RangeInclusive<usize>>> = vec![None; slots];
+        for (i, step) in self.steps.iter().enumerate() {
+            for s in step.args.iter().filter_map(|a| slot(*a)) {
+                // A slot that is read before it is written has no life, and the program is not valid.
+                lives[s] = lives[s].take().map(|life| *life.start()..=i);
+            }
+            for s in step.outs.iter().filter_map(|o| slot(*o)) {
+                lives[s] = Some(lives[s].take().map_or(i, |life| *life.start())..=i);
+            }
+        }
+        for s in self.outputs.iter().filter_map(|o| slot(o.value)) {
+            lives[s] = lives[s].take().map(|life| *life.start()..=self.steps.len());
+        }
+        lives
+    }
 }
 
 /// A name for a value.
@@ -88,6 +116,20 @@ pub struct StateDecl {
     pub shape: Vec<Dim>,
     /// Axis that grows.
     pub axis: usize,
+    /// How rows are kept: `f32`; `bf16`; or `i8`, each row rounded to -127..=127 with an `f32` scale max|row| / 127 of its own, as
+    /// [`Kernel::Linear`] rounds.
+    #[serde(default = "StateDecl::f32", skip_serializing_if = "StateDecl::is_f32")]
+    pub dtype: DType,
+}
+
+impl StateDecl {
+    fn f32() -> DType {
+        DType::F32
+    }
+
+    fn is_f32(dtype: &DType) -> bool {
+        *dtype == DType::F32
+    }
 }
 
 /// A tensor of a function.
@@ -107,15 +149,15 @@ pub struct Value {
 pub enum Place {
     /// Caller's buffer of input `i`.
     Input(u32),
-    /// Start of arena slot `i`. Several values may share a slot: the compiler has made sure that their lives do not overlap,
-    /// or that one is a reshape of the other, or that the kernel works in place.
+    /// Start of slot `i` of the arena. Values share a slot where one is a reshape of the other, or the result of a kernel that
+    /// works in place.
     Slot(u32),
     /// Index into [`Program::weights`].
     Weight(u32),
     /// Elements, row-major; integers and booleans as numbers.
     Literal(Vec<f64>),
     /// State `i`, after this call's rows were appended: rows lie with the stride of the state's capacity, so only
-    /// [`Kernel::Append`] may write and [`Kernel::Attention`] read it.
+    /// [`Kernel::Append`] and [`Kernel::RotaryAttention`] may write and only attention read it.
     State(u32),
 }
 
@@ -127,8 +169,8 @@ pub struct Step {
     pub kernel: Kernel,
     /// Operands: indices into [`Function::values`].
     pub args: Vec<u32>,
-    /// Result.
-    pub out: u32,
+    /// Results.
+    pub outs: Vec<u32>,
     /// Where in the model the call comes from, e.g. `blocks.0.attn`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
@@ -138,12 +180,21 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kernel", rename_all = "snake_case")]
 pub enum Kernel {
-    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16, bf16 or quantized), optional `bias f32[n]` -> `f32[..., n]` = x wᵀ + bias.
+    /// `x f32[..., k]`, `w [n, k]` (panel16; f32, f16, bf16 or quantized), optional `bias f32[n]` -> `f32[..., n]` =
+    /// act(x wᵀ + bias).
     Linear {
         /// `w` is quantized, and so is `x` first: to -127..=127 in the groups of columns of `w`, each row and group with the
         /// scale max|x| / 127: the nearest integer to x * (127 / max|x|), of two the even one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         dynamic: bool,
+        /// Function of each element of the result, if there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        act: Option<Unary>,
+    },
+    /// `x f32[..., 2 n]` -> `f32[..., n]`: `act(a) * b` of the halves of the last axis.
+    Gated {
+        /// Function of the first half.
+        act: Unary,
     },
     /// `table [n, h]` (rows or panel16; panel16 if quantized), `ids i64[...]` -> `f32[..., h]`. An id outside `0..n` is an error.
     Embedding,
@@ -154,6 +205,16 @@ pub enum Kernel {
     },
     /// `x f32[..., n]`, `weight f32[n]` -> `x / sqrt(mean(x²) + eps) * weight`.
     RmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// `x`, `y f32[..., n]` and the vectors of [`Kernel::LayerNorm`] -> `x + y` and its norm, in two slots.
+    AddLayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// `x`, `y f32[..., n]` and the vector of [`Kernel::RmsNorm`] -> `x + y` and its norm, in two slots.
+    AddRmsNorm {
         /// Added to the mean square.
         eps: f64,
     },
@@ -168,8 +229,17 @@ pub enum Kernel {
         /// Which keys a query sees.
         mask: Mask,
     },
-    /// `new f32[batch, heads, s, d]` -> appended to the state that `out` names, along its axis.
+    /// `new f32[batch, heads, s, d]` -> appended to the state that is the result, along its axis, in the state's type.
     Append,
+    /// `q f32[batch, heads, s, d]`, `k f32[batch, kv_heads, s, d]`, `v f32[batch, kv_heads, s, dv]`, `cos`, `sin
+    /// f32[batch, s, d/2]`, mask operand as [`Mask`] says -> attention of the rotated `q` to the states that are the second and
+    /// the third result, after the rotated `k` and `v` were appended to them.
+    RotaryAttention {
+        /// Multiplies the scores.
+        scale: f64,
+        /// Which keys a query sees.
+        mask: Mask,
+    },
     /// Elementwise function of one operand, may work in place.
     Unary {
         /// The function.

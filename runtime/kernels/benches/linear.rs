@@ -34,8 +34,8 @@ fn main() {
         for m in [1, 16, 256] {
             let x: Vec<f32> = (0..m * k).map(|i| (i % 127) as f32 / 127.0 - 0.5).collect();
             let mut out = vec![0.0; m * n];
-            let ours = median(|| kernels.linear(&x, &p, None, false, &mut out));
-            let ours16 = median(|| kernels.linear(&x, &p16, None, false, &mut out));
+            let ours = median(|| kernels.linear(&x, &p, None, None, false, &mut out));
+            let ours16 = median(|| kernels.linear(&x, &p16, None, None, false, &mut out));
             // SAFETY: pointers and strides are those of x [m, k], wᵀ [k, n] and out [m, n].
             #[allow(unsafe_code)]
             let theirs = median(|| unsafe {

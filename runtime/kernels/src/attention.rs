@@ -7,8 +7,10 @@ use crate::{
     Kernels,
     isa::Task,
     lanes::{self, Lanes, N},
-    linear::{ROWS, Tile},
+    linear::{Element, ROWS, Tile},
+    norm::rotate,
 };
+use half::bf16;
 use std::ops::Range;
 
 /// Queries from which packing pays.
@@ -16,13 +18,88 @@ const PACK: usize = 4;
 /// Queries per block: bounds the buffer of scores.
 const BLOCK: usize = 4 * ROWS;
 
-/// Keys or values `[lead, kv_heads, t, d]`, whose heads may be further apart than `t * d`.
+/// Keys or values `[lead, kv_heads, t, d]`, whose heads may be further apart than `t` rows.
 #[derive(Clone, Copy)]
 pub struct Keys<'a> {
-    /// Elements.
-    pub data: &'a [f32],
-    /// Elements from one head to the next.
+    /// Rows.
+    pub data: Kept<'a>,
+    /// Rows from one head to the next.
     pub head_stride: usize,
+}
+
+/// Rows of keys or values as they are kept.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub enum Kept<'a> {
+    F32(&'a [f32]),
+    BF16(&'a [bf16]),
+    /// And the scale of each row.
+    I8(&'a [i8], &'a [f32]),
+}
+
+impl<'a> Kept<'a> {
+    /// Whether there are `n` rows of `width`.
+    fn reaches(&self, n: usize, width: usize) -> bool {
+        match self {
+            Self::F32(rows) => rows.len() >= n * width,
+            Self::BF16(rows) => rows.len() >= n * width,
+            Self::I8(rows, scales) => rows.len() >= n * width && scales.len() >= n,
+        }
+    }
+
+    /// Rows from `first` on.
+    fn from(self, first: usize, width: usize) -> Self {
+        match self {
+            Self::F32(rows) => Kept::F32(&rows[first * width..]),
+            Self::BF16(rows) => Kept::BF16(&rows[first * width..]),
+            Self::I8(rows, scales) => Kept::I8(&rows[first * width..], &scales[first..]),
+        }
+    }
+
+    /// Row `i` in `f32`.
+    #[inline(always)]
+    fn widen(self, i: usize, out: &mut [f32]) {
+        let place = i * out.len()..(i + 1) * out.len();
+        match self {
+            Self::F32(rows) => out.copy_from_slice(&rows[place]),
+            Self::BF16(rows) => out.iter_mut().zip(&rows[place]).for_each(|(o, v)| *o = v.to_f32()),
+            Self::I8(rows, scales) => out.iter_mut().zip(&rows[place]).for_each(|(o, v)| *o = scales[i] * f32::from(*v)),
+        }
+    }
+
+    /// Product of `q` with row `i`.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of `L`.
+    #[inline(always)]
+    unsafe fn dot<L: Lanes>(self, q: &[f32], i: usize) -> f32 {
+        let place = i * q.len()..(i + 1) * q.len();
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::F32(rows) => dot::<L, _>(q, &rows[place]),
+                Self::BF16(rows) => dot::<L, _>(q, &rows[place]),
+                Self::I8(rows, scales) => dot::<L, _>(q, &rows[place]) * scales[i],
+            }
+        }
+    }
+
+    /// Adds `p` times row `i`.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of `L`.
+    #[inline(always)]
+    unsafe fn add_to<L: Lanes>(self, out: &mut [f32], p: f32, i: usize) {
+        let place = i * out.len()..(i + 1) * out.len();
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::F32(rows) => add_scaled::<L, _>(out, p, &rows[place]),
+                Self::BF16(rows) => add_scaled::<L, _>(out, p, &rows[place]),
+                Self::I8(rows, scales) => add_scaled::<L, _>(out, p * scales[i], &rows[place]),
+            }
+        }
+    }
 }
 
 /// Which keys a query sees.
@@ -70,6 +147,8 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// Mask.
     pub seen: Seen<'a>,
+    /// cos and sin `[lead, s, d/2]` by which queries are rotated first.
+    pub rotary: Option<[&'a [f32]; 2]>,
 }
 
 /// A run of queries and the range of keys outside of which they see nothing.
@@ -137,12 +216,25 @@ struct Head<'a, 'b> {
     /// `[run, d]`.
     q: &'a [f32],
     /// `[t, d]`.
-    k: &'a [f32],
+    k: Kept<'a>,
     /// `[t, dv]`.
-    v: &'a [f32],
+    v: Kept<'a>,
     run: &'a Run,
     /// `[run, dv]`.
     out: &'a mut [f32],
+    /// Of at least [`scratch`] elements.
+    scratch: &'a mut [f32],
+}
+
+/// Floats that a thread needs for `s` queries and `t` keys of width `d` and values of width `dv`: scores, and where there are many
+/// queries also a row and the panels of keys and values. Saturates.
+pub fn attention_scratch(s: usize, t: usize, d: usize, dv: usize) -> usize {
+    if s < PACK {
+        return t;
+    }
+    let columns = t.saturating_add(N - 1) / N * N;
+    let rows = d.saturating_add(dv.saturating_add(N - 1) / N * N).saturating_add(BLOCK.min(s));
+    columns.saturating_mul(rows).saturating_add(d.max(dv))
 }
 
 impl Task for Head<'_, '_> {
@@ -150,39 +242,54 @@ impl Task for Head<'_, '_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
+        let rotated = self.rotated();
+        let this = Head { q: rotated.as_deref().unwrap_or(self.q), ..self };
         // SAFETY: the caller's promise.
         unsafe {
-            if self.run.keys.is_empty() {
-                self.out.fill(0.0);
-            } else if self.run.queries.len() < PACK {
-                self.direct::<L>();
+            if this.run.keys.is_empty() {
+                this.out.fill(0.0);
+            } else if this.run.queries.len() < PACK {
+                this.direct::<L>();
             } else {
-                self.packed::<L>();
+                this.packed::<L>();
             }
         }
     }
 }
 
 impl Head<'_, '_> {
+    /// The queries, if they are to be rotated.
+    #[inline(always)]
+    fn rotated(&self) -> Option<Vec<f32>> {
+        let [cos, sin] = self.a.rotary?;
+        let mut q = self.q.to_vec();
+        let half = self.a.d / 2;
+        for (i, row) in q.chunks_exact_mut(self.a.d.max(1)).enumerate() {
+            let at = (self.lead * self.a.s + self.run.queries.start + i) * half;
+            rotate(row, &cos[at..at + half], &sin[at..at + half]);
+        }
+        Some(q)
+    }
+
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
     unsafe fn direct<L: Lanes>(mut self) {
         let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let out = std::mem::take(&mut self.out);
-        let mut scores = vec![0.0; keys.len()];
+        let scores = &mut std::mem::take(&mut self.scratch)[..keys.len()];
         for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(dv)).enumerate() {
             // SAFETY: the caller's promise.
             unsafe {
-                for (score, k) in scores.iter_mut().zip(self.k[keys.start * d..].chunks_exact(d)) {
-                    *score = dot::<L>(q, k) * self.a.scale;
+                for (score, key) in scores.iter_mut().zip(keys.clone()) {
+                    *score = self.k.dot::<L>(q, key) * self.a.scale;
                 }
-                self.hide(i, &mut scores);
-                softmax::<L>(&mut scores);
+                self.hide(i, scores);
+                softmax::<L>(scores);
                 out.fill(0.0);
-                for (p, v) in scores.iter().zip(self.v[keys.start * dv..].chunks_exact(dv)) {
+                for (p, key) in scores.iter().zip(keys.clone()) {
                     if *p != 0.0 {
-                        add_scaled::<L>(out, *p, v);
+                        self.v.add_to::<L>(out, *p, key);
                     }
                 }
             }
@@ -192,19 +299,30 @@ impl Head<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
-    unsafe fn packed<L: Lanes>(self) {
+    unsafe fn packed<L: Lanes>(mut self) {
         let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
         let t = keys.len();
-        let keys_panels = crate::pack_panels(&self.k[keys.start * d..keys.end * d], t, d);
+        let columns = t.next_multiple_of(N);
+        let (row, rest) = std::mem::take(&mut self.scratch).split_at_mut(d.max(dv));
+        let (keys_panels, rest) = rest.split_at_mut(columns * d);
+        let (value_panels, rest) = rest.split_at_mut(dv.div_ceil(N) * t * N);
+        let scores = &mut rest[..BLOCK.min(self.run.queries.len()) * columns];
+        keys_panels[t / N * N * d..].fill(0.0);
+        for (j, key) in keys.clone().enumerate() {
+            let row = &mut row[..d];
+            self.k.widen(key, row);
+            let panel = &mut keys_panels[j / N * N * d..];
+            row.iter().enumerate().for_each(|(c, v)| panel[c * N + j % N] = *v);
+        }
         // Values as the panels of their transpose: [ceil(dv / 16), t, 16].
-        let mut value_panels = vec![0.0; dv.div_ceil(N) * t * N];
-        for (j, v) in self.v[keys.start * dv..keys.end * dv].chunks_exact(dv).enumerate() {
+        value_panels[dv / N * t * N..].fill(0.0);
+        for (j, key) in keys.enumerate() {
+            let v = &mut row[..dv];
+            self.v.widen(key, v);
             for (p, part) in v.chunks(N).enumerate() {
                 value_panels[(p * t + j) * N..][..part.len()].copy_from_slice(part);
             }
         }
-        let columns = t.next_multiple_of(N);
-        let mut scores = vec![0.0; BLOCK.min(self.run.queries.len()) * columns];
         let mut tile = [[0.0; N]; ROWS];
         for first in (0..self.run.queries.len()).step_by(BLOCK) {
             let block = BLOCK.min(self.run.queries.len() - first);
@@ -257,17 +375,17 @@ impl Head<'_, '_> {
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+unsafe fn dot<L: Lanes, W: Element>(a: &[f32], b: &[W]) -> f32 {
     let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<N>(), b.as_chunks::<N>());
     // SAFETY: the caller's promise.
     let sum = unsafe {
         let mut acc = L::splat(0.0);
         for (a, b) in a.iter().zip(b) {
-            acc = L::load(a).mul_add(L::load(b), acc);
+            acc = L::load(a).mul_add(W::lanes(b), acc);
         }
         acc.sum()
     };
-    sum + a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum::<f32>()
+    sum + a_tail.iter().zip(b_tail).map(|(a, b)| a * b.to_f32()).sum::<f32>()
 }
 
 /// `out += p * v`.
@@ -275,15 +393,15 @@ unsafe fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn add_scaled<L: Lanes>(out: &mut [f32], p: f32, v: &[f32]) {
+unsafe fn add_scaled<L: Lanes, W: Element>(out: &mut [f32], p: f32, v: &[W]) {
     let ((out, out_tail), (v, v_tail)) = (out.as_chunks_mut::<N>(), v.as_chunks::<N>());
     // SAFETY: the caller's promise.
     unsafe {
         for (o, v) in out.iter_mut().zip(v) {
-            L::load(v).mul_add(L::splat(p), L::load(o)).store(o);
+            W::lanes::<L>(v).mul_add(L::splat(p), L::load(o)).store(o);
         }
     }
-    out_tail.iter_mut().zip(v_tail).for_each(|(o, v)| *o += p * v);
+    out_tail.iter_mut().zip(v_tail).for_each(|(o, v)| *o += p * v.to_f32());
 }
 
 /// Softmax of scores, of which -inf stands for unseen; zeros if all are.
@@ -322,18 +440,19 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
 }
 
 impl Kernels {
-    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros.
+    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros. `scratch` is of
+    /// [`attention_scratch`] floats for each thread of the pool.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn attention(&self, a: &Attention<'_>, out: &mut [f32]) {
+    pub fn attention(&self, a: &Attention<'_>, scratch: &mut [f32], out: &mut [f32]) {
         let Attention { lead, heads, kv_heads, s, t, d, dv, .. } = *a;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads must be a multiple of kv_heads");
         let rows = lead * heads * s;
         assert!(a.q.len() == rows * d && out.len() == rows * dv, "q must be [lead, heads, s, d], out [lead, heads, s, dv]");
         for (keys, d) in [(&a.k, d), (&a.v, dv)] {
-            let need = if lead == 0 || t * d == 0 { 0 } else { (lead * kv_heads - 1) * keys.head_stride + t * d };
-            assert!(keys.data.len() >= need, "k must be [lead, kv_heads, t, d], v [lead, kv_heads, t, dv]");
+            let need = if lead == 0 || t * d == 0 { 0 } else { (lead * kv_heads - 1) * keys.head_stride + t };
+            assert!(keys.data.reaches(need, d), "k must be [lead, kv_heads, t, d], v [lead, kv_heads, t, dv]");
         }
         match a.seen {
             Seen::All => {}
@@ -342,27 +461,34 @@ impl Kernels {
             Seen::Given(mask, strides) => assert!(rows * t == 0 || a.reaches(mask.len(), strides), "the mask is too small"),
             Seen::Biased(bias, strides) => assert!(rows * t == 0 || a.reaches(bias.len(), strides), "the bias is too small"),
         }
+        if let Some([cos, sin]) = a.rotary {
+            let fits = d.is_multiple_of(2) && cos.len() == lead * s * (d / 2) && sin.len() == cos.len();
+            assert!(fits, "cos and sin must be [lead, s, d/2], with even d");
+        }
+        assert!(scratch.len() / self.pool.threads() >= attention_scratch(s, t, d, dv), "scratch is too small");
         if out.is_empty() {
             return;
         }
         let runs = a.runs();
         let pieces: Vec<_> = split(out, lead * heads, s * dv, &runs, dv);
-        self.pool.run(pieces.len(), |i| {
+        self.pool.run_with(pieces.len(), scratch, |i, scratch| {
             // Later runs of causal attention see more keys: start with the longest.
             let i = pieces.len() - 1 - i;
             let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
             let Some(out) = pieces[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() else { return };
             let (batch, kv_head) = (head / heads, head % heads / (heads / kv_heads));
-            let of = |keys: &Keys<'_>| (batch * kv_heads + kv_head) * keys.head_stride;
+            // Without keys there may be no rows at all.
+            let of = |keys: &Keys<'_>| if t == 0 { 0 } else { (batch * kv_heads + kv_head) * keys.head_stride };
             self.isa.run(Head {
                 a,
                 lead: batch,
                 head: head % heads,
                 q: &a.q[head * s * d + run.queries.start * d..head * s * d + run.queries.end * d],
-                k: &a.k.data[of(&a.k)..],
-                v: &a.v.data[of(&a.v)..],
+                k: a.k.data.from(of(&a.k), d),
+                v: a.v.data.from(of(&a.v), dv),
                 run,
                 out,
+                scratch,
             });
         });
     }
@@ -394,8 +520,9 @@ mod tests {
         for head in 0..a.lead * a.heads {
             let (batch, kv) = (head / a.heads, head % a.heads / (a.heads / a.kv_heads));
             let row = |x: &Keys<'_>, d: usize, j: usize| {
-                let at = (batch * a.kv_heads + kv) * x.head_stride + j * d;
-                x.data[at..at + d].iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
+                let mut row = vec![0.0; d];
+                x.data.widen((batch * a.kv_heads + kv) * x.head_stride + j, &mut row);
+                row.iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
             };
             for i in 0..a.s {
                 let q = &a.q[(head * a.s + i) * a.d..][..a.d];
@@ -420,15 +547,15 @@ mod tests {
         #[test]
         fn attention_matches_its_formula(
             lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..4, s in 0usize..60, past in 0usize..20,
-            d in 1usize..40, dv in 1usize..40, slack in 0usize..50, kind in 0usize..6, threads in 1usize..4, seed: u32,
+            d in 1usize..40, dv in 1usize..40, slack in 0usize..50, kind in 0usize..6, kept in 0usize..3, threads in 1usize..4, seed: u32,
         ) {
             let mut state = seed;
             let mut next = || { state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223); state >> 8 };
             let heads = kv_heads * groups;
             let t = if matches!(kind, 2 | 3) { s } else { s + past };
-            let head_stride = t * d.max(dv) + slack;
+            let head_stride = t + slack;
             let mut floats = |n: usize| (0..n).map(|_| next() as f32 / (1 << 23) as f32 - 1.0).collect::<Vec<_>>();
-            let (q, k, v) = (floats(lead * heads * s * d), floats(lead * kv_heads * head_stride), floats(lead * kv_heads * head_stride));
+            let (q, k, v) = (floats(lead * heads * s * d), floats(lead * kv_heads * head_stride * d), floats(lead * kv_heads * head_stride * dv));
             let mask: Vec<i64> = (0..lead * t).map(|_| i64::from(next() % 4 != 0)).collect();
             let mut ids: Vec<i64> = (0..t).map(|_| i64::from(next() % 4)).collect();
             if kind == 2 { ids.sort_unstable(); }
@@ -442,14 +569,39 @@ mod tests {
                 4 => Seen::Given(&given, [s * t, 0, t, 1]),
                 _ => Seen::Biased(&bias, [0, s * t, t, 1]),
             };
+            let narrow = |x: &[f32]| x.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>();
+            let (k16, v16) = (narrow(&k), narrow(&v));
+            let round = |x: &[f32], width: usize| {
+                let (mut codes, mut scales) = (vec![0; x.len()], vec![0.0; x.len() / width]);
+                Kernels::new(1).round(x, width, &mut codes, &mut scales);
+                (codes, scales)
+            };
+            let (k8, v8) = (round(&k, d), round(&v, dv));
             let keys = |data| Keys { data, head_stride };
-            let a = Attention { q: &q, k: keys(&k), v: keys(&v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen };
+            let (k, v) = match kept {
+                0 => (Kept::F32(&k), Kept::F32(&v)),
+                1 => (Kept::BF16(&k16), Kept::BF16(&v16)),
+                _ => (Kept::I8(&k8.0, &k8.1), Kept::I8(&v8.0, &v8.1)),
+            };
+            let a = Attention { q: &q, k: keys(k), v: keys(v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None };
             let expected = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
-                Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut out);
+                // Whatever was left in it.
+                let mut scratch = vec![f32::NAN; threads * attention_scratch(s, t, d, dv)];
+                Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut scratch, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
+                }
+                // Queries that are rotated here give what queries give that were rotated before.
+                if d.is_multiple_of(2) {
+                    let k = Kernels::with_isa(threads, isa).unwrap();
+                    let (sin, cos): (Vec<f32>, Vec<f32>) = (0..lead * s * d / 2).map(|i| (i as f32).sin_cos()).unzip();
+                    let (mut turned, mut before, mut within) = (vec![0.0; q.len()], vec![f32::NAN; out.len()], vec![f32::NAN; out.len()]);
+                    k.rotary(&q, &cos, &sin, [lead, heads, s, d], &mut turned);
+                    k.attention(&Attention { q: &turned, ..a }, &mut before);
+                    k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut within);
+                    prop_assert_eq!(before, within);
                 }
             }
         }

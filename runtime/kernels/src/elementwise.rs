@@ -29,36 +29,65 @@ impl Task for Map<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        // SAFETY of all blocks: the caller's promise.
-        let data = self.data;
-        let scalar = |data: &mut [f32], f: fn(f32) -> f32| data.iter_mut().for_each(|x| *x = f(*x));
-        let (one, half) = unsafe { (L::splat(1.0), L::splat(0.5)) };
-        let sigmoid = |x: L| unsafe { one.div(one.add(lanes::exp(L::splat(0.0).sub(x)))) };
-        match self.f {
-            Unary::Neg => scalar(data, |x| -x),
-            Unary::Abs => scalar(data, f32::abs),
-            Unary::Log => scalar(data, f32::ln),
-            Unary::Sqrt => scalar(data, f32::sqrt),
-            Unary::Sin => scalar(data, f32::sin),
-            Unary::Cos => scalar(data, f32::cos),
-            Unary::Exp => scalar(data, f32::exp),
-            Unary::Floor => scalar(data, f32::floor),
-            Unary::Round => scalar(data, f32::round_ties_even),
-            Unary::Tanh => scalar(data, f32::tanh),
-            // Booleans do not come here.
-            Unary::Not => {}
-            Unary::Sigmoid => each(data, sigmoid),
-            Unary::Silu => each(data, |x: L| unsafe { x.mul(sigmoid(x)) }),
-            Unary::QuickGelu => each(data, |x: L| unsafe { x.mul(sigmoid(x.mul(L::splat(1.702)))) }),
-            Unary::Erf => each(data, |x: L| unsafe { erf(x) }),
-            Unary::Gelu => each(data, |x: L| unsafe { x.mul(half).mul(one.add(erf(x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2))))) }),
-            // 1/2 (1 + tanh y) = sigmoid(2 y)
-            Unary::GeluTanh => each(data, |x: L| unsafe {
-                let cube = x.mul(x).mul(x);
-                let y = cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_2));
-                x.mul(sigmoid(y))
-            }),
-        }
+        // SAFETY: the caller's promise.
+        unsafe { map::<L>(self.f, self.data) }
+    }
+}
+
+/// `f` of each element.
+///
+/// # Safety
+/// The CPU has the instruction set of `L`.
+#[inline(always)]
+pub(crate) unsafe fn map<L: Lanes>(f: Unary, data: &mut [f32]) {
+    // SAFETY of all blocks: the caller's promise.
+    let scalar = |data: &mut [f32], f: fn(f32) -> f32| data.iter_mut().for_each(|x| *x = f(*x));
+    let (one, half) = unsafe { (L::splat(1.0), L::splat(0.5)) };
+    let sigmoid = |x: L| unsafe { one.div(one.add(lanes::exp(L::splat(0.0).sub(x)))) };
+    match f {
+        Unary::Neg => scalar(data, |x| -x),
+        Unary::Abs => scalar(data, f32::abs),
+        Unary::Log => scalar(data, f32::ln),
+        Unary::Sqrt => scalar(data, f32::sqrt),
+        Unary::Sin => scalar(data, f32::sin),
+        Unary::Cos => scalar(data, f32::cos),
+        Unary::Exp => scalar(data, f32::exp),
+        Unary::Floor => scalar(data, f32::floor),
+        Unary::Round => scalar(data, f32::round_ties_even),
+        Unary::Tanh => scalar(data, f32::tanh),
+        // Booleans do not come here.
+        Unary::Not => {}
+        Unary::Sigmoid => each(data, sigmoid),
+        Unary::Silu => each(data, |x: L| unsafe { x.mul(sigmoid(x)) }),
+        Unary::QuickGelu => each(data, |x: L| unsafe { x.mul(sigmoid(x.mul(L::splat(1.702)))) }),
+        Unary::Erf => each(data, |x: L| unsafe { erf(x) }),
+        Unary::Gelu => each(data, |x: L| unsafe { x.mul(half).mul(one.add(erf(x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2))))) }),
+        // 1/2 (1 + tanh y) = sigmoid(2 y)
+        Unary::GeluTanh => each(data, |x: L| unsafe {
+            let cube = x.mul(x).mul(x);
+            let y = cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_2));
+            x.mul(sigmoid(y))
+        }),
+    }
+}
+
+/// `act(a) * b` of two slices.
+struct Gate<'a> {
+    f: Unary,
+    a: &'a [f32],
+    b: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Task for Gate<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        self.out.copy_from_slice(self.a);
+        // SAFETY: the caller's promise.
+        unsafe { map::<L>(self.f, self.out) };
+        self.out.iter_mut().zip(self.b).for_each(|(o, b)| *o *= b);
     }
 }
 
@@ -130,6 +159,26 @@ impl Kernels {
                 data.copy_from_slice(&x[i * PIECE..i * PIECE + data.len()]);
             }
             self.isa.run(Map { f, data });
+        });
+    }
+
+    /// `x [rows, 2 n]` to `out [rows, n]`: `f` of the first half of each row times the second.
+    ///
+    /// # Panics
+    /// If the lengths do not fit, or for [`Unary::Not`], which is of booleans.
+    pub fn gated(&self, f: Unary, x: &[f32], n: usize, out: &mut [f32]) {
+        assert!(f != Unary::Not, "'not' is a function of booleans");
+        assert!(x.len() == 2 * out.len() && out.len().is_multiple_of(n.max(1)), "x must be [rows, 2 n], out [rows, n]");
+        self.pool.chunks(out, PIECE, |i, mut out| {
+            let mut at = i * PIECE;
+            while !out.is_empty() {
+                let (row, column) = (at / n, at % n);
+                let len = (n - column).min(out.len());
+                let (part, rest) = out.split_at_mut(len);
+                let (a, b) = x[row * 2 * n..][..2 * n].split_at(n);
+                self.isa.run(Gate { f, a: &a[column..][..len], b: &b[column..][..len], out: part });
+                (out, at) = (rest, at + len);
+            }
         });
     }
 
@@ -224,6 +273,25 @@ mod tests {
                 let mut in_place = x.clone();
                 k.unary(f, Src::InPlace, &mut in_place);
                 assert_eq!(in_place, out);
+            }
+        }
+    }
+
+    #[test]
+    fn gates_multiply_halves() {
+        // Rows that pieces of work cut, and short ones.
+        for (rows, n) in [(3, PIECE - 5), (1, 2 * PIECE + 7), (5, 3), (0, 4), (4, 0)] {
+            let x: Vec<f32> = (0..rows * 2 * n).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let k = Kernels::with_isa(2, isa).unwrap();
+                let (mut out, mut gates) = (vec![f32::NAN; rows * n], vec![f32::NAN; rows * 2 * n]);
+                k.gated(Unary::Silu, &x, n, &mut out);
+                k.unary(Unary::Silu, Src::Slice(&x), &mut gates);
+                for (i, o) in out.iter().enumerate() {
+                    let at = i / n * 2 * n + i % n;
+                    let e = gates[at] * x[at + n];
+                    assert!((o - e).abs() <= 1e-6 * (1.0 + e.abs()), "{isa:?} {rows} {n} {i}: {o} instead of {e}");
+                }
             }
         }
     }

@@ -14,6 +14,7 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(a: &[f32; N]) -> Self;
     unsafe fn load_bf16(a: &[bf16; N]) -> Self;
     unsafe fn load_f16(a: &[f16; N]) -> Self;
+    unsafe fn load_i8(a: &[i8; N]) -> Self;
     unsafe fn store(self, a: &mut [f32; N]);
     unsafe fn splat(v: f32) -> Self;
     unsafe fn add(self, o: Self) -> Self;
@@ -73,6 +74,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     unsafe fn load_f16(a: &[f16; N]) -> Self {
         Self(a.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(a: &[i8; N]) -> Self {
+        Self(a.map(f32::from))
     }
     #[inline(always)]
     unsafe fn store(self, a: &mut [f32; N]) {
@@ -156,6 +161,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_f16(a: &[f16; N]) -> Self {
             unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(a.as_ptr().cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(a: &[i8; N]) -> Self {
+            unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(a.as_ptr().cast())))) }
         }
         #[inline(always)]
         unsafe fn store(self, a: &mut [f32; N]) {
@@ -248,6 +257,14 @@ mod x86 {
             unsafe {
                 let widen = |p: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
                 Self(widen(a.as_ptr()), widen(a.as_ptr().add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(a: &[i8; N]) -> Self {
+            unsafe {
+                let bytes = _mm_loadu_si128(a.as_ptr().cast());
+                let widen = |b: __m128i| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+                Self(widen(bytes), widen(_mm_srli_si128::<8>(bytes)))
             }
         }
         #[inline(always)]

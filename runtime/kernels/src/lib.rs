@@ -22,11 +22,11 @@ mod pool;
 mod quantize;
 mod quantized;
 
-pub use attention::{Attention, Keys, Seen, Strides};
+pub use attention::{Attention, Kept, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
-pub use moe::{Experts, Moe};
+pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
 pub use quantize::quantize;
 use std::sync::Mutex;

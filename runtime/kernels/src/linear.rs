@@ -1,7 +1,7 @@
 //! Products with a weight matrix in panels, and rows of a table.
 
 use crate::{
-    Kernels,
+    Kernels, Src, elementwise,
     isa::Task,
     lanes::{Lanes, N},
     quantized::{Grid, Piece},
@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use std::sync::PoisonError;
 use vlmc_artifact::{
     Scheme,
-    program::{Layout, PANEL},
+    program::{Layout, PANEL, Unary},
 };
 
 const _: () = assert!(PANEL == N, "a panel's row is one vector of lanes");
@@ -123,7 +123,7 @@ pub struct BadIndex {
     pub len: usize,
 }
 
-/// Element types of weights.
+/// Element types of weights and states.
 pub(crate) trait Element: Copy + Sync {
     fn to_f32(self) -> f32;
     /// # Safety
@@ -150,20 +150,24 @@ macro_rules! element {
 element!(f32, load, x => x);
 element!(f16, load_f16, x => f16::to_f32(x));
 element!(bf16, load_bf16, x => bf16::to_f32(x));
+element!(i8, load_i8, x => f32::from(x));
 
 /// Rows `[n, k]` to panels; missing rows of the last panel are zero.
 pub fn pack_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {
     assert_eq!(rows.len(), n * k, "rows must be [n, k]");
     let mut out = vec![T::default(); n.div_ceil(PANEL) * PANEL * k];
-    if k > 0 {
-        for (r, row) in rows.chunks_exact(k).enumerate() {
-            let panel = &mut out[r / PANEL * PANEL * k..];
-            for (c, v) in row.iter().enumerate() {
-                panel[c * PANEL + r % PANEL] = *v;
-            }
+    pack_into(rows, k, &mut out);
+    out
+}
+
+/// Rows of `k` elements to panels in `out`, of which missing rows are left as they are.
+pub(crate) fn pack_into<T: Copy>(rows: &[T], k: usize, out: &mut [T]) {
+    for (r, row) in rows.chunks_exact(k.max(1)).enumerate() {
+        let panel = &mut out[r / PANEL * PANEL * k..];
+        for (c, v) in row.iter().enumerate() {
+            panel[c * PANEL + r % PANEL] = *v;
         }
     }
-    out
 }
 
 /// Rows of `x` that one pass over a panel serves: as many accumulators as there are registers for.
@@ -256,6 +260,7 @@ struct Product<'a, W> {
     k: usize,
     panels: &'a [W],
     bias: &'a [f32],
+    act: Option<Unary>,
     out: OutColumns,
     m: usize,
     first_panel: usize,
@@ -342,9 +347,16 @@ impl<W: Element> Task for Product<'_, W> {
                 let rows = ROWS.min(self.m - row);
                 // SAFETY: the caller's promise.
                 unsafe { Tile { x: &self.x[row * self.k..], x_stride: self.k, k: self.k, rows, panel, out: &mut tile }.compute::<L>() };
+                for values in &mut tile[..rows] {
+                    values.iter_mut().zip(&bias).for_each(|(v, b)| *v += b);
+                }
+                if let Some(act) = self.act {
+                    // SAFETY: the caller's promise.
+                    unsafe { elementwise::map::<L>(act, tile[..rows].as_flattened_mut()) };
+                }
                 for (r, values) in tile.iter().enumerate().take(rows) {
                     // SAFETY: `Kernels::linear` gives each panel to one thread.
-                    unsafe { self.out.write(row + r, column, &std::array::from_fn(|c| values[c] + bias[c])) };
+                    unsafe { self.out.write(row + r, column, values) };
                 }
             }
         }
@@ -352,12 +364,12 @@ impl<W: Element> Task for Product<'_, W> {
 }
 
 impl Kernels {
-    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` if there is one, to `out [m, n]`. With `dynamic`, `x` is rounded to
-    /// 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says.
+    /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`. With
+    /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says.
     ///
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
-    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, dynamic: bool, out: &mut [f32]) {
+    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, act: Option<Unary>, dynamic: bool, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
         assert!(!dynamic || matches!(w.data, Floats::Quant(..)), "x is rounded for quantized weights only");
         if n == 0 || out.is_empty() {
@@ -370,18 +382,21 @@ impl Kernels {
         assert!(bias.is_empty() || bias.len() == n, "bias must be [n]");
         if k == 0 {
             out.chunks_exact_mut(n).for_each(|row| if bias.is_empty() { row.fill(0.0) } else { row.copy_from_slice(bias) });
+            if let Some(act) = act {
+                self.unary(act, Src::InPlace, out);
+            }
             return;
         }
-        let out = OutColumns { data: out.as_mut_ptr(), len: out.len(), n };
+        let columns = OutColumns { data: out.as_mut_ptr(), len: out.len(), n };
         match w.data {
-            Floats::F32(panels) => self.float_product(x, panels, k, bias, m, out),
-            Floats::F16(panels) => self.float_product(x, panels, k, bias, m, out),
-            Floats::BF16(panels) => self.float_product(x, panels, k, bias, m, out),
+            Floats::F32(panels) => self.float_product(x, panels, k, bias, act, columns),
+            Floats::F16(panels) => self.float_product(x, panels, k, bias, act, columns),
+            Floats::BF16(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::Quant(panels, scheme) => {
                 let grid = Grid::new(scheme, k);
                 let pieces = |product: &(dyn Fn(Piece<'_>) + Sync)| {
                     self.panel_pieces(panels, m * n * k, n, m, |first_panel, panels| {
-                        product(Piece { grid, panels, first_panel, bias, out, m })
+                        product(Piece { grid, panels, first_panel, bias, out: columns, m })
                     });
                 };
                 if dynamic {
@@ -392,13 +407,17 @@ impl Kernels {
                 } else {
                     pieces(&|piece| self.widened_product(x, piece));
                 }
+                if let Some(act) = act {
+                    self.unary(act, Src::InPlace, out);
+                }
             }
         }
     }
 
-    fn float_product<W: Element>(&self, x: &[f32], panels: &[W], k: usize, bias: &[f32], m: usize, out: OutColumns) {
+    fn float_product<W: Element>(&self, x: &[f32], panels: &[W], k: usize, bias: &[f32], act: Option<Unary>, out: OutColumns) {
+        let m = out.len / out.n;
         self.panel_pieces(panels, m * out.n * k, out.n, m, |first_panel, panels| {
-            self.isa.run(Product { x, k, panels, bias, out, m, first_panel });
+            self.isa.run(Product { x, k, panels, bias, act, out, m, first_panel });
         });
     }
 
@@ -416,22 +435,22 @@ impl Kernels {
         });
     }
 
-    /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base[i].0` and `b` at
-    /// `base[i].1`. For products of activations, which are rare and small.
+    /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base(i).0` and `b` at
+    /// `base(i).1`. For products of activations, which are rare and small.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn matmul(&self, a: &[f32], b: &[f32], base: &[(usize, usize)], [m, k, n]: [usize; 3], out: &mut [f32]) {
-        assert_eq!(out.len(), base.len() * m * n, "out must be [batches, m, n]");
+    pub fn matmul(&self, a: &[f32], b: &[f32], base: impl Fn(usize) -> (usize, usize) + Sync, [m, k, n]: [usize; 3], out: &mut [f32]) {
         if out.is_empty() {
             return;
         }
         self.pool.chunks(out, n, |row, out| {
             let (batch, row) = (row / m, row % m);
-            let a = &a[base[batch].0 + row * k..][..k];
+            let (a_base, b_base) = base(batch);
+            let a = &a[a_base + row * k..][..k];
             out.fill(0.0);
             for (i, a) in a.iter().enumerate() {
-                let b = &b[base[batch].1 + i * n..][..n];
+                let b = &b[b_base + i * n..][..n];
                 out.iter_mut().zip(b).for_each(|(o, b)| *o += a * b);
             }
         });
@@ -484,13 +503,20 @@ mod tests {
                 let kernels = Kernels::with_isa(threads, isa).unwrap();
                 for (data, w) in [Floats::F32(&pw), Floats::F16(&ph), Floats::BF16(&pb)].into_iter().zip(&widened) {
                     let mut out = vec![f32::NAN; m * n];
-                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, false, &mut out);
+                    kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, None, false, &mut out);
                     for (a, e) in out.iter().zip(naive(&x, w, &b, m, n, k)) {
                         prop_assert!((a - e).abs() <= 1e-5 * (1.0 + e.abs()), "{isa:?} {a} {e}");
                     }
                     let mut alone = vec![f32::NAN; m * n];
-                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, false, &mut alone);
+                    Kernels::with_isa(1, isa).unwrap().linear(&x, &Panels::new(data, n, k).unwrap(), bias, None, false, &mut alone);
                     prop_assert_eq!(&out, &alone);
+                    // With an activation, what the activation makes of the result.
+                    for act in [Unary::Gelu, Unary::Tanh] {
+                        let (mut fused, mut after) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                        kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, Some(act), false, &mut fused);
+                        kernels.unary(act, Src::Slice(&out), &mut after);
+                        prop_assert_eq!(&fused, &after);
+                    }
                 }
             }
         }
@@ -500,7 +526,7 @@ mod tests {
     fn matmul_multiplies_each_batch() {
         let (a, b) = ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]);
         let mut out = [0.0; 8];
-        Kernels::new(2).matmul(&a, &b, &[(0, 0), (0, 0)], [2, 2, 2], &mut out);
+        Kernels::new(2).matmul(&a, &b, |_| (0, 0), [2, 2, 2], &mut out);
         assert_eq!(out, [19.0, 22.0, 43.0, 50.0, 19.0, 22.0, 43.0, 50.0]);
     }
 

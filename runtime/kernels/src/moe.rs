@@ -1,8 +1,8 @@
 //! Mixtures of experts: each chosen expert's product over the rows that chose it.
 
 use crate::{
-    Kernels, Panels, Src,
-    linear::{BadIndex, Floats},
+    Kernels, Panels,
+    linear::{BadIndex, Floats, ROWS},
 };
 use vlmc_artifact::program::{PANEL, Unary};
 
@@ -43,16 +43,34 @@ pub struct Moe<'a> {
     pub dynamic: bool,
 }
 
+/// Rows of an expert that are computed at once: bounds the memory that it takes. A multiple of the rows of a tile, so that a
+/// row's result is the same as that of all at once.
+const BLOCK: usize = 20 * ROWS;
+
+/// Floats that [`Kernels::moe`] needs for `n` rows of width `h`, `k` of the experts for each, of width `m`: the order of the
+/// rows by expert, and what an expert takes and makes for a block of rows. Saturates.
+pub fn moe_scratch(n: usize, h: usize, m: usize, k: usize) -> usize {
+    n.saturating_mul(k).saturating_add(n.min(BLOCK).saturating_mul(h.saturating_add(m).saturating_mul(2)))
+}
+
 impl Kernels {
     /// For each row of `x [n, h]` the sum over its `experts [n, k]` of `weights [n, k]` times `down(act(gate x) * up x)`, to `out
-    /// [n, h]`.
+    /// [n, h]`. `scratch` is of [`moe_scratch`] floats.
     ///
     /// # Errors
     /// An expert that does not exist.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn moe(&self, x: &[f32], experts: &[i64], weights: &[f32], w: &Moe<'_>, out: &mut [f32]) -> Result<(), BadIndex> {
+    pub fn moe(
+        &self,
+        x: &[f32],
+        experts: &[i64],
+        weights: &[f32],
+        w: &Moe<'_>,
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) -> Result<(), BadIndex> {
         let (h, m) = (w.gate.k, w.gate.n);
         assert!(x.len() == out.len() && h > 0 && experts.len() == weights.len(), "x and out must be [n, h]");
         let n = x.len() / h;
@@ -60,28 +78,47 @@ impl Kernels {
             return Ok(());
         }
         let k = experts.len() / n;
-        // Who chose each expert: row and weight.
-        let mut chosen: Vec<Vec<(usize, f32)>> = vec![vec![]; w.gate.e];
-        for (i, (expert, weight)) in experts.iter().zip(weights).enumerate() {
-            let rows = usize::try_from(*expert).ok().and_then(|e| chosen.get_mut(e));
-            rows.ok_or(BadIndex { index: *expert, len: w.gate.e })?.push((i / k, *weight));
+        assert!(experts.len() == n * k && u32::try_from(experts.len()).is_ok(), "experts must be [n, k]");
+        assert!(scratch.len() >= moe_scratch(n, h, m, k), "scratch is too small");
+        let (order, scratch) = scratch.split_at_mut(n * k);
+        let order: &mut [u32] = bytemuck::cast_slice_mut(order);
+        // Choices by expert, those of each in the order of the rows: a counting sort.
+        let mut starts = vec![0usize; w.gate.e + 1];
+        for expert in experts {
+            let count = usize::try_from(*expert).ok().and_then(|e| starts[1..].get_mut(e));
+            *count.ok_or(BadIndex { index: *expert, len: w.gate.e })? += 1;
+        }
+        for e in 0..w.gate.e {
+            starts[e + 1] += starts[e];
+        }
+        let mut next = starts.clone();
+        for (choice, expert) in experts.iter().enumerate() {
+            let place = &mut next[*expert as usize];
+            order[*place] = choice as u32;
+            *place += 1;
         }
         out.fill(0.0);
-        let (mut rows, mut gate, mut up, mut y) = (vec![], vec![], vec![], vec![]);
-        for (e, of) in chosen.iter().enumerate().filter(|(_, of)| !of.is_empty()) {
+        let block = n.min(BLOCK);
+        let (rows, scratch) = scratch.split_at_mut(block * h);
+        let (gate, scratch) = scratch.split_at_mut(block * m);
+        let (up, scratch) = scratch.split_at_mut(block * m);
+        let y = &mut scratch[..block * h];
+        for e in 0..w.gate.e {
             let (Some(wg), Some(wu), Some(wd)) = (w.gate.expert(e), w.up.expert(e), w.down.expert(e)) else { continue };
-            rows.clear();
-            of.iter().for_each(|(row, _)| rows.extend_from_slice(&x[row * h..(row + 1) * h]));
-            gate.resize(of.len() * m, 0.0);
-            up.resize(of.len() * m, 0.0);
-            y.resize(of.len() * h, 0.0);
-            self.linear(&rows, &wg, None, w.dynamic, &mut gate);
-            self.linear(&rows, &wu, None, w.dynamic, &mut up);
-            self.unary(w.act, Src::InPlace, &mut gate);
-            gate.iter_mut().zip(&up).for_each(|(g, u)| *g *= u);
-            self.linear(&gate, &wd, None, w.dynamic, &mut y);
-            for ((row, weight), y) in of.iter().zip(y.chunks_exact(h)) {
-                out[row * h..(row + 1) * h].iter_mut().zip(y).for_each(|(o, y)| *o += weight * y);
+            for chosen in order[starts[e]..starts[e + 1]].chunks(block) {
+                let count = chosen.len();
+                let (rows, y) = (&mut rows[..count * h], &mut y[..count * h]);
+                let (gate, up) = (&mut gate[..count * m], &mut up[..count * m]);
+                for (to, choice) in rows.chunks_exact_mut(h).zip(chosen) {
+                    to.copy_from_slice(&x[*choice as usize / k * h..][..h]);
+                }
+                self.linear(rows, &wg, None, Some(w.act), w.dynamic, gate);
+                self.linear(rows, &wu, None, None, w.dynamic, up);
+                gate.iter_mut().zip(&*up).for_each(|(g, u)| *g *= u);
+                self.linear(gate, &wd, None, None, w.dynamic, y);
+                for (choice, y) in chosen.iter().map(|c| *c as usize).zip(y.chunks_exact(h)) {
+                    out[choice / k * h..][..h].iter_mut().zip(y).for_each(|(o, y)| *o += weights[choice] * y);
+                }
             }
         }
         Ok(())
@@ -99,7 +136,8 @@ mod tests {
 
     #[test]
     fn moe_matches_its_formula() {
-        let (n, h, m, e, k) = (5, 7, 19, 4, 2);
+        // More rows than a block for one expert, and none for another.
+        let (n, h, m, e, k) = (5 * 100, 7, 19, 4, 2);
         let mut state = 1u32;
         let mut floats = |n: usize| -> Vec<f32> {
             let next = |_| {
@@ -110,7 +148,7 @@ mod tests {
         };
         let (x, weights) = (floats(n * h), floats(n * k));
         let (gate, up, down) = (floats(e * m * h), floats(e * m * h), floats(e * h * m));
-        let experts = [0, 3, 3, 1, 0, 1, 3, 0, 1, 0];
+        let experts = [0, 3, 3, 1, 0, 1, 3, 0, 1, 0].repeat(100);
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let mut expected = vec![0.0; n * h];
         for (i, (expert, weight)) in experts.iter().zip(&weights).enumerate() {
@@ -132,11 +170,12 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
             let kernels = Kernels::with_isa(2, isa).unwrap();
             let mut out = vec![f32::NAN; n * h];
-            kernels.moe(&x, &experts, &weights, &w, &mut out).unwrap();
+            let mut scratch = vec![f32::NAN; moe_scratch(n, h, m, k)];
+            kernels.moe(&x, &experts, &weights, &w, &mut scratch, &mut out).unwrap();
             for (o, e) in out.iter().zip(&expected) {
                 assert!((f64::from(*o) - e).abs() < 1e-4, "{isa:?}: {o} instead of {e}");
             }
-            let bad = kernels.moe(&x, &[9; 10], &weights, &w, &mut out).unwrap_err();
+            let bad = kernels.moe(&x, &vec![9; n * k], &weights, &w, &mut scratch, &mut out).unwrap_err();
             assert_eq!((bad.index, bad.len), (9, 4));
         }
     }
@@ -158,7 +197,7 @@ mod tests {
             let w = Moe { gate: stack(&gate, m, h), up: stack(&up, m, h), down: stack(&down, h, m), act: Unary::Silu, dynamic };
             let product = |x: &[f32], of: &Experts<'_>, e: i64| {
                 let mut out = vec![0.0; of.n];
-                kernels.linear(x, &of.expert(e as usize).unwrap(), None, dynamic, &mut out);
+                kernels.linear(x, &of.expert(e as usize).unwrap(), None, None, dynamic, &mut out);
                 out
             };
             let mut expected = vec![0.0; 2 * h];
@@ -170,7 +209,7 @@ mod tests {
                 expected[i / 2 * h..].iter_mut().zip(product(&inner, &w.down, *expert)).for_each(|(o, y)| *o += weight * y);
             }
             let mut out = vec![f32::NAN; 2 * h];
-            kernels.moe(&x, &experts, &weights, &w, &mut out).unwrap();
+            kernels.moe(&x, &experts, &weights, &w, &mut [f32::NAN; 1000], &mut out).unwrap();
             for (o, e) in out.iter().zip(&expected) {
                 assert!((o - e).abs() <= 1e-5 * (1.0 + e.abs()), "{dynamic}: {o} instead of {e}");
             }

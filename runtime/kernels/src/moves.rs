@@ -153,22 +153,21 @@ pub fn gather<T: Copy + Send + Sync>(
     out: &mut [T],
 ) -> Result<(), BadIndex> {
     assert!(data.len() == outer * axis * inner && out.len() == outer * index.len() * inner, "lengths do not fit");
-    let index = index
-        .iter()
-        .map(|i| usize::try_from(*i).ok().filter(|i| *i < axis).ok_or(BadIndex { index: *i, len: axis }))
-        .collect::<Result<Vec<usize>, _>>()?;
+    if let Some(bad) = index.iter().find(|i| !usize::try_from(**i).is_ok_and(|i| i < axis)) {
+        return Err(BadIndex { index: *bad, len: axis });
+    }
     if out.is_empty() {
         return Ok(());
     }
     if inner == 1 {
-        pool.chunks(out, index.len(), |o, out| out.iter_mut().zip(&index).for_each(|(v, i)| *v = data[o * axis + i]));
+        pool.chunks(out, index.len(), |o, out| out.iter_mut().zip(index).for_each(|(v, i)| *v = data[o * axis + *i as usize]));
         return Ok(());
     }
     let rows = (PIECE / inner).max(1);
     pool.chunks(out, rows * inner, |piece, out| {
         for (r, out) in out.chunks_exact_mut(inner).enumerate() {
             let row = piece * rows + r;
-            let from = (row / index.len() * axis + index[row % index.len()]) * inner;
+            let from = (row / index.len() * axis + index[row % index.len()] as usize) * inner;
             out.copy_from_slice(&data[from..from + inner]);
         }
     });

@@ -70,6 +70,15 @@ unsafe fn sum<L: Lanes>(row: &[f32], fill: f32, f: impl Fn(L) -> L) -> f32 {
     }
 }
 
+/// A row `[x1, x2]` of two halves to `[x1 cos - x2 sin, x2 cos + x1 sin]`.
+#[inline(always)]
+pub(crate) fn rotate(row: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = row.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
 impl Kernels {
     /// `(x - mean) / sqrt(var + eps) * weight + bias` over rows as long as `weight`.
     ///
@@ -106,6 +115,57 @@ impl Kernels {
         });
     }
 
+    /// The sum of two operands to `sum`, and its norm over rows as long as `weight` to `normed`: layer norm if there is a bias,
+    /// else RMS norm. One operand may be what `sum` holds.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn add_norm(&self, terms: [Src<'_, f32>; 2], weight: &[f32], bias: Option<&[f32]>, eps: f32, sum: &mut [f32], normed: &mut [f32]) {
+        let n = weight.len();
+        if n == 0 || sum.is_empty() {
+            return;
+        }
+        let fits = |x: &Src<'_, f32>| matches!(x, Src::Slice(x) if x.len() == sum.len()) || matches!(x, Src::InPlace);
+        assert!(sum.len().is_multiple_of(n) && normed.len() == sum.len(), "rows must be as long as weight");
+        assert!(terms.iter().all(fits) && bias.is_none_or(|b| b.len() == n), "operands must have the lengths of the results");
+        let piece = rows_per_piece(n) * n;
+        self.pool.pieces(sum.chunks_mut(piece).zip(normed.chunks_mut(piece)), |i, (sum, normed)| {
+            let range = i * piece..i * piece + sum.len();
+            match terms {
+                [Src::Slice(x), Src::Slice(y)] => {
+                    sum.iter_mut().zip(&x[range.clone()]).zip(&y[range]).for_each(|((s, x), y)| *s = x + y);
+                }
+                [Src::InPlace, Src::Slice(y)] => sum.iter_mut().zip(&y[range]).for_each(|(s, y)| *s += y),
+                [Src::Slice(x), Src::InPlace] => sum.iter_mut().zip(&x[range]).for_each(|(s, x)| *s += x),
+                [Src::InPlace, Src::InPlace] => sum.iter_mut().for_each(|s| *s += *s),
+            }
+            normed.copy_from_slice(sum);
+            self.isa.run(Norm { weight, bias, eps, rows: normed });
+        });
+    }
+
+    /// Rotates in place, as [`Self::rotary`], rows `first..first + s` of each head of `data [lead, heads, rows, d]`, whose heads
+    /// are `head_stride` apart; `cos` and `sin` are `[lead, s, d/2]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn rotate_rows(&self, data: &mut [f32], head_stride: usize, first: usize, cos: &[f32], sin: &[f32], [heads, s, d]: [usize; 3]) {
+        let half = d / 2;
+        if half * s == 0 {
+            return;
+        }
+        assert!(d == 2 * half && (first + s) * d <= head_stride, "rows must be in the head, with even d");
+        let lead = data.len() / head_stride / heads.max(1);
+        assert!(cos.len() == lead * s * half && sin.len() == cos.len(), "cos and sin must be [lead, s, d/2]");
+        self.pool.chunks(data, head_stride, |head, rows| {
+            let angles = head / heads * s * half;
+            for (i, row) in rows[first * d..(first + s) * d].chunks_exact_mut(d).enumerate() {
+                let at = angles + i * half;
+                rotate(row, &cos[at..at + half], &sin[at..at + half]);
+            }
+        });
+    }
+
     /// `x [lead, heads, s, d]`, `cos` and `sin [lead, s, d/2]` to the rotation of the pairs `(i, i + d/2)`.
     ///
     /// # Panics
@@ -120,14 +180,10 @@ impl Kernels {
         self.pool.chunks(out, s * d, |head, out| {
             let angles = head / heads * s * half;
             let x = &x[head * s * d..][..s * d];
-            for (row, (x, out)) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
-                let at = angles + row * half;
-                let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-                let ((x1, x2), (o1, o2)) = (x.split_at(half), out.split_at_mut(half));
-                for i in 0..half {
-                    o1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-                    o2[i] = x2[i] * cos[i] + x1[i] * sin[i];
-                }
+            out.copy_from_slice(x);
+            for (i, row) in out.chunks_exact_mut(d).enumerate() {
+                let at = angles + i * half;
+                rotate(row, &cos[at..at + half], &sin[at..at + half]);
             }
         });
     }
@@ -153,6 +209,23 @@ mod tests {
                 k.rms_norm(Src::Slice(&x), &w, 1e-6, &mut rms);
                 k.layer_norm(Src::InPlace, &w, &b, 1e-6, &mut in_place);
                 prop_assert_eq!(&in_place, &ln);
+                // The norm of a sum, with each operand in place and without.
+                let y: Vec<f32> = (0..m * n).map(|i| value(i + 3)).collect();
+                let total: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+                for bias in [Some(b.as_slice()), None] {
+                    let mut expected = vec![0.0; m * n];
+                    match bias {
+                        Some(b) => k.layer_norm(Src::Slice(&total), &w, b, 1e-6, &mut expected),
+                        None => k.rms_norm(Src::Slice(&total), &w, 1e-6, &mut expected),
+                    }
+                    let cases = [([Src::Slice(&x), Src::Slice(&y)], &x), ([Src::InPlace, Src::Slice(&y)], &x), ([Src::Slice(&x), Src::InPlace], &y)];
+                    for (terms, held) in cases {
+                        let (mut sum, mut normed) = (held.clone(), vec![f32::NAN; m * n]);
+                        k.add_norm(terms, &w, bias, 1e-6, &mut sum, &mut normed);
+                        prop_assert_eq!(&sum, &total);
+                        prop_assert_eq!(&normed, &expected);
+                    }
+                }
                 for (r, row) in x.chunks_exact(n).enumerate() {
                     let row: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
                     let mean = row.iter().sum::<f64>() / n as f64;
@@ -179,5 +252,12 @@ mod tests {
         let mut out = [0.0; 8];
         Kernels::new(1).rotary(&x, &cos, &sin, [1, 2, 1, 4], &mut out);
         assert_eq!(out, [-3.0, 2.0, 1.0, 4.0, -7.0, 6.0, 5.0, 8.0]);
+        // The second of two rows with room for a third, in place.
+        let mut rows = [9.0; 24];
+        rows[4..8].copy_from_slice(&x[..4]);
+        rows[16..20].copy_from_slice(&x[4..]);
+        Kernels::new(1).rotate_rows(&mut rows, 12, 1, &cos, &sin, [2, 1, 4]);
+        assert_eq!((&rows[4..8], &rows[16..20]), (&out[..4], &out[4..]));
+        assert!(rows.iter().enumerate().all(|(i, v)| matches!(i, 4..8 | 16..20) || *v == 9.0));
     }
 }

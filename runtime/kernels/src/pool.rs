@@ -4,7 +4,7 @@
 use std::{
     cell::Cell,
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, PoisonError, TryLockError,
         atomic::{AtomicUsize, Ordering},
     },
     thread::JoinHandle,
@@ -117,9 +117,38 @@ impl Pool {
         assert!(region.panicked.load(Ordering::Relaxed) == 0, "a task of the thread pool panicked");
     }
 
+    /// [`Self::run`] whose tasks have an equal part of `scratch` each while they run: a thread's share.
+    pub(crate) fn run_with<T: Send>(&self, tasks: usize, scratch: &mut [T], job: impl Fn(usize, &mut [T]) + Sync) {
+        let share = scratch.len() / self.threads();
+        if share == 0 {
+            return self.run(tasks, |i| job(i, &mut []));
+        }
+        let shares: Vec<_> = scratch.chunks_exact_mut(share).map(Mutex::new).collect();
+        self.run(tasks, |i| {
+            // There are as many as threads, so one is free, or will be in a moment.
+            let mut mine = loop {
+                let free = shares.iter().find_map(|s| match s.try_lock() {
+                    Ok(share) => Some(share),
+                    Err(TryLockError::Poisoned(share)) => Some(share.into_inner()),
+                    Err(TryLockError::WouldBlock) => None,
+                });
+                match free {
+                    Some(share) => break share,
+                    None => std::hint::spin_loop(),
+                }
+            };
+            job(i, &mut mine);
+        });
+    }
+
     /// Splits `data` into pieces of `len` elements and calls `job` with the index of each piece and the piece.
     pub fn chunks<T: Send>(&self, data: &mut [T], len: usize, job: impl Fn(usize, &mut [T]) + Sync) {
-        let pieces: Vec<_> = data.chunks_mut(len.max(1)).map(|c| Mutex::new(Some(c))).collect();
+        self.pieces(data.chunks_mut(len.max(1)), job);
+    }
+
+    /// Calls `job` with the index of each piece and the piece.
+    pub(crate) fn pieces<P: Send>(&self, pieces: impl Iterator<Item = P>, job: impl Fn(usize, P) + Sync) {
+        let pieces: Vec<_> = pieces.map(|p| Mutex::new(Some(p))).collect();
         self.run(pieces.len(), |i| {
             if let Some(piece) = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
                 job(i, piece);
@@ -209,6 +238,21 @@ mod tests {
         assert!(result.is_err());
         pool.run(2, |_| _ = sum.fetch_add(1, Ordering::Relaxed));
         assert_eq!(sum.load(Ordering::Relaxed), 68);
+    }
+
+    #[test]
+    fn tasks_never_share_scratch() {
+        for threads in 1..4 {
+            let mut scratch = vec![0usize; threads * 8];
+            Pool::new(threads).run_with(500, &mut scratch, |i, mine| {
+                mine.fill(i);
+                std::thread::yield_now();
+                assert!(mine.len() == 8 && mine.iter().all(|v| *v == i));
+            });
+        }
+        let ran = AtomicUsize::new(0);
+        Pool::new(2).run_with(5, &mut [0u8; 1], |_, mine| _ = ran.fetch_add(1 + mine.len(), Ordering::Relaxed));
+        assert_eq!(ran.load(Ordering::Relaxed), 5, "less than one element each is none");
     }
 
     #[test]

@@ -197,17 +197,7 @@ impl<const R: usize> Task for Round<'_, R> {
         for (r, x) in x.chunks_exact(grid.k).enumerate() {
             for (g, x) in x.chunks(group).enumerate() {
                 // SAFETY of all blocks: the caller's promise.
-                let largest = unsafe {
-                    let (chunks, tail) = x.as_chunks::<N>();
-                    let mut largest = L::splat(tail.iter().fold(0.0, |m, v| v.abs().max(m)));
-                    for c in chunks {
-                        let v = L::load(c);
-                        largest = largest.max(v.max(L::splat(0.0).sub(v)));
-                    }
-                    largest.largest()
-                };
-                // Zeros have no largest number; any scale serves them.
-                let (inverse, scale) = (127.0 / largest.max(1e-30), largest / 127.0);
+                let (inverse, scale) = unsafe { steps::<L>(x) };
                 for (s, x) in x.chunks(grid.segment_len()).enumerate() {
                     let segment = g * segments_of_group + s;
                     let codes = &mut codes[segment * grid.segment_len() / WORD * R..];
@@ -215,6 +205,56 @@ impl<const R: usize> Task for Round<'_, R> {
                     scales[segment * R + r] = scale.to_bits() as i32;
                     corrections[segment * R + r] = if grid.scheme.zero_points { -sum } else { -sum * i32::from(grid.scheme.middle()) };
                 }
+            }
+        }
+    }
+}
+
+/// Steps per 1 and 1 step of numbers that are rounded to 8 bits.
+///
+/// # Safety
+/// The CPU has the instruction set of `L`.
+#[inline(always)]
+unsafe fn steps<L: Lanes>(x: &[f32]) -> (f32, f32) {
+    let (chunks, tail) = x.as_chunks::<N>();
+    // SAFETY: the caller's promise.
+    let largest = unsafe {
+        let mut largest = L::splat(tail.iter().fold(0.0, |m, v| v.abs().max(m)));
+        for c in chunks {
+            let v = L::load(c);
+            largest = largest.max(v.max(L::splat(0.0).sub(v)));
+        }
+        largest.largest()
+    };
+    // Zeros have no largest number; any step serves them.
+    (127.0 / largest.max(1e-30), largest / 127.0)
+}
+
+/// Rows for a state: `[rows, width]` to 8 bits with a scale for each.
+struct Keep<'a> {
+    rows: &'a [f32],
+    width: usize,
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+}
+
+impl Task for Keep<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let rows = self.rows.chunks_exact(self.width).zip(self.codes.chunks_exact_mut(self.width));
+        for ((x, codes), kept) in rows.zip(self.scales) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (inverse, scale) = steps::<L>(x);
+                for (x, codes) in x.chunks(N).zip(codes.chunks_mut(N)) {
+                    let (mut padded, mut bytes) = ([0.0; N], [0; N]);
+                    padded[..x.len()].copy_from_slice(x);
+                    L::load(&padded).mul(L::splat(inverse)).store_i8(&mut bytes);
+                    codes.copy_from_slice(&bytes[..x.len()]);
+                }
+                *kept = scale;
             }
         }
     }
@@ -571,25 +611,50 @@ unsafe fn widen<I: Ints>(scheme: Scheme, segment: &Segment<'_>, out: &mut [f32])
     unsafe {
         let scales = segment.scales::<I::Floats>();
         let zeros = segment.zeros.map_or_else(|| I::splat(i32::from(scheme.middle())), |z| Segment::zeros::<I>(z));
-        let mut out = out.as_chunks_mut::<N>().0.iter_mut();
-        let mut columns = |codes: I| {
-            let bytes = [codes, codes.shift_right::<8>(), codes.shift_right::<16>(), codes.shift_right::<24>()];
-            for byte in bytes {
-                let Some(out) = out.next() else { return };
-                byte.and(I::splat(0xff)).sub(zeros).to_f32().mul(scales).store(out);
+        let out = out.as_chunks_mut::<N>().0;
+        if scheme.bits == 4 {
+            for (block, out) in segment.codes.iter().zip(out.chunks_mut(2 * WORD)) {
+                let [low, high] = halves::<I>(block);
+                let (first, second) = out.split_at_mut(WORD.min(out.len()));
+                widen_word(low, zeros, scales, first);
+                widen_word(high, zeros, scales, second);
             }
-        };
-        for block in segment.codes {
-            if scheme.bits == 4 {
-                halves::<I>(block).into_iter().for_each(&mut columns);
-            } else {
-                columns(I::load(block));
+        } else {
+            for (block, out) in segment.codes.iter().zip(out.chunks_mut(WORD)) {
+                widen_word(I::load(block), zeros, scales, out);
             }
         }
     }
 }
 
+/// Numbers of the first columns, at most 4, of a vector of codes.
+///
+/// # Safety
+/// The CPU has the instruction set of `I`.
+#[inline(always)]
+unsafe fn widen_word<I: Ints>(codes: I, zeros: I, scales: I::Floats, out: &mut [[f32; N]]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mask = I::splat(0xff);
+        let bytes = [codes, codes.shift_right::<8>(), codes.shift_right::<16>(), codes.shift_right::<24>()];
+        for (byte, out) in bytes.iter().zip(out) {
+            byte.and(mask).sub(zeros).to_f32().mul(scales).store(out);
+        }
+    }
+}
+
 impl Kernels {
+    /// `rows [n, width]` rounded to -127..=127, `codes [n, width]`, in steps of max|row| / 127, `scales [n]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn round(&self, rows: &[f32], width: usize, codes: &mut [i8], scales: &mut [f32]) {
+        assert!(rows.len() == codes.len() && rows.len() == scales.len() * width, "codes must be [n, width] and scales [n]");
+        if width > 0 {
+            self.isa.run(Keep { rows, width, codes, scales });
+        }
+    }
+
     /// `x [m, k]` rounded to 8 bits, in blocks of 1 row or [`ROWS`], to `words`.
     pub(crate) fn round_rows(&self, x: &[f32], m: usize, grid: Grid, words: &mut Vec<i32>) {
         let rows = if m == 1 { 1 } else { ROWS };
@@ -677,18 +742,18 @@ mod tests {
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let kernels = Kernels::with_isa(threads, isa).unwrap();
                 let mut out = vec![f32::NAN; m * n];
-                kernels.linear(&x, &w, bias, dynamic, &mut out);
+                kernels.linear(&x, &w, bias, None, dynamic, &mut out);
                 for (o, (e, size)) in out.iter().zip(&expected) {
                     prop_assert!((f64::from(*o) - e).abs() <= 1e-5 * (1e-3 + size), "{isa:?}: {o} instead of {e} of {size}");
                 }
                 let mut alone = vec![f32::NAN; m * n];
-                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, bias, dynamic, &mut alone);
+                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, bias, None, dynamic, &mut alone);
                 prop_assert_eq!(&out, &alone);
                 if dynamic && n > 0 && k > 0 {
                     // Rows do not depend on each other.
                     let mut row = vec![f32::NAN; n];
                     for (x, out) in x.chunks_exact(k).zip(out.chunks_exact(n)) {
-                        kernels.linear(x, &w, bias, dynamic, &mut row);
+                        kernels.linear(x, &w, bias, None, dynamic, &mut row);
                         prop_assert_eq!(&row, out);
                     }
                 }
@@ -730,7 +795,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
             let mut out = [0.0; 2];
             let x = [vec![-1.0; k], vec![1.0; k]].concat();
-            Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, true, &mut out);
+            Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, None, true, &mut out);
             let e = 255.0 * k as f32;
             assert!((out[0] + e).abs() < 1e-4 * e && (out[1] - e).abs() < 1e-4 * e, "{isa:?} {out:?}");
         }
@@ -747,7 +812,7 @@ mod tests {
                 let mut x = vec![1.0; 3 * k];
                 x[k + 1] = bad;
                 let mut out = vec![0.0; 60];
-                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, true, &mut out);
+                Kernels::with_isa(1, isa).unwrap().linear(&x, &w, None, None, true, &mut out);
                 for row in [&out[..20], &out[40..]] {
                     assert!(row.iter().all(|v| (v - 20.0).abs() < 0.1), "{isa:?} {bad}: {row:?}");
                 }
@@ -764,5 +829,19 @@ mod tests {
         assert!(Panels::new(Floats::Quant(&bytes, scheme), 16, 64).is_none());
         assert!(Panels::new(Floats::Quant(&bytes[1..], scheme), 17, 64).is_none());
         assert!(Panels::new(Floats::Quant(&[], scheme), usize::MAX, usize::MAX).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn rows_of_states_are_rounded_as_x_is(n in 0usize..5, width in 1usize..70, mut seed: u32) {
+            let x = floats(&mut seed, n * width);
+            let expected = rounded(&x, width, Scheme::INT8);
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let (mut codes, mut scales) = (vec![0; n * width], vec![0.0; n]);
+                Kernels::with_isa(1, isa).unwrap().round(&x, width, &mut codes, &mut scales);
+                let numbers = codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / width]).collect::<Vec<_>>();
+                prop_assert_eq!(&numbers, &expected);
+            }
+        }
     }
 }

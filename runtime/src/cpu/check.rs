@@ -8,6 +8,8 @@ use vlmc_artifact::{
 
 /// Most axes of a value.
 const MAX_RANK: usize = 8;
+/// Most steps of a function: to place their results takes time that grows with the square of their number.
+const MAX_STEPS: usize = 1 << 14;
 
 type Check = Result<(), String>;
 
@@ -37,17 +39,29 @@ fn function(p: &Program, f: &Function) -> Check {
         ensure(s.shape.len() == 4 && s.axis == 2, || {
             format!("state '{}' must be [batch, heads, past, width] and grow along axis 2", s.name)
         })?;
+        ensure(matches!(s.dtype, DType::F32 | DType::BF16 | DType::I8), || format!("state '{}' cannot be kept in {}", s.name, s.dtype))?;
     }
+    ensure(f.steps.len() <= MAX_STEPS, || format!("has {} steps, at most {MAX_STEPS} are possible", f.steps.len()))?;
     let mut appended = vec![false; f.states.len()];
+    let mut written = vec![false; f.values.len()];
     for (i, step) in f.steps.iter().enumerate() {
         let scope = if step.scope.is_empty() { String::new() } else { format!(" ({})", step.scope) };
-        check_step(f, step, &mut appended).map_err(|why| format!("step {i}{scope}: {why}"))?;
+        check_step(f, step, &mut appended, &mut written).map_err(|why| format!("step {i}{scope}: {why}"))?;
     }
-    ensure(appended.iter().all(|a| *a), || "a state is never appended to".into())
+    ensure(appended.iter().all(|a| *a), || "a state is never appended to".into())?;
+    for port in &f.outputs {
+        ensure(is_there(get(f, port.value)?, &written), || format!("output '{}' is never computed", port.name))?;
+    }
+    Ok(())
 }
 
 fn get(f: &Function, i: u32) -> Result<&Value, String> {
     f.values.get(i as usize).ok_or_else(|| format!("there is no value {i}"))
+}
+
+/// Whether a value has elements: what lies in a slot has them once a step has written it.
+fn is_there(v: &Value, written: &[bool]) -> bool {
+    !matches!(v.place, Place::Slot(i) if !written[i as usize])
 }
 
 fn is_plain(d: DType) -> bool {
@@ -69,7 +83,7 @@ fn value(p: &Program, f: &Function, v: &Value) -> Check {
             ensure(is_plain(v.dtype), || format!("an input cannot be {}", v.dtype))
         }
         Place::Slot(i) => {
-            exists(*i, f.slots.len(), "slot")?;
+            exists(*i, f.values.len(), "slot")?;
             ensure(is_plain(v.dtype), || format!("a result cannot be {}", v.dtype))
         }
         Place::Weight(i) => {
@@ -95,15 +109,20 @@ fn value(p: &Program, f: &Function, v: &Value) -> Check {
     }
 }
 
-/// Operands that the kernel may overwrite with its result.
-pub(super) fn works_in_place(kernel: &Kernel) -> bool {
-    matches!(kernel, Kernel::Unary { .. } | Kernel::Binary { .. } | Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. })
+/// Operands that the kernel may overwrite with its first result.
+fn in_place(kernel: &Kernel) -> &'static [usize] {
+    match kernel {
+        Kernel::Unary { .. } | Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. } => &[0],
+        Kernel::Binary { .. } | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => &[0, 1],
+        _ => &[],
+    }
 }
 
-fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
+fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [bool]) -> Check {
     let args = step.args.iter().map(|a| get(f, *a)).collect::<Result<Vec<_>, _>>()?;
-    let out = get(f, step.out)?;
+    let outs = step.outs.iter().map(|o| get(f, *o)).collect::<Result<Vec<_>, _>>()?;
     for (i, a) in args.iter().enumerate() {
+        ensure(is_there(a, written), || format!("operand {i} is not computed yet"))?;
         if let Place::State(s) = a.place {
             let reads = matches!(step.kernel, Kernel::Attention { .. }) && (i == 1 || i == 2) && appended[s as usize];
             ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
@@ -113,29 +132,66 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool]) -> Check {
             ensure(widens, || format!("operand {i} is {}, which this kernel does not widen", a.dtype))?;
         }
     }
-    if let Kernel::Append = step.kernel {
-        let [new] = args[..] else { return Err(format!("takes 1 operand, got {}", args.len())) };
-        let Place::State(s) = out.place else { return Err("the result must be a state".into()) };
-        let decl = &f.states[s as usize];
-        ensure(!std::mem::replace(&mut appended[s as usize], true), || format!("state '{}' is appended to twice", decl.name))?;
-        ensure(new.dtype == DType::F32 && new.shape.len() == 4, || "the operand must be f32[batch, heads, s, width]".into())?;
-        let mut grown = decl.shape.clone();
-        grown[2] = &grown[2] + &new.shape[2];
-        let same = [0, 1, 3].iter().all(|i| new.shape[*i] == decl.shape[*i]) && out.shape == grown;
-        return ensure(same, || format!("does not fit the state '{}'", decl.name));
-    }
-    let Place::Slot(slot) = out.place else { return Err("the result must lie in a slot".into()) };
-    let aliases = args.iter().filter(|a| a.place == Place::Slot(slot)).collect::<Vec<_>>();
-    let fits = aliases.is_empty()
-        || (works_in_place(&step.kernel) && aliases.len() == 1 && aliases[0].shape == out.shape && aliases[0].dtype == out.dtype);
-    ensure(fits, || "the result overwrites an operand".into())?;
-    if matches!(step.kernel, Kernel::LayerNorm { .. } | Kernel::RmsNorm { .. }) {
-        let first_only = args.iter().skip(1).all(|a| a.place != Place::Slot(slot));
-        ensure(first_only, || "the result overwrites an operand".into())?;
-    }
-    let (dtype, shape) = result(&step.kernel, &args, out)?;
+    let (out, second) = match (&step.kernel, &outs[..]) {
+        (Kernel::Append, [out]) => {
+            let [new] = args[..] else { return Err(format!("takes 1 operand, got {}", args.len())) };
+            return check_append(f, new, out, appended);
+        }
+        (Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. }, [sum, normed]) => (sum, Some(normed)),
+        (Kernel::RotaryAttention { .. }, [out, keys, values]) => {
+            ensure(args.len() >= 5, || format!("takes at least 5 operands, got {}", args.len()))?;
+            check_append(f, args[1], keys, appended)?;
+            let rotated = matches!(keys.place, Place::State(s) if f.states[s as usize].dtype == DType::F32);
+            ensure(rotated, || "rotated keys must be kept in f32".into())?;
+            check_append(f, args[2], values, appended)?;
+            (out, None)
+        }
+        (Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } | Kernel::RotaryAttention { .. }, _) | (_, [] | [_, _, ..]) => {
+            return Err(format!("cannot have {} results", outs.len()));
+        }
+        (_, [out]) => (out, None),
+    };
+    let overwrites = || "a result overwrites an operand or another result".to_string();
+    let slot = |v: &Value| if let Place::Slot(s) = v.place { Ok(s) } else { Err("a result must lie in a slot") };
+    let first = slot(out)?;
+    written[first as usize] = true;
+    let aliases: Vec<usize> = (0..args.len()).filter(|i| args[*i].place == Place::Slot(first)).collect();
+    let fits = match aliases[..] {
+        [] => true,
+        [i] => in_place(&step.kernel).contains(&i) && args[i].shape == out.shape && args[i].dtype == out.dtype,
+        _ => false,
+    };
+    ensure(fits, overwrites)?;
+    let (dtype, shape) = if let Kernel::RotaryAttention { scale, mask } = &step.kernel {
+        for x in [args[0], args[1]] {
+            result(&Kernel::Rotary, &[x, args[3], args[4]], x)?;
+        }
+        let attention = Kernel::Attention { scale: *scale, mask: *mask };
+        result(&attention, &[&[args[0], outs[1], outs[2]], &args[5..]].concat(), out)?
+    } else {
+        result(&step.kernel, &args, out)?
+    };
     let message = || format!("gives {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
+    if let Some(second) = second {
+        let other = slot(second)?;
+        written[other as usize] = true;
+        ensure(other != first && args.iter().all(|a| a.place != Place::Slot(other)), overwrites)?;
+        ensure(second.dtype == dtype && second.shape == shape, message)?;
+    }
     ensure(out.dtype == dtype && out.shape == shape, message)
+}
+
+/// Whether `new` may be appended to the state `out`, for the first time.
+fn check_append(f: &Function, new: &Value, out: &Value, appended: &mut [bool]) -> Check {
+    let Place::State(s) = out.place else { return Err("the result must be a state".into()) };
+    let decl = &f.states[s as usize];
+    ensure(!std::mem::replace(&mut appended[s as usize], true), || format!("state '{}' is appended to twice", decl.name))?;
+    ensure(!matches!(new.place, Place::State(_)), || "a state cannot be appended to another".into())?;
+    ensure(new.dtype == DType::F32 && new.shape.len() == 4, || "the operand must be f32[batch, heads, s, width]".into())?;
+    let mut grown = decl.shape.clone();
+    grown[2] = &grown[2] + &new.shape[2];
+    let same = [0, 1, 3].iter().all(|i| new.shape[*i] == decl.shape[*i]) && out.shape == grown;
+    ensure(same, || format!("does not fit the state '{}'", decl.name))
 }
 
 fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
@@ -166,7 +222,8 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
     let finite = |v: f64| ensure(v.is_finite(), || format!("{v} is not a finite number"));
 
     Ok(match kernel {
-        Kernel::Linear { dynamic } => {
+        Kernel::Linear { act, dynamic } => {
+            ensure(*act != Some(Unary::Not), || "the activation must be one of floats".into())?;
             ensure(matches!(args.len(), 2 | 3), || format!("takes 2 or 3 operands, got {}", args.len()))?;
             dtype(0, DType::F32)?;
             rank(0, 1)?;
@@ -197,18 +254,28 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             s.push(args[0].shape[1].clone());
             (DType::F32, s)
         }
-        Kernel::LayerNorm { eps } | Kernel::RmsNorm { eps } => {
-            let vectors = if matches!(kernel, Kernel::LayerNorm { .. }) { 2 } else { 1 };
-            count(1 + vectors)?;
+        Kernel::LayerNorm { eps } | Kernel::RmsNorm { eps } | Kernel::AddLayerNorm { eps } | Kernel::AddRmsNorm { eps } => {
+            let vectors = if matches!(kernel, Kernel::LayerNorm { .. } | Kernel::AddLayerNorm { .. }) { 2 } else { 1 };
+            let adds = matches!(kernel, Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. });
+            let rows = if adds { 2 } else { 1 };
+            count(rows + vectors)?;
             finite(*eps)?;
+            (0..rows + vectors).try_for_each(|i| dtype(i, DType::F32))?;
+            rank(0, 1)?;
+            (1..rows).try_for_each(|i| shape(i, &args[0].shape))?;
+            let n = &args[0].shape[args[0].shape.len() - 1..];
+            (rows..rows + vectors).try_for_each(|i| shape(i, n))?;
+            (DType::F32, args[0].shape.clone())
+        }
+        Kernel::Gated { act } => {
+            count(1)?;
+            ensure(*act != Unary::Not, || "the activation must be one of floats".into())?;
             dtype(0, DType::F32)?;
             rank(0, 1)?;
-            let n = &args[0].shape[args[0].shape.len() - 1..];
-            for i in 1..=vectors {
-                dtype(i, DType::F32)?;
-                shape(i, n)?;
-            }
-            (DType::F32, args[0].shape.clone())
+            let mut s = args[0].shape.clone();
+            let half = s.pop().and_then(|n| n.exact_div(&2.into())).ok_or("the last axis has no halves")?;
+            s.push(half);
+            (DType::F32, s)
         }
         Kernel::Rotary => {
             count(3)?;
@@ -256,7 +323,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             }
             (DType::F32, [lead, &[q[0].clone(), q[1].clone(), dv]].concat())
         }
-        Kernel::Append => return Err("is not checked here".into()),
+        Kernel::Append | Kernel::RotaryAttention { .. } => return Err("is not checked here".into()),
         Kernel::Unary { f } => {
             count(1)?;
             let d = if *f == Unary::Not { DType::Bool } else { DType::F32 };

@@ -1,20 +1,34 @@
 //! Where values lie while a function runs.
 
-use super::weights::Weights;
-use crate::{Data, Result, Tensor};
+use super::{
+    arena::{Lives, Places, Rest},
+    step,
+    weights::Weights,
+};
+use crate::{Data, Result, Tensor, binding::extents};
+use half::bf16;
 use vlmc_artifact::{
-    Bindings, DType, Dim,
+    Bindings, DType,
     program::{Function, Layout, Place},
 };
-use vlmc_kernels::{Floats, Keys};
+use vlmc_kernels::{Floats, Kept, Kernels, Keys};
 
-/// Values of dims.
-pub(super) fn extents(shape: &[Dim], symbols: &Bindings) -> Result<Vec<usize>, String> {
-    let extent = |d: &Dim| {
-        let v = d.eval(symbols).map_err(|e| e.to_string())?;
-        usize::try_from(v).map_err(|_| format!("dim {d} is {v}"))
-    };
-    shape.iter().map(extent).collect()
+/// Shapes of all values.
+pub(super) fn shapes(f: &Function, symbols: &Bindings) -> Result<Vec<Vec<usize>>, String> {
+    f.values.iter().map(|v| extents(&v.shape, symbols)).collect()
+}
+
+/// Bytes of the slots of a function, and of the scratch of each of its steps.
+pub(super) fn sizes(f: &Function, lives: &Lives, shapes: &[Vec<usize>], threads: usize) -> Vec<usize> {
+    let mut sizes = vec![0; lives.slots()];
+    for (v, shape) in f.values.iter().zip(shapes) {
+        if let Place::Slot(i) = v.place {
+            let bytes = shape.iter().fold(v.dtype.size(), |n, d| n.saturating_mul(*d));
+            sizes[i as usize] = bytes.max(sizes[i as usize]);
+        }
+    }
+    sizes.extend(f.steps.iter().map(|step| step::scratch(step, shapes, threads)));
+    sizes
 }
 
 /// A literal's elements.
@@ -34,10 +48,21 @@ impl Literal {
     }
 }
 
+/// Rows by which a state grows. It is copied then: that costs as much as a few steps of decoding, and memory that is never used
+/// is at most this.
+const GROWTH: usize = 256;
+
+/// Bytes that a state `[batch, heads, len, width]` takes whose rows are kept in `dtype`. Saturates.
+pub(crate) fn state_bytes([batch, heads, len, width]: [usize; 4], dtype: DType) -> usize {
+    let capacity = len.checked_next_multiple_of(GROWTH).unwrap_or(usize::MAX);
+    let scale = if dtype == DType::I8 { size_of::<f32>() } else { 0 };
+    let row = width.saturating_mul(dtype.size()).saturating_add(scale);
+    [heads, capacity, row].iter().fold(batch, |n, d| n.saturating_mul(*d))
+}
+
 /// A growing tensor `[batch, heads, len, width]`, each head with room for `capacity` rows.
-#[derive(Default)]
 pub(super) struct State {
-    data: Vec<f32>,
+    rows: Rows,
     batch: usize,
     heads: usize,
     width: usize,
@@ -45,7 +70,25 @@ pub(super) struct State {
     capacity: usize,
 }
 
+/// Rows as a state keeps them.
+enum Rows {
+    F32(Vec<f32>),
+    BF16(Vec<bf16>),
+    /// And the scale of each row.
+    I8(Vec<i8>, Vec<f32>),
+}
+
 impl State {
+    /// An empty state of a type that [`vlmc_artifact::program::StateDecl`] allows.
+    pub(super) fn new(dtype: DType) -> Self {
+        let rows = match dtype {
+            DType::BF16 => Rows::BF16(vec![]),
+            DType::I8 => Rows::I8(vec![], vec![]),
+            _ => Rows::F32(vec![]),
+        };
+        Self { rows, batch: 0, heads: 0, width: 0, len: 0, capacity: 0 }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -59,30 +102,86 @@ impl State {
         self.len = self.len.min(len);
     }
 
-    /// Appends `rows [batch, heads, s, width]`.
-    pub(super) fn append(&mut self, rows: &[f32], [batch, heads, s, width]: [usize; 4]) -> Result<(), String> {
+    /// Appends `new [batch, heads, s, width]`.
+    pub(super) fn append(&mut self, k: &Kernels, new: &[f32], [batch, heads, s, width]: [usize; 4]) -> Result<(), String> {
         if self.len == 0 && (self.batch, self.heads, self.width) != (batch, heads, width) {
-            *self = Self { batch, heads, width, ..Self::default() };
+            (self.batch, self.heads, self.width, self.capacity) = (batch, heads, width, 0);
         }
         let len = self.len + s;
-        if len > self.capacity {
-            let capacity = len.max(2 * self.capacity).next_multiple_of(64);
-            let size = [heads, capacity, width].iter().try_fold(batch, |n, d| n.checked_mul(*d)).ok_or("the cache is too large")?;
-            let mut data: Vec<f32> = vec![];
-            data.try_reserve_exact(size).map_err(|_| format!("there is no memory for a cache of {size} numbers"))?;
-            data.resize(size, 0.0);
-            for head in 0..batch * heads {
-                let rows = self.len * width;
-                data[head * capacity * width..][..rows].copy_from_slice(&self.data[head * self.capacity * width..][..rows]);
-            }
-            (self.data, self.capacity) = (data, capacity);
+        if new.is_empty() {
+            self.len = len;
+            return Ok(());
         }
-        let new = s * width;
+        if len > self.capacity {
+            let capacity = len.next_multiple_of(GROWTH);
+            let grow = Grow { heads: batch * heads, from: self.capacity, to: capacity, used: self.len };
+            match &mut self.rows {
+                Rows::F32(rows) => *rows = grow.of(rows, width)?,
+                Rows::BF16(rows) => *rows = grow.of(rows, width)?,
+                Rows::I8(rows, scales) => (*rows, *scales) = (grow.of(rows, width)?, grow.of(scales, 1)?),
+            }
+            self.capacity = capacity;
+        }
         for head in 0..batch * heads {
-            self.data[(head * self.capacity + self.len) * width..][..new].copy_from_slice(&rows[head * new..][..new]);
+            let new = &new[head * s * width..][..s * width];
+            let first = head * self.capacity + self.len;
+            let at = first * width..(first + s) * width;
+            match &mut self.rows {
+                Rows::F32(rows) => rows[at].copy_from_slice(new),
+                Rows::BF16(rows) => rows[at].iter_mut().zip(new).for_each(|(r, v)| *r = bf16::from_f32(*v)),
+                Rows::I8(rows, scales) => k.round(new, width, &mut rows[at], &mut scales[first..first + s]),
+            }
         }
         self.len = len;
         Ok(())
+    }
+
+    /// Rotates the last `s` rows of `[batch, heads, s, width]`, which are kept in `f32`, by `cos` and `sin [batch, s, width/2]`.
+    pub(super) fn rotate(&mut self, k: &Kernels, cos: &[f32], sin: &[f32], [_, heads, s, width]: [usize; 4]) {
+        if let Rows::F32(rows) = &mut self.rows {
+            k.rotate_rows(rows, self.capacity * width, self.len - s, cos, sin, [heads, s, width]);
+        }
+    }
+
+    fn keys(&self) -> Keys<'_> {
+        let data = match &self.rows {
+            Rows::F32(rows) => Kept::F32(rows),
+            Rows::BF16(rows) => Kept::BF16(rows),
+            Rows::I8(rows, scales) => Kept::I8(rows, scales),
+        };
+        Keys { data, head_stride: self.capacity }
+    }
+}
+
+/// More room for each head.
+struct Grow {
+    heads: usize,
+    /// Rows that there is room for.
+    from: usize,
+    /// Rows that there will be room for.
+    to: usize,
+    /// Rows that there are.
+    used: usize,
+}
+
+impl Grow {
+    /// A larger copy of `rows`, of `width` each.
+    fn of<T: Copy + Default>(&self, rows: &mut Vec<T>, width: usize) -> Result<Vec<T>, String> {
+        if self.used == 0 {
+            // Given back first, so that both are never there at once.
+            *rows = vec![];
+        }
+        let size = self.heads.checked_mul(self.to).and_then(|n| n.checked_mul(width)).ok_or("the cache is too large")?;
+        let mut data: Vec<T> = vec![];
+        data.try_reserve_exact(size).map_err(|_| format!("there is no memory for a cache of {size} numbers"))?;
+        let used = self.used * width;
+        for head in 0..self.heads {
+            if used > 0 {
+                data.extend_from_slice(&rows[head * self.from * width..][..used]);
+            }
+            data.resize((head + 1) * self.to * width, T::default());
+        }
+        Ok(data)
     }
 }
 
@@ -116,7 +215,9 @@ pub(super) struct Frame<'a> {
     pub(super) inputs: &'a [&'a Tensor],
     pub(super) literals: &'a [Option<Literal>],
     pub(super) weights: &'a Weights,
-    pub(super) slots: &'a mut [Vec<u64>],
+    pub(super) places: &'a Places,
+    /// But for what the step writes.
+    pub(super) arena: Rest<'a>,
     pub(super) states: &'a mut [State],
 }
 
@@ -140,11 +241,11 @@ impl Frame<'_> {
                 Data::Bool(v) => View::Bool(bytemuck::cast_slice(v)),
             },
             Place::Slot(i) => {
-                let slot = &self.slots[*i as usize];
+                let words = self.arena.get(self.places.slot(*i as usize)).ok_or("an operand is being written")?;
                 match self.dtype(value) {
-                    DType::I64 => View::I64(&bytemuck::cast_slice(slot)[..len]),
-                    DType::Bool => View::Bool(&bytemuck::cast_slice(slot)[..len]),
-                    _ => View::Floats(Floats::F32(&bytemuck::cast_slice(slot)[..len])),
+                    DType::I64 => View::I64(&bytemuck::cast_slice(words)[..len]),
+                    DType::Bool => View::Bool(&bytemuck::cast_slice(words)[..len]),
+                    _ => View::Floats(Floats::F32(&bytemuck::cast_slice(words)[..len])),
                 }
             }
             Place::Weight(i) => View::Floats(self.weights.floats(*i as usize)),
@@ -165,10 +266,9 @@ impl Frame<'_> {
             if s.shape().as_ref().map(<[usize; 4]>::as_slice) != Some(shape) && !shape.contains(&0) {
                 return Err(format!("a state of shape {:?} is read as {shape:?}", s.shape()));
             }
-            return Ok(Keys { data: &s.data, head_stride: s.capacity * s.width });
+            return Ok(s.keys());
         }
-        let head_stride = shape[shape.len() - 2] * shape[shape.len() - 1];
-        Ok(Keys { data: self.view(value)?.f32()?, head_stride })
+        Ok(Keys { data: Kept::F32(self.view(value)?.f32()?), head_stride: shape[shape.len() - 2] })
     }
 
     pub(super) fn layout(&self, value: usize) -> Layout {
@@ -182,20 +282,6 @@ impl Frame<'_> {
     pub(super) fn same_slot(&self, a: usize, b: usize) -> bool {
         let place = |v: usize| &self.function.values[v].place;
         matches!((place(a), place(b)), (Place::Slot(x), Place::Slot(y)) if x == y)
-    }
-
-    /// Takes the buffer of a result out of the arena, so that operands can be read while it is written.
-    pub(super) fn take(&mut self, value: usize) -> Vec<u64> {
-        match self.function.values[value].place {
-            Place::Slot(i) => std::mem::take(&mut self.slots[i as usize]),
-            _ => vec![],
-        }
-    }
-
-    pub(super) fn put(&mut self, value: usize, buffer: Vec<u64>) {
-        if let Place::Slot(i) = self.function.values[value].place {
-            self.slots[i as usize] = buffer;
-        }
     }
 
     /// A copy of a value.

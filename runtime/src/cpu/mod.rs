@@ -1,5 +1,6 @@
 //! The engine of `cpu` artifacts: runs the compiled program step by step.
 
+mod arena;
 mod check;
 mod memory;
 mod observe;
@@ -11,11 +12,13 @@ use crate::{
     artifact_dir::{Artifact, read_limited},
     binding,
 };
+use arena::{Arena, Lives, Places, Rest};
+pub(crate) use memory::state_bytes;
 use memory::{Frame, Literal, State};
 use observe::Watch;
 use std::num::NonZero;
 use vlmc_artifact::{
-    Entry, Manifest, PROGRAM,
+    Bindings, Entry, Manifest, PROGRAM,
     program::{Function, Place, Program},
 };
 use vlmc_kernels::Kernels;
@@ -23,8 +26,6 @@ use weights::Weights;
 
 /// Longest program that is read.
 const MAX_PROGRAM: u64 = 256 << 20;
-/// Most bytes of working memory that a request may need.
-const MAX_ARENA: i64 = 1 << 38;
 
 /// Runs a `cpu` artifact.
 pub struct CpuEngine {
@@ -32,6 +33,7 @@ pub struct CpuEngine {
     kernels: Kernels,
     weights: Weights,
     functions: Vec<Loaded>,
+    arena: Arena,
     observer: Option<Observer>,
 }
 
@@ -42,9 +44,42 @@ struct Loaded {
     entry: usize,
     /// Literals by value, converted once.
     literals: Vec<Option<Literal>>,
-    /// Arena, one buffer per slot.
-    slots: Vec<Vec<u64>>,
+    lives: Lives,
+    /// Where results lie, for the sizes of the last run.
+    places: Places,
     states: Vec<State>,
+}
+
+/// Reads and checks the program of an artifact.
+///
+/// # Errors
+/// It could not be run safely.
+pub(crate) fn program(artifact: &Artifact) -> Result<Program> {
+    let path = artifact.require(PROGRAM)?;
+    let json = read_limited(&path, MAX_PROGRAM)?;
+    let program: Program = serde_json::from_slice(&json).map_err(|e| Error::file(&path, format!("is not a program: {e}")))?;
+    let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
+    check::program(&program).map_err(invalid)?;
+    check::layouts(&program).map_err(invalid)?;
+    Ok(program)
+}
+
+/// Bytes of memory that a run of an entry works in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Working {
+    /// All of it: results of steps, and what their kernels work with.
+    pub arena: usize,
+    /// What is in use at once, at the step where it is the most: no plan can take less.
+    pub largest_live: usize,
+    /// What kernels work with, at the step where it is the most.
+    pub scratch: usize,
+}
+
+/// What a run of a checked function works in, with these values of the symbols and so many threads.
+pub(crate) fn working(f: &Function, symbols: &Bindings, threads: usize) -> Result<Working, String> {
+    let lives = Lives::new(f);
+    let places = Places::new(&lives, memory::sizes(f, &lives, &memory::shapes(f, symbols)?, threads))?;
+    Ok(Working { arena: places.bytes(), largest_live: places.largest_live(), scratch: places.scratch() })
 }
 
 impl CpuEngine {
@@ -54,12 +89,9 @@ impl CpuEngine {
     /// # Errors
     /// The program or the weights are not what the manifest says, or could not be run safely.
     pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+        let program = program(artifact)?;
         let path = artifact.require(PROGRAM)?;
-        let json = read_limited(&path, MAX_PROGRAM)?;
-        let program: Program = serde_json::from_slice(&json).map_err(|e| Error::file(&path, format!("is not a program: {e}")))?;
         let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
-        check::program(&program).map_err(invalid)?;
-        check::layouts(&program).map_err(invalid)?;
         let weights = Weights::open(&artifact.require("weights.safetensors")?, &program.weights)?;
         let manifest = artifact.manifest().clone();
         let functions =
@@ -68,7 +100,7 @@ impl CpuEngine {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, observer: None })
+        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None })
     }
 
     /// Tells `observer` of every step with weights from now on.
@@ -89,7 +121,11 @@ impl Loaded {
                     p.name == n.name && p.dtype == v.dtype && p.shape == v.shape
                 })
         };
-        let states = e.states.iter().map(|s| (&s.past, &s.shape, s.axis)).eq(function.states.iter().map(|s| (&s.name, &s.shape, s.axis)));
+        let states = e
+            .states
+            .iter()
+            .map(|s| (&s.past, s.dtype, &s.shape, s.axis))
+            .eq(function.states.iter().map(|s| (&s.name, s.dtype, &s.shape, s.axis)));
         if !ports(&e.inputs, &function.inputs) || !ports(&e.outputs, &function.outputs) || !states {
             return Err(format!("function '{}' has other inputs, outputs or states than the manifest says", function.name));
         }
@@ -100,8 +136,9 @@ impl Loaded {
         Ok(Self {
             entry,
             literals: function.values.iter().map(literal).collect(),
-            slots: vec![vec![]; function.slots.len()],
-            states: function.states.iter().map(|_| State::default()).collect(),
+            lives: Lives::new(&function),
+            places: Places::default(),
+            states: function.states.iter().map(|s| State::new(s.dtype)).collect(),
             function,
         })
     }
@@ -110,78 +147,54 @@ impl Loaded {
         &mut self,
         kernels: &Kernels,
         weights: &Weights,
+        arena: &mut Arena,
         bound: binding::Bound<'_>,
         entry: &Entry,
         mut watch: Option<Watch<'_>>,
     ) -> Result<Vec<Tensor>> {
         let symbols = &bound.symbols;
-        let shapes = self
-            .function
-            .values
-            .iter()
-            .map(|v| memory::extents(&v.shape, symbols))
-            .collect::<Result<Vec<_>, String>>()
-            .map_err(|why| Error::Input(format!("{}: {why}", entry.name)))?;
-        self.reserve(&shapes, symbols).map_err(|why| Error::Input(format!("{}: {why}", entry.name)))?;
-        for step in &self.function.steps {
-            let mut frame = Frame {
-                function: &self.function,
-                shapes: &shapes,
-                symbols,
-                inputs: &bound.inputs,
-                literals: &self.literals,
-                weights,
-                slots: &mut self.slots,
-                states: &mut self.states,
+        let invalid = |why: String| Error::Input(format!("{}: {why}", entry.name));
+        let shapes = memory::shapes(&self.function, symbols).map_err(invalid)?;
+        let sizes = memory::sizes(&self.function, &self.lives, &shapes, kernels.pool().threads());
+        if !self.places.is_for(&sizes) {
+            self.places = Places::new(&self.lives, sizes).map_err(invalid)?;
+        }
+        let words = arena.fit(&self.places).map_err(invalid)?;
+        // What a step sees, of which part of the arena.
+        macro_rules! frame {
+            ($arena:expr) => {
+                Frame {
+                    function: &self.function,
+                    shapes: &shapes,
+                    symbols,
+                    inputs: &bound.inputs,
+                    literals: &self.literals,
+                    weights,
+                    places: &self.places,
+                    arena: $arena,
+                    states: &mut self.states,
+                }
             };
-            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame))?;
-            step::run(kernels, step, &mut frame).map_err(|why| {
+        }
+        for (i, step) in self.function.steps.iter().enumerate() {
+            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words))))?;
+            // Results that lie in the arena: one, or a sum and its norm.
+            let part = |result: usize| match step.outs.get(result).map(|v| &self.function.values[*v as usize].place) {
+                Some(Place::Slot(slot)) => self.places.slot(*slot as usize),
+                _ => 0..0,
+            };
+            let parts = [part(0), part(1), self.places.scratch_of(i)];
+            let (rest, [first, second, scratch]) = arena::split(words, parts).map_err(invalid)?;
+            step::run(kernels, step, &mut frame!(rest), [first, second], scratch).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
                 Error::Input(format!("{}: {scope}{why}", entry.name))
             })?;
             if let Some(watch) = &mut watch {
-                watch.after(step, &frame, before)?;
+                watch.after(step, &frame!(Rest::all(words)), before)?;
             }
         }
-        let frame = Frame {
-            function: &self.function,
-            shapes: &shapes,
-            symbols,
-            inputs: &bound.inputs,
-            literals: &self.literals,
-            weights,
-            slots: &mut self.slots,
-            states: &mut self.states,
-        };
+        let frame = frame!(Rest::all(words));
         self.function.outputs.iter().map(|o| frame.tensor(o.value as usize)).collect()
-    }
-
-    /// Makes the arena large enough.
-    fn reserve(&mut self, shapes: &[Vec<usize>], symbols: &vlmc_artifact::Bindings) -> Result<(), String> {
-        let mut total = 0i64;
-        let mut sizes = vec![];
-        for s in &self.function.slots {
-            let bytes = s.eval(symbols).map_err(|e| e.to_string())?;
-            total = total.checked_add(bytes).filter(|t| bytes >= 0 && *t <= MAX_ARENA).ok_or("the request needs too much memory")?;
-            sizes.push(bytes as usize);
-        }
-        for (v, shape) in self.function.values.iter().zip(shapes) {
-            if let Place::Slot(i) = v.place {
-                let need = shape.iter().try_fold(v.dtype.size(), |n, d| n.checked_mul(*d));
-                if need.is_none_or(|n| n > sizes[i as usize]) {
-                    return Err(format!("slot {i} is too small for a value: the program is not valid"));
-                }
-            }
-        }
-        for (slot, bytes) in self.slots.iter_mut().zip(sizes) {
-            let words = bytes.div_ceil(8);
-            if slot.len() < words {
-                let more = words - slot.len();
-                slot.try_reserve_exact(more).map_err(|_| format!("there is no memory for {bytes} bytes"))?;
-                slot.resize(words, 0);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -199,7 +212,7 @@ impl Engine for CpuEngine {
         let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
         let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
         let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
-        let result = loaded.run(&self.kernels, &self.weights, bound, entry, watch);
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, entry, watch);
         if result.is_err() {
             loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
         }

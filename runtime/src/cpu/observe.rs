@@ -5,7 +5,7 @@ use crate::{Observed, Observer, Result, Tensor};
 use std::collections::HashMap;
 use vlmc_artifact::{
     Entry,
-    program::{Place, Step},
+    program::{Kernel, Place, Step},
 };
 
 /// A run that is watched.
@@ -50,16 +50,24 @@ impl<'a> Watch<'a> {
 
     /// The step has run.
     pub(super) fn after(&mut self, step: &Step, frame: &Frame<'_>, operands: Option<Operands>) -> Result<()> {
-        let Place::Slot(slot) = frame.function.values[step.out as usize].place else { return Ok(()) };
-        self.derived.remove(&slot);
+        for out in &step.outs {
+            if let Place::Slot(slot) = frame.function.values[*out as usize].place {
+                self.derived.remove(&slot);
+            }
+        }
+        let (first, last) = (step.outs[0] as usize, step.outs[step.outs.len() - 1] as usize);
+        let Place::Slot(slot) = frame.function.values[last].place else { return Ok(()) };
         match operands {
             Some(Operands { weights, others }) if others.is_empty() => {
                 self.derived.insert(slot, weights);
                 Ok(())
             }
             Some(Operands { weights, others }) => {
-                let result = frame.tensor(step.out as usize)?;
-                (self.observer)(Observed { entry: self.entry.name.clone(), weights, operands: others, result })
+                // The computation with weights is the norm, and of the sum.
+                let adds = matches!(step.kernel, Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. });
+                let operands = if adds { vec![frame.tensor(first)?] } else { others };
+                let act = if let Kernel::Linear { act, .. } = step.kernel { act } else { None };
+                (self.observer)(Observed { entry: self.entry.name.clone(), weights, operands, result: frame.tensor(last)?, act })
             }
             None => Ok(()),
         }

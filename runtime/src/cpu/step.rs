@@ -1,37 +1,86 @@
 //! One step: operands and result looked up, the kernel called.
 
-use super::memory::{Frame, View};
+use super::memory::{Frame, State, View};
 use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
-use vlmc_kernels::{Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, moves};
+use vlmc_kernels::{
+    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch, moves,
+};
 
 type Done = Result<(), String>;
 
-/// Runs a step of a checked program.
+/// Runs a step of a checked program: `out` is the memory of its result, `scratch` is of as many bytes as [`scratch`] says.
 ///
 /// # Errors
 /// An index is out of range, an integer division by zero, no memory.
-pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>) -> Done {
-    if let Kernel::Append = step.kernel {
-        return append(step, frame);
+pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>, outs: [&mut [u64]; 2], scratch: &mut [u64]) -> Done {
+    match step.kernel {
+        Kernel::Append => return append(k, frame, step.args[0], step.outs[0], None),
+        Kernel::RotaryAttention { .. } => {
+            append(k, frame, step.args[1], step.outs[1], Some([step.args[3], step.args[4]]))?;
+            append(k, frame, step.args[2], step.outs[2], None)?;
+        }
+        Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return add_norm(k, step, frame, outs),
+        _ => {}
     }
-    let out = step.out as usize;
-    let mut buffer = frame.take(out);
-    let result = compute(k, step, frame, &mut buffer);
-    frame.put(out, buffer);
+    let [out, _] = outs;
+    compute(k, step, frame, out, scratch)
+}
+
+/// Bytes of memory that a step's kernel works with on so many threads. Saturates.
+pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usize {
+    let shape = |i: u32| shapes[i as usize].as_slice();
+    let attention = |k: u32, v: u32| {
+        let (q, k, v) = (shape(step.args[0]), shape(k), shape(v));
+        attention_scratch(q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
+    };
+    let floats = match &step.kernel {
+        Kernel::Attention { .. } => attention(step.args[1], step.args[2]),
+        Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
+        Kernel::Moe { .. } => {
+            let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
+            moe_scratch(x[0], x[1], gate[1], chosen[1])
+        }
+        _ => 0,
+    };
+    floats.saturating_mul(size_of::<f32>())
+}
+
+/// Appends `new`, rotated by the values `angles` (cos and sin) if there are any, to the state `out`.
+fn append(k: &Kernels, frame: &mut Frame<'_>, new: u32, out: u32, angles: Option<[u32; 2]>) -> Done {
+    let new = new as usize;
+    let shape: [usize; 4] = frame.shapes[new].as_slice().try_into().map_err(|_| "a state needs 4 axes")?;
+    let vlmc_artifact::program::Place::State(i) = frame.function.values[out as usize].place else { return Err("not a state".into()) };
+    let mut state = std::mem::replace(&mut frame.states[i as usize], State::new(DType::F32));
+    let extend = |state: &mut State| {
+        state.append(k, frame.view(new)?.f32()?, shape)?;
+        if let Some([cos, sin]) = angles {
+            let [cos, sin] = [cos, sin].map(|v| frame.view(v as usize).and_then(View::f32));
+            state.rotate(k, cos?, sin?, shape);
+        }
+        Ok(())
+    };
+    let result = extend(&mut state);
+    frame.states[i as usize] = state;
     result
 }
 
-fn append(step: &Step, frame: &mut Frame<'_>) -> Done {
-    let new = step.args[0] as usize;
-    let shape: [usize; 4] = frame.shapes[new].as_slice().try_into().map_err(|_| "a state needs 4 axes")?;
-    let vlmc_artifact::program::Place::State(i) = frame.function.values[step.out as usize].place else { return Err("not a state".into()) };
-    let mut state = std::mem::take(&mut frame.states[i as usize]);
-    let result = frame.view(new).and_then(View::f32).and_then(|rows| state.append(rows, shape));
-    frame.states[i as usize] = state;
-    result
+fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> Done {
+    let out = step.outs[0] as usize;
+    let len: usize = f.shapes[out].iter().product();
+    let operand = |i: usize| f.view(step.args[i] as usize)?.f32();
+    let terms = [0, 1].map(|i| if f.same_slot(step.args[i] as usize, out) { Ok(Src::InPlace) } else { operand(i).map(Src::Slice) });
+    let [x, y] = terms;
+    let (eps, bias) = match step.kernel {
+        Kernel::AddLayerNorm { eps } => (eps, Some(operand(3)?)),
+        Kernel::AddRmsNorm { eps } => (eps, None),
+        _ => return Err("not a sum and its norm".into()),
+    };
+    let [sum, normed] = outs.map(|b| &mut bytemuck::cast_slice_mut::<u64, f32>(b)[..len]);
+    k.add_norm([x?, y?], operand(2)?, bias, eps as f32, sum, normed);
+    Ok(())
 }
 
 fn bad_index(e: BadIndex) -> String {
@@ -56,8 +105,8 @@ fn mask_strides(shape: &[usize]) -> Strides {
     strides
 }
 
-fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done {
-    let out = step.out as usize;
+fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch: &mut [u64]) -> Done {
+    let out = step.outs[0] as usize;
     let shape = f.shapes[out].as_slice();
     let len: usize = shape.iter().product();
     let arg = |i: usize| step.args[i] as usize;
@@ -91,13 +140,14 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
         };
     }
     match &step.kernel {
-        Kernel::Linear { dynamic } => {
+        Kernel::Linear { act, dynamic } => {
             let [n, kk] = [arg_shape(1)[0], arg_shape(1)[1]];
             let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
             let panels = Panels::new(data, n, kk).ok_or("a weight has the wrong length")?;
             let bias = (step.args.len() > 2).then(|| f32s(2)).transpose()?;
-            k.linear(f32s(0)?, &panels, bias, *dynamic, out!(f32));
+            k.linear(f32s(0)?, &panels, bias, *act, *dynamic, out!(f32));
         }
+        Kernel::Gated { act } => k.gated(*act, f32s(0)?, shape.last().copied().unwrap_or(1), out!(f32)),
         Kernel::Embedding => {
             let [n, width] = [arg_shape(0)[0], arg_shape(0)[1]];
             let View::Floats(data) = f.view(arg(0))? else { return Err("weights must be floats".into()) };
@@ -110,13 +160,18 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
             let (lead, last) = shape.split_at(shape.len() - 3);
             k.rotary(f32s(0)?, f32s(1)?, f32s(2)?, [lead.iter().product(), last[0], last[1], last[2]], out!(f32));
         }
-        Kernel::Attention { scale, mask } => {
+        Kernel::Attention { scale, mask } | Kernel::RotaryAttention { scale, mask } => {
             let (lead, last) = shape.split_at(shape.len() - 3);
-            let keys = arg_shape(1);
+            // Where keys and values are, which operand is the mask, and the angles.
+            let (stored, mask_at, rotary) = match step.outs[..] {
+                [_, keys, values] => ([keys as usize, values as usize], 5, Some([f32s(3)?, f32s(4)?])),
+                _ => ([arg(1), arg(2)], 3, None),
+            };
+            let keys = f.shapes[stored[0]].as_slice();
             let a = Attention {
                 q: f32s(0)?,
-                k: f.keys(arg(1))?,
-                v: f.keys(arg(2))?,
+                k: f.keys(stored[0])?,
+                v: f.keys(stored[1])?,
                 lead: lead.iter().product(),
                 heads: last[0],
                 kv_heads: keys[keys.len() - 3],
@@ -127,18 +182,19 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 scale: *scale as f32,
                 seen: match mask {
                     Mask::Full => Seen::All,
-                    Mask::Causal => Seen::Causal(i64s(3)?),
-                    Mask::Segments => Seen::Segments(i64s(3)?),
+                    Mask::Causal => Seen::Causal(i64s(mask_at)?),
+                    Mask::Segments => Seen::Segments(i64s(mask_at)?),
                     Mask::Given => {
-                        let strides = mask_strides(arg_shape(3));
-                        match f.view(arg(3))? {
+                        let strides = mask_strides(arg_shape(mask_at));
+                        match f.view(arg(mask_at))? {
                             View::Bool(mask) => Seen::Given(mask, strides),
-                            _ => Seen::Biased(f32s(3)?, strides),
+                            _ => Seen::Biased(f32s(mask_at)?, strides),
                         }
                     }
                 },
+                rotary,
             };
-            k.attention(&a, out!(f32));
+            k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }
         Kernel::TopK { k: count } => {
             let n = arg_shape(0).last().copied().unwrap_or(1);
@@ -154,9 +210,9 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                 Experts::new(data, e, n, kk).ok_or_else(|| "a weight has the wrong length".into())
             };
             let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act, dynamic: *dynamic };
-            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, out!(f32)).map_err(bad_index)?;
+            k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, bytemuck::cast_slice_mut(scratch), out!(f32)).map_err(bad_index)?;
         }
-        Kernel::Append => return Err("not a computation".into()),
+        Kernel::Append | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return Err("not a computation of one result".into()),
         Kernel::Unary { f: Unary::Not } => {
             let o = out!(u8);
             if !f.same_slot(arg(0), out) {
@@ -216,8 +272,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done 
                     (x + at * sa[axis], y + at * sb[axis])
                 })
             };
-            let bases: Vec<_> = (0..lead.iter().product()).map(base).collect();
-            k.matmul(f32s(0)?, f32s(1)?, &bases, [m, kk, n], out!(f32));
+            k.matmul(f32s(0)?, f32s(1)?, base, [m, kk, n], out!(f32));
         }
         Kernel::Transpose { perm } => {
             let from = moves::strides(arg_shape(0));
@@ -267,7 +322,7 @@ fn floor_div(a: i64, b: i64) -> i64 {
 }
 
 fn binary(k: &Kernels, function: Binary, step: &Step, f: &Frame<'_>, buffer: &mut [u64]) -> Done {
-    let out = step.out as usize;
+    let out = step.outs[0] as usize;
     let shape = f.shapes[out].as_slice();
     let len: usize = shape.iter().product();
     let (l, r) = (step.args[0] as usize, step.args[1] as usize);

@@ -1,7 +1,7 @@
 //! Pictures to squares: `VLMImageProcessor` of github.com/deepseek-ai/DeepSeek-VL, `DeepseekVLImageProcessor` and
 //! `DeepseekVLHybridImageProcessor` of transformers, on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Error, Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::{DeepseekVlProcessor, DeepseekVlView};
 
@@ -34,6 +34,15 @@ fn tensor(p: &DeepseekVlProcessor, view: &DeepseekVlView, picture: &Rgb) -> Resu
     let channel = |c: usize| picture.data().iter().skip(c).step_by(3).map(|v| usize::from(*v)).collect::<Vec<_>>();
     let values: Vec<f32> = (0..3).flat_map(|c| channel(c).into_iter().map(|v| table[c][v]).collect::<Vec<_>>()).collect();
     Tensor::new([1, 3, view.size, view.size], values)
+}
+
+/// See [`super::outline`].
+pub(super) fn outline(p: &DeepseekVlProcessor) -> Outline {
+    let shape = |view: &DeepseekVlView| vec![1, 3, view.size, view.size];
+    match &p.second {
+        None => Outline::new([("pixel_values", shape(&p.first))], p.tokens),
+        Some(view) => Outline::new([("pixel_values", shape(view)), ("high_res_pixel_values", shape(&p.first))], p.tokens),
+    }
 }
 
 /// `pixel_values`; where the model takes two sizes, those of the smaller, made from the larger, which are

@@ -1,6 +1,6 @@
 //! Pictures to tiles: `DeepseekVLV2Processor` of github.com/deepseek-ai/DeepSeek-VL2, on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Error, Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::{DeepseekVl2Processor, Resample};
 
@@ -52,11 +52,24 @@ fn pad(picture: &Rgb, [width, height]: [usize; 2], ground: [u8; 3]) -> Result<Rg
     Rgb::new(width, height, data).ok_or_else(|| Error::Input("a picture has no pixels".into()))
 }
 
+/// The size that a picture is cut at.
+fn resolution(p: &DeepseekVl2Processor, width: usize, height: usize, pictures: usize) -> [usize; 2] {
+    if crops(pictures) { best_resolution(p, width, height) } else { [p.tile_size; 2] }
+}
+
+/// See [`super::outline`].
+pub(super) fn outline(p: &DeepseekVl2Processor, width: usize, height: usize, pictures: usize) -> Outline {
+    let [across, down] = resolution(p, width, height, pictures).map(|side| side / p.tile_size);
+    let tokens = tokens(across, down, p.tile_side);
+    let images = vec![1, 1 + across * down, 3, p.tile_size, p.tile_size];
+    Outline::new([("images", images), ("images_spatial_crop", vec![1, 1, 2]), ("feature_positions", vec![tokens])], tokens)
+}
+
 /// `images f32[1, 1 + tiles, 3, tile_size, tile_size]`, the global view first, `images_spatial_crop i64[1, 1, 2]`, tiles across
 /// and down, and `feature_positions`.
 pub(super) fn image(p: &DeepseekVl2Processor, picture: &Rgb, pictures: usize) -> Result<Pixels> {
     let size = p.tile_size;
-    let best = if crops(pictures) { best_resolution(p, picture.width(), picture.height()) } else { [size; 2] };
+    let best = resolution(p, picture.width(), picture.height(), pictures);
     let ground = p.image_mean.map(|mean| (f64::from(mean) * 255.0) as u8);
     let table = channel_tables(1.0 / 255.0, p.image_mean, p.image_std);
     let mut values = vec![];

@@ -1,6 +1,6 @@
 //! Pictures to tiles: `MllamaImageProcessor` of transformers, on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::MllamaProcessor;
 
@@ -33,6 +33,13 @@ fn fit(height: usize, width: usize, [canvas_height, canvas_width]: [usize; 2], t
     let (scale_h, scale_w) = (target[0] as f64 / height as f64, target[1] as f64 / width as f64);
     let scaled = |length: usize, scale: f64, most: usize| ((length as f64 * scale).floor() as usize).max(1).min(most);
     if scale_w < scale_h { [scaled(height, scale_w, target[0]), target[1]] } else { [target[0], scaled(width, scale_h, target[1])] }
+}
+
+/// See [`super::outline`].
+pub(super) fn outline(p: &MllamaProcessor) -> Outline {
+    let (tile, tiles) = (p.tile_size, p.max_image_tiles);
+    let inputs = [("pixel_values", vec![1, tiles, 3, tile, tile]), ("aspect_ratio_ids", vec![1]), ("aspect_ratio_mask", vec![1, tiles])];
+    Outline::new(inputs, 1)
 }
 
 /// `pixel_values f32[1, max_image_tiles, 3, tile_size, tile_size]`, `aspect_ratio_ids i64[1]` and `aspect_ratio_mask i64[1,

@@ -10,6 +10,7 @@ mod standard;
 pub use qwen2_vl::smart_resize;
 
 use crate::{Error, Result, forward::Tensors, image::Rgb, prompt::Clip};
+use std::collections::BTreeMap;
 use vlmc_artifact::Processor;
 
 /// A picture or video as the model takes it.
@@ -43,6 +44,39 @@ pub fn image_among(p: &Processor, picture: &Rgb, pictures: usize) -> Result<Pixe
         Processor::Mllama(p) => mllama::image(p, picture),
         Processor::Standard(p) => standard::image(p, picture),
         Processor::Naflex(p) => naflex::image(p, picture),
+    }
+}
+
+/// What a picture becomes, without its pixels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outline {
+    /// Shapes of [`Pixels::inputs`].
+    pub inputs: BTreeMap<String, Vec<usize>>,
+    /// Tokens that it takes in a prompt.
+    pub tokens: usize,
+}
+
+impl Outline {
+    fn new<const N: usize>(inputs: [(&str, Vec<usize>); N], tokens: usize) -> Self {
+        Self { inputs: inputs.map(|(name, shape)| (name.into(), shape)).into(), tokens }
+    }
+}
+
+/// The outline of a picture of that size among `pictures`.
+///
+/// # Errors
+/// As [`image`].
+pub fn outline(p: &Processor, width: usize, height: usize, pictures: usize) -> Result<Outline> {
+    if width == 0 || height == 0 {
+        return Err(Error::Input(format!("a picture of {width}x{height} has no pixels")));
+    }
+    match p {
+        Processor::DeepseekVl(p) => Ok(deepseek_vl::outline(p)),
+        Processor::DeepseekVl2(p) => Ok(deepseek_vl2::outline(p, width, height, pictures)),
+        Processor::Qwen2Vl(p) => qwen2_vl::outline(p, width, height),
+        Processor::Mllama(p) => Ok(mllama::outline(p)),
+        Processor::Standard(p) => standard::outline(p, width, height),
+        Processor::Naflex(p) => Ok(naflex::outline(p, width, height)),
     }
 }
 

@@ -1,8 +1,16 @@
 //! Pictures to patches at their own aspect ratio: `Siglip2ImageProcessor` of transformers, on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::NaflexProcessor;
+
+/// See [`super::outline`].
+pub(super) fn outline(p: &NaflexProcessor, width: usize, height: usize) -> Outline {
+    let (rows, columns) = grid(height, width, p.patch_size, p.max_num_patches);
+    let padded = p.max_num_patches.max(rows * columns);
+    let pixels = vec![1, padded, p.patch_size * p.patch_size * 3];
+    Outline::new([("pixel_values", pixels), ("pixel_attention_mask", vec![1, padded]), ("spatial_shapes", vec![1, 2])], 0)
+}
 
 /// `pixel_values f32[1, max_num_patches, patch_size² * 3]` (row, column, channel of a patch; zeros after the last patch),
 /// `pixel_attention_mask i64[1, max_num_patches]` and `spatial_shapes i64[1, 2]`: rows and columns of patches.

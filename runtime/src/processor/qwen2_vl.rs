@@ -1,6 +1,6 @@
 //! Pictures to patches: `Qwen2VLImageProcessor` of transformers, on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Error, Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::Qwen2VlProcessor;
 
@@ -55,6 +55,15 @@ fn resize_clip(frames: usize, height: usize, width: usize, p: &Qwen2VlProcessor)
     } else {
         (h_bar, w_bar)
     })
+}
+
+/// See [`super::outline`].
+pub(super) fn outline(p: &Qwen2VlProcessor, width: usize, height: usize) -> Result<Outline> {
+    let (height, width) = smart_resize(height, width, p.patch_size * p.merge_size, p.min_pixels, p.max_pixels)?;
+    let patches = (height / p.patch_size) * (width / p.patch_size);
+    let pixels = vec![patches, 3 * p.temporal_patch_size * p.patch_size * p.patch_size];
+    let tokens = patches / (p.merge_size * p.merge_size);
+    Ok(Outline::new([("pixel_values", pixels), ("image_grid_thw", vec![1, 3])], tokens))
 }
 
 /// Patches of a picture, which stands for `temporal_patch_size` equal frames.

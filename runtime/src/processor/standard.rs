@@ -1,6 +1,6 @@
 //! Pictures of one size: resize, crop, normalise, as the image processors of transformers and torchvision do it on Pillow.
 
-use super::{Pixels, channel_tables};
+use super::{Outline, Pixels, channel_tables};
 use crate::{Error, Result, Tensor, image::Rgb, prompt::Clip, resize::resize};
 use vlmc_artifact::{CenterCrop, Resize, StandardProcessor};
 
@@ -9,18 +9,8 @@ const MAX_PIXELS: usize = 1 << 28;
 
 /// `pixel_values f32[1, 3, height, width]`.
 pub(super) fn image(p: &StandardProcessor, picture: &Rgb) -> Result<Pixels> {
-    let resized = match p.resize {
-        None => picture.clone(),
-        Some(to) => {
-            let (height, width) = size(to, picture);
-            if height.saturating_mul(width) > MAX_PIXELS {
-                let (w, h) = (picture.width(), picture.height());
-                return Err(Error::Input(format!("a picture of {w}x{h} is too narrow: it would become one of {width}x{height}")));
-            }
-            resize(picture, width, height, p.resample)
-        }
-    };
-    let (height, width) = (resized.height(), resized.width());
+    let (height, width) = size(p.resize, picture.width(), picture.height())?;
+    let resized = if p.resize.is_some() { resize(picture, width, height, p.resample) } else { picture.clone() };
     let whole = CenterCrop { height, width, nearest_even: false };
     let crop = p.crop.unwrap_or(whole);
     let (top, left) = (offset(height, crop.height, crop.nearest_even), offset(width, crop.width, crop.nearest_even));
@@ -40,16 +30,27 @@ pub(super) fn image(p: &StandardProcessor, picture: &Rgb) -> Result<Pixels> {
     Ok(Pixels { inputs: [("pixel_values".into(), pixels)].into(), tokens: p.tokens, clip: Clip::picture([1, 1, p.tokens as i64]) })
 }
 
+/// See [`super::outline`].
+pub(super) fn outline(p: &StandardProcessor, width: usize, height: usize) -> Result<Outline> {
+    let (height, width) = size(p.resize, width, height)?;
+    let (height, width) = p.crop.map_or((height, width), |c| (c.height, c.width));
+    Ok(Outline::new([("pixel_values", vec![1, 3, height, width])], p.tokens))
+}
+
 /// Height and width after the resize.
-fn size(to: Resize, picture: &Rgb) -> (usize, usize) {
-    let (h, w) = (picture.height(), picture.width());
+fn size(to: Option<Resize>, w: usize, h: usize) -> Result<(usize, usize)> {
     // A product of integers, divided in f64 and truncated.
     let long = |edge: usize, long: usize, short: usize| (edge.saturating_mul(long) as f64 / short as f64) as usize;
-    match to {
-        Resize::Exact { height, width } => (height, width),
-        Resize::ShortestEdge { edge } if h <= w => (edge, long(edge, w, h)),
-        Resize::ShortestEdge { edge } => (long(edge, h, w), edge),
+    let (height, width) = match to {
+        None => return Ok((h, w)),
+        Some(Resize::Exact { height, width }) => (height, width),
+        Some(Resize::ShortestEdge { edge }) if h <= w => (edge, long(edge, w, h)),
+        Some(Resize::ShortestEdge { edge }) => (long(edge, h, w), edge),
+    };
+    if height.saturating_mul(width) > MAX_PIXELS {
+        return Err(Error::Input(format!("a picture of {w}x{h} is too narrow: it would become one of {width}x{height}")));
     }
+    Ok((height, width))
 }
 
 /// First row or column of the middle `to` of `from`; negative if there are fewer.
@@ -71,9 +72,9 @@ mod tests {
 
     #[test]
     fn the_long_side_is_rounded_down() {
-        let picture = |w, h| Rgb::new(w, h, vec![0; w * h * 3]).unwrap();
-        assert_eq!(size(Resize::ShortestEdge { edge: 10 }, &picture(7, 5)), (10, 14));
-        assert_eq!(size(Resize::ShortestEdge { edge: 10 }, &picture(3, 5)), (16, 10));
-        assert_eq!(size(Resize::Exact { height: 4, width: 6 }, &picture(3, 5)), (4, 6));
+        assert_eq!(size(Some(Resize::ShortestEdge { edge: 10 }), 7, 5).unwrap(), (10, 14));
+        assert_eq!(size(Some(Resize::ShortestEdge { edge: 10 }), 3, 5).unwrap(), (16, 10));
+        assert_eq!(size(Some(Resize::Exact { height: 4, width: 6 }), 3, 5).unwrap(), (4, 6));
+        assert!(size(Some(Resize::ShortestEdge { edge: 1 << 15 }), 1, 5).is_err());
     }
 }
