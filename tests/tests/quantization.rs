@@ -1,4 +1,5 @@
 //! What quantization costs: answers of the trained model, and logits of random ones, which are the worst case.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::path::Path;
 use vlmc::{

@@ -8,7 +8,11 @@ use crate::{
     verify::{Request, array},
 };
 use ndarray::{ArrayD, IxDyn};
-use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, VecDeque},
+    rc::Rc,
+};
 use vlmc_ir::{Bindings, interp::Array};
 use vlmc_runtime::{Engine, Pipeline, Scored, Tensor, Tensors, artifact::Manifest, binding, forward};
 
@@ -67,7 +71,7 @@ struct Call {
 /// Knows the results of some calls, in order, and keeps the first whose results it does not know.
 struct Replay {
     manifest: Manifest,
-    known: std::vec::IntoIter<Vec<Tensor>>,
+    known: VecDeque<Vec<Tensor>>,
     unknown: Rc<RefCell<Option<Call>>>,
 }
 
@@ -77,7 +81,7 @@ impl Engine for Replay {
     }
 
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> vlmc_runtime::Result<Vec<Tensor>> {
-        if let Some(outputs) = self.known.next() {
+        if let Some(outputs) = self.known.pop_front() {
             return Ok(outputs);
         }
         let inputs = inputs.iter().map(|(n, t)| (n.to_string(), (*t).clone())).collect();
@@ -97,7 +101,7 @@ impl Engine for Replay {
 /// The first entry that has to be run after those of `known` results; `None` if the request is done.
 fn next_call(manifest: &Manifest, request: &Tensors, known: &[Vec<Tensor>]) -> vlmc_runtime::Result<Option<Call>> {
     let unknown = Rc::new(RefCell::new(None));
-    let mut engine = Replay { manifest: manifest.clone(), known: known.to_vec().into_iter(), unknown: unknown.clone() };
+    let mut engine = Replay { manifest: manifest.clone(), known: known.iter().cloned().collect(), unknown: unknown.clone() };
     let done = if manifest.task.prompt().is_some() {
         Pipeline::new(Box::new(engine)).and_then(|mut pipeline| {
             let features = pipeline.features(request)?;

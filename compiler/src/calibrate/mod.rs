@@ -132,8 +132,8 @@ impl Model {
             interp::weight(def, &source)
         };
         interpret(&self, target, &program, task, requests, &mut |graph, run| {
-            let layers = Layers { program: &program, graph, choices: &choices, findings: &findings, load: &load, inputs: None, progress };
-            let mut layers = layers;
+            let mut layers =
+                Layers { program: &program, graph, choices: &choices, findings: &findings, load: &load, inputs: None, progress };
             run(&mut layers)
         })?;
         let Findings { found, report, folds, .. } = findings.into_inner();

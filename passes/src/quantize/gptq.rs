@@ -251,7 +251,7 @@ mod tests {
                 assert!((product - h[i * k + j]).abs() < 1e-4 * h[i * k + i].max(h[j * k + j]), "{i} {j}");
             }
         }
-        assert!(!cholesky(&mut vec![-1.0; 4], 2));
+        assert!(!cholesky(&mut [-1.0; 4], 2));
     }
 
     /// Fewer inputs than columns, inputs of one direction, numbers that are none: codes all the same.

@@ -206,7 +206,7 @@ mod tests {
 
     /// Inputs of which every ninth column is large, as those of transformers are.
     fn inputs() -> Vec<f32> {
-        noise(200 * K, 2).iter().enumerate().map(|(i, v)| if i % K % 9 == 0 { v * 30.0 } else { *v }).collect()
+        noise(200 * K, 2).iter().enumerate().map(|(i, v)| if (i % K).is_multiple_of(9) { v * 30.0 } else { *v }).collect()
     }
 
     #[test]
