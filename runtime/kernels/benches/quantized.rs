@@ -35,9 +35,9 @@ fn main() {
             let kernels = Kernels::new(threads);
             let x: Vec<f32> = (0..512 * k).map(|i| (i % 127) as f32 / 127.0 - 0.5).collect();
             let mut out = vec![0.0; 512 * n];
-            let pass = median(|| (0..copies).for_each(|i| kernels.linear(&x[..k], &matrix(i), None, dynamic, &mut out[..n])));
+            let pass = median(|| (0..copies).for_each(|i| kernels.linear(&x[..k], &matrix(i), None, None, dynamic, &mut out[..n])));
             let rows = [16, 512].map(|m| {
-                let seconds = median(|| kernels.linear(&x[..m * k], &matrix(0), None, dynamic, &mut out[..m * n]));
+                let seconds = median(|| kernels.linear(&x[..m * k], &matrix(0), None, None, dynamic, &mut out[..m * n]));
                 2e-9 * (m * n * k) as f64 / seconds
             });
             println!(
