@@ -116,14 +116,15 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         .iter()
         .map(|graph| {
             rewrite(graph, |g, node, args| {
-                let Op::Linear(linear) = &node.op else { return None };
-                let Def::Weight(name) = graph.def(node.args[1]) else { return None };
-                let dynamic = choice(name)?.dynamic;
-                (dynamic != linear.dynamic).then(|| {
-                    let mut linear = linear.clone();
-                    linear.dynamic = dynamic;
-                    g.apply_op(linear.into(), args)
-                })
+                let choice_of = |v: ValueId| if let Def::Weight(name) = graph.def(v) { choice(name) } else { None };
+                let mut op = node.op.clone();
+                match &mut op {
+                    Op::Linear(linear) => linear.dynamic = choice_of(node.args[1])?.dynamic,
+                    // Gate, up and down read rounded rows together or not at all.
+                    Op::Moe(moe) => moe.dynamic = node.args[3..].iter().all(|v| choice_of(*v).is_some_and(|c| c.dynamic)),
+                    _ => return None,
+                }
+                (op != node.op).then(|| g.apply_op(op, args))
             })
         })
         .collect::<Result<_, _>>()?;

@@ -9,7 +9,7 @@ pub const MANIFEST: &str = "manifest.json";
 /// File name of the compiled program of a `cpu` artifact.
 pub const PROGRAM: &str = "program.json";
 /// Artifact format that this version reads and writes.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Key of a weight file's safetensors `__metadata__` that holds the SHA-256 (hex) of its data section.
 pub const DATA_SHA256: &str = "data_sha256";
 
