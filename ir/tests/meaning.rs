@@ -260,7 +260,7 @@ fn values_without_meaning() {
 /// A linear layer of quantized weights with dynamic activations: steps of 1/127 of each group's largest number.
 #[test]
 fn dynamic_linear_rounds_its_operand() {
-    let op = Op::from(Linear { dynamic: true });
+    let op = Op::from(Linear { dynamic: true, act: None });
     let types = [Type::new(DType::F32, [1, 40]), Type::new("int4g32".parse().unwrap(), [1, 40])];
     // The second group has 8 columns, and the largest of them is 254: steps of 2, halves to even.
     let numbers = [(0, 127.0), (1, 1.4), (2, -0.6), (32, 254.0), (33, 1.0), (34, 3.0), (35, -3.0)];
