@@ -133,7 +133,7 @@ mod tests {
             chosen.values().map(|s| s.to_string()).collect::<Vec<_>>()
         };
         assert_eq!(names(4.2), ["int4g128", "int4g128", "int4g128"]);
-        assert_eq!(names(4.3), ["int4g32", "int4g128", "int4g128"]);
+        assert_eq!(names(4.3), ["int4g128", "int4g128", "int4g32"]);
         assert_eq!(names(5.6), ["int4g32", "int4g128", "int8"]);
         assert_eq!(names(9.0), ["int8", "int8", "int8"]);
         let error = choose(&report, shape, 3.0).unwrap_err().to_string();
