@@ -599,8 +599,8 @@ mod tests {
                     let (sin, cos): (Vec<f32>, Vec<f32>) = (0..lead * s * d / 2).map(|i| (i as f32).sin_cos()).unzip();
                     let (mut turned, mut before, mut within) = (vec![0.0; q.len()], vec![f32::NAN; out.len()], vec![f32::NAN; out.len()]);
                     k.rotary(&q, &cos, &sin, [lead, heads, s, d], &mut turned);
-                    k.attention(&Attention { q: &turned, ..a }, &mut before);
-                    k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut within);
+                    k.attention(&Attention { q: &turned, ..a }, &mut scratch, &mut before);
+                    k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut scratch, &mut within);
                     prop_assert_eq!(before, within);
                 }
             }

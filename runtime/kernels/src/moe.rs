@@ -128,7 +128,7 @@ impl Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Isa, pack_panels};
+    use crate::{Isa, Src, pack_panels};
     use vlmc_artifact::{
         Scheme,
         quant::{self, Codes, Method},

@@ -277,11 +277,14 @@ mod tests {
         }
 
         #[test]
-        fn written_parts_and_the_rest_are_apart(a in 0usize..20, b in 0usize..20, c in 0usize..20, d in 0usize..20) {
+        fn written_parts_and_the_rest_are_apart(ends in proptest::array::uniform6(0usize..20)) {
             let mut words: Vec<u64> = (0..16).collect();
-            let ranges = [a.min(b)..a.max(b), c.min(d)..c.max(d)];
+            let ranges: [Range<usize>; WRITTEN] = std::array::from_fn(|i| {
+                let [a, b] = [ends[2 * i], ends[2 * i + 1]];
+                a.min(b)..a.max(b)
+            });
             let overlap = |x: &Range<usize>, y: &Range<usize>| x.start.max(y.start) < x.end.min(y.end);
-            let good = ranges.iter().all(|r| r.is_empty() || r.end <= 16) && !overlap(&ranges[0], &ranges[1]);
+            let good = ranges.iter().all(|r| r.is_empty() || r.end <= 16) && [(0, 1), (0, 2), (1, 2)].iter().all(|(i, j)| !overlap(&ranges[*i], &ranges[*j]));
             match split(&mut words, ranges.clone()) {
                 Err(_) => prop_assert!(!good),
                 Ok((rest, written)) => {

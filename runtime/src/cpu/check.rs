@@ -516,9 +516,8 @@ mod tests {
             inputs: vec![NamedValue { name: "x".into(), value: 0 }],
             outputs: vec![NamedValue { name: "y".into(), value: 2 }],
             states: vec![],
-            slots: vec![4096.into()],
             values: vec![value(x, Place::Input(0)), value(w, Place::Weight(0)), value(out, Place::Slot(0))],
-            steps: vec![Step { kernel, args, out: 2, scope: String::new() }],
+            steps: vec![Step { kernel, args, outs: vec![2], scope: String::new() }],
         };
         let p = Program { symbols: vec![], weights: vec![weight], functions: vec![function] };
         program(&p)?;
@@ -527,8 +526,9 @@ mod tests {
 
     #[test]
     fn quantized_weights_are_only_where_kernels_take_them() {
-        let linear =
-            |dynamic, w, layout| with_weight(Kernel::Linear { dynamic }, [("f32", &[3, 40]), (w, &[20, 40]), ("f32", &[3, 20])], layout);
+        let linear = |dynamic, w, layout| {
+            with_weight(Kernel::Linear { dynamic, act: None }, [("f32", &[3, 40]), (w, &[20, 40]), ("f32", &[3, 20])], layout)
+        };
         assert_eq!(linear(true, "int4g32", Layout::Panel16), Ok(()));
         assert_eq!(linear(false, "int8", Layout::Panel16), Ok(()));
         assert_eq!(linear(false, "bf16", Layout::Panel16), Ok(()));
