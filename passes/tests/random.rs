@@ -59,7 +59,7 @@ fn attention<'g>(g: &'g Builder<'g>, w: W<'g>, pool: &mut Pool<'g>, x: Val<'g>, 
     let v = g.split_heads(project(x, "v_proj", 4 * kv_heads), kv_heads);
     let (q, k) = if on(3) { (g.rms_norm(q, w / "q_norm", 1e-6), k) } else { (q, k) };
     let (q, k) = if on(4) { (q, k) } else { (g.rotary(q, pool.rope), g.rotary(k, pool.rope)) };
-    let q = if variant % 7 == 0 { q * 0.5 } else { q };
+    let q = if variant.is_multiple_of(7) { q * 0.5 } else { q };
     let (k, v, kind, mask) = match variant % 3 {
         0 => {
             let append = |kind: &str, new: Val<'g>| {
@@ -89,12 +89,12 @@ fn step<'g>(g: &'g Builder<'g>, w: W<'g>, pool: &mut Pool<'g>, kind: u8, pick: u
         5 => g.linear(g.unary(act, g.linear_bias(x, w / "fc1", 12)), w / "fc2", WIDTH),
         6 => {
             let h = g.linear(x, w / "fc", WIDTH);
-            if variant % 4 == 0 { g.unary(act, h) + h } else { g.unary(act, h) }
+            if variant.is_multiple_of(4) { g.unary(act, h) + h } else { g.unary(act, h) }
         }
         7 => {
             let gate = g.linear(x, w / "gate_proj", 12);
-            let up = g.linear(if variant % 8 == 0 { y } else { x }, w / "up_proj", 12);
-            g.linear(if variant % 2 == 0 { g.unary(act, gate) * up } else { up * g.unary(act, gate) }, w / "down_proj", WIDTH)
+            let up = g.linear(if variant.is_multiple_of(8) { y } else { x }, w / "up_proj", 12);
+            g.linear(if variant.is_multiple_of(2) { g.unary(act, gate) * up } else { up * g.unary(act, gate) }, w / "down_proj", WIDTH)
         }
         8..=10 => attention(g, w, pool, x, y, variant),
         11 => g.concat(&[g.slice(x, 2, 3, 5), g.slice(y, 2, 0, 3)], 2),

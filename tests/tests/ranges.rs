@@ -1,4 +1,5 @@
 //! Where f16 would overflow: a tower with large numbers in its residual stream.
+#![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use half::bf16;
 use safetensors::{SafeTensors, serialize, tensor::TensorView};

@@ -52,6 +52,9 @@ struct Part {
     life: RangeInclusive<usize>,
 }
 
+/// What parts are sorted by before they are placed.
+type Order = fn(&Part) -> (Reverse<usize>, usize);
+
 /// Places parts in their order, each as low as it can lie beside those that are in use at the same time. Returns the words of each.
 fn place(parts: &[Part]) -> HashMap<usize, Range<usize>> {
     // Those that have a place, by where it is.
@@ -107,7 +110,7 @@ impl Places {
         });
         let largest = alive.max().unwrap_or(0) as usize;
         // The largest first is nearly always perfect. Where it is not, those first that are large for long often are.
-        let orders: [fn(&Part) -> (Reverse<usize>, usize); 2] =
+        let orders: [Order; 2] =
             [|p| (Reverse(p.words), *p.life.start()), |p| (Reverse(p.words * (p.life.end() - p.life.start() + 1)), *p.life.start())];
         let (mut words, mut placed) = (usize::MAX, HashMap::new());
         for order in orders {
@@ -263,9 +266,9 @@ mod tests {
             let lives = lives(&spans);
             sizes.extend((0..lives.steps).map(|step| step % 3 * 100));
             let places = Places::new(&lives, sizes.clone()).unwrap();
-            for a in 0..sizes.len() {
+            for (a, size) in sizes.iter().enumerate() {
                 let (range, life) = (places.parts[a].clone(), lives.of(a).unwrap());
-                prop_assert!(range.len() * WORD >= sizes[a] && range.start * WORD % ALIGN == 0 && range.end <= places.words);
+                prop_assert!(range.len() * WORD >= *size && (range.start * WORD).is_multiple_of(ALIGN) && range.end <= places.words);
                 for b in 0..a {
                     let (other, at) = (&places.parts[b], lives.of(b).unwrap());
                     let together = life.start() <= at.end() && at.start() <= life.end();
