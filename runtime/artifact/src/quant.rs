@@ -249,42 +249,47 @@ pub fn pack_panels(rows: &Codes, k: usize, scheme: Scheme) -> Vec<u8> {
 }
 
 /// Candidates of [`Method::Search`]: codes that the largest number of a group gets, of 8. Smaller ones spend range on it;
-/// larger ones cut it off.
-const PEAKS: [f32; 12] = [6.6, 7.0, 7.3, 7.6, 7.9, 8.2, 8.5, 8.8, 9.2, 9.7, 10.3, 11.0];
+/// larger ones cut it off. The lowest code has one more step than the highest, so it gets codes of either sign.
+const PEAKS: [f32; LANES] = [-6.8, -7.2, -7.6, -8.0, -8.4, -8.9, -9.5, -10.4, 6.8, 7.2, 7.6, 8.0, 8.4, 8.9, 9.5, 10.4];
 /// The same for ranges with a zero point: the part of the range that is kept.
 const SHRINKS: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7];
 
 const LANES: usize = 16;
 
-/// Sums over a group in a fixed order, so that every machine chooses alike.
+/// Sums of `f(x)` and `g(x)` over a group, in a fixed order, so that every machine chooses alike; in lanes, so that compilers
+/// vectorise it.
 #[inline(always)]
-fn sums<const S: usize>(x: &[f32], mut each: impl FnMut(f32) -> [f32; S]) -> [f32; S] {
-    let mut lanes = [[0f32; LANES]; S];
+fn sums(x: &[f32], f: impl Fn(f32) -> (f32, f32)) -> (f32, f32) {
+    let (mut a, mut b) = ([0f32; LANES], [0f32; LANES]);
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
-        for (i, v) in chunk.iter().enumerate() {
-            let parts = each(*v);
-            for s in 0..S {
-                lanes[s][i] += parts[s];
-            }
+        for i in 0..LANES {
+            let (p, q) = f(chunk[i]);
+            a[i] += p;
+            b[i] += q;
         }
     }
     for (i, v) in rest.iter().enumerate() {
-        let parts = each(*v);
-        for s in 0..S {
-            lanes[s][i] += parts[s];
-        }
+        let (p, q) = f(*v);
+        a[i] += p;
+        b[i] += q;
     }
     let mut width = LANES / 2;
     while width > 0 {
-        for lanes in &mut lanes {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
+        for i in 0..width {
+            a[i] += a[i + width];
+            b[i] += b[i + width];
         }
         width /= 2;
     }
-    std::array::from_fn(|s| lanes[s][0])
+    (a[0], b[0])
+}
+
+/// `v` within bounds, as one instruction for each; not-a-number stays one.
+#[inline(always)]
+fn bounded(v: f32, low: f32, high: f32) -> f32 {
+    let v = if v < low { low } else { v };
+    if v > high { high } else { v }
 }
 
 /// To the nearest integer, ties to even, for numbers below 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
@@ -314,17 +319,28 @@ pub fn choose_scale(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
 /// The code nearest to `x`, where `inverse` is 1 / scale, or 0 if the scale is 0.
 #[inline(always)]
 pub fn code_of(x: f32, inverse: f32, zero: u8, scheme: Scheme) -> u8 {
-    (round((x * inverse).clamp(-512.0, 512.0)) + f32::from(zero)).clamp(0.0, f32::from(scheme.max_code())) as u8
+    bounded(round(bounded(x * inverse, -512.0, 512.0)) + f32::from(zero), 0.0, f32::from(scheme.max_code())) as u8
+}
+
+/// The lowest and the highest number, 0 among them.
+#[inline(always)]
+fn range(x: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            low[i] = if chunk[i] < low[i] { chunk[i] } else { low[i] };
+            high[i] = if chunk[i] > high[i] { chunk[i] } else { high[i] };
+        }
+    }
+    let all = |lanes: [f32; LANES], f: fn(f32, f32) -> f32| lanes.iter().chain(rest).copied().fold(0.0, f);
+    (all(low, f32::min), all(high, f32::max))
 }
 
 /// The number of largest size, with its sign.
 #[inline(always)]
 fn peak(x: &[f32]) -> f32 {
-    let (mut low, mut high) = (0f32, 0f32);
-    for v in x {
-        low = low.min(*v);
-        high = high.max(*v);
-    }
+    let (low, high) = range(x);
     let peak = if -low > high { low } else { high };
     if peak.is_finite() { peak } else { f32::MAX.copysign(peak) }
 }
@@ -340,20 +356,22 @@ fn symmetric(x: &[f32], scheme: Scheme, method: Method) -> f32 {
     if method == Method::Round || scheme.bits == 8 {
         return plain;
     }
-    // The lowest code has one more step than the highest: a scale of either sign puts the peak on either side.
+    // A lane for each candidate, so that nothing is summed across lanes.
+    let inverse = PEAKS.map(|code| code * (middle / 8.0) / peak);
+    let (mut xy, mut yy) = ([0f32; LANES], [0f32; LANES]);
+    for v in x {
+        for i in 0..LANES {
+            let y = bounded(round(v * inverse[i]), -middle, middle - 1.0);
+            xy[i] += v * y;
+            yy[i] += y * y;
+        }
+    }
+    // The codes' best scale is xy / yy, and leaves the error xx - xy² / yy (llama.cpp, `make_qx_quants`).
     let mut best = (f32::NEG_INFINITY, plain);
-    for sign in [-1.0f32, 1.0] {
-        for code in PEAKS {
-            let inverse = sign * code / peak;
-            // The codes' best scale is xy / yy, and leaves the error xx - xy² / yy (llama.cpp, `make_qx_quants`).
-            let [xy, yy] = sums(x, |v| {
-                let y = round(v * inverse).clamp(-middle, middle - 1.0);
-                [v * y, y * y]
-            });
-            let gain = if yy > 0.0 { xy * xy / yy } else { 0.0 };
-            if gain > best.0 {
-                best = (gain, xy / yy);
-            }
+    for (xy, yy) in xy.iter().zip(yy) {
+        let gain = if yy > 0.0 { xy * xy / yy } else { 0.0 };
+        if gain > best.0 {
+            best = (gain, xy / yy);
         }
     }
     scheme.keep(best.1)
@@ -361,11 +379,7 @@ fn symmetric(x: &[f32], scheme: Scheme, method: Method) -> f32 {
 
 #[inline(always)]
 fn asymmetric(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
-    let (mut low, mut high) = (0f32, 0f32);
-    for v in x {
-        low = low.min(*v);
-        high = high.max(*v);
-    }
+    let (low, high) = range(x);
     let top = f32::from(scheme.max_code());
     let at = |shrink: f32| {
         let scale = scheme.keep(((high - low).min(f32::MAX) * shrink) / top);
@@ -379,13 +393,13 @@ fn asymmetric(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
     let mut best = (f32::INFINITY, plain, zero);
     for shrink in SHRINKS {
         let (_, inverse, zero) = at(shrink);
-        let code = |v: f32| (round((v * inverse).clamp(-512.0, 512.0)) + zero).clamp(0.0, top) - zero;
-        let [xy, yy] = sums(x, |v| [v * code(v), code(v) * code(v)]);
+        let code = |v: f32| bounded(round(bounded(v * inverse, -512.0, 512.0)) + zero, 0.0, top) - zero;
+        let (xy, yy) = sums(x, |v| (v * code(v), code(v) * code(v)));
         if yy == 0.0 {
             continue;
         }
         let scale = scheme.keep(xy / yy);
-        let [error] = sums(x, |v| [(v - scale * code(v)) * (v - scale * code(v))]);
+        let (error, _) = sums(x, |v| ((v - scale * code(v)) * (v - scale * code(v)), 0.0));
         if error < best.0 {
             best = (error, scale, zero);
         }
