@@ -38,26 +38,31 @@ impl Scheme {
     pub const INT4: Self = Self { bits: 4, group: Some(32), zero_points: false };
 
     /// Columns that share a scale, in rows of `k`.
+    #[inline]
     pub fn group_len(self, k: usize) -> usize {
         self.group.map_or(k, usize::from).max(1)
     }
 
     /// Scales of a row of `k` columns.
+    #[inline]
     pub fn groups(self, k: usize) -> usize {
         k.div_ceil(self.group_len(k))
     }
 
     /// The code that stands for 0 where there are no zero points.
+    #[inline]
     pub fn middle(self) -> u8 {
         1 << (self.bits - 1)
     }
 
     /// Largest code.
+    #[inline]
     pub fn max_code(self) -> u8 {
         (((1u16 << self.bits) - 1) & 0xff) as u8
     }
 
     /// Bytes of a scale: `f16` for groups, `f32` for whole rows, of which there are few.
+    #[inline]
     pub fn scale_bytes(self) -> usize {
         if self.group.is_some() { 2 } else { 4 }
     }
@@ -197,11 +202,13 @@ impl Codes {
 }
 
 /// Columns of a block of codes in a panel: 4 bytes of a row, 8 columns at 4 bits and 4 at 8 bits.
+#[inline]
 pub fn block_len(scheme: Scheme) -> usize {
     32 / usize::from(scheme.bits)
 }
 
 /// Bytes of a panel of 16 rows of `k` columns, see [`crate::program::Layout::Panel16`]; `None` if that is no number.
+#[inline]
 pub fn panel_bytes(scheme: Scheme, k: usize) -> Option<usize> {
     let len = scheme.group_len(k);
     let head = PANEL * (scheme.scale_bytes() + usize::from(scheme.zero_points));

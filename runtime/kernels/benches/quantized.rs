@@ -1,5 +1,5 @@
 //! Products with quantized weights of a shape of Qwen2-VL-2B: one row over more weights than caches hold, and many rows:
-//! `cargo bench -p vlmc-kernels --bench quantized`.
+//! `cargo bench -p vlmc-kernels --bench quantized`, of some schemes only with `-- int4g32`.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::time::Instant;
@@ -20,11 +20,15 @@ fn median(mut f: impl FnMut()) -> f64 {
 
 fn main() {
     let (n, k) = (1536, 8960);
+    let only: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     println!("{:?}", Kernels::new(1).isa());
     println!("{:>8} {:>7} {:>7} | {:>9} | {:>12} {:>12}", "scheme", "dynamic", "threads", "m=1 GB/s", "m=16 GOP/s", "m=512 GOP/s");
     for (name, dynamic) in [("int4g32", true), ("int4g32z", true), ("int4g128", true), ("int8", true), ("int4g32", false), ("int8", false)]
     {
+        if !only.is_empty() && !only.iter().any(|o| o == name) {
+            continue;
+        }
         let scheme: Scheme = name.parse().expect("a scheme");
         let bytes = n / 16 * panel_bytes(scheme, k).expect("a size");
         let copies = (900 << 20) / bytes;

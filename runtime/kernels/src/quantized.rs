@@ -56,25 +56,30 @@ impl Grid {
     }
 
     /// Columns of a segment that is not the last of its row.
+    #[inline(always)]
     fn segment_len(self) -> usize {
         self.scheme.group_len(self.k).min(BLOCK)
     }
 
+    #[inline(always)]
     fn segments(self) -> usize {
         self.k.div_ceil(self.segment_len())
     }
 
+    #[inline(always)]
     fn columns(self, segment: usize) -> Range<usize> {
         let start = segment * self.segment_len();
         start..self.k.min(start + self.segment_len())
     }
 
     /// Blocks of at most [`BLOCK`] columns, as ranges of segments.
+    #[inline(always)]
     fn blocks(self) -> impl Iterator<Item = Range<usize>> {
         let (n, step) = (self.segments(), (BLOCK / self.segment_len()).min(SEGMENTS));
         (0..n).step_by(step).map(move |i| i..n.min(i + step))
     }
 
+    #[inline(always)]
     fn segment<'a>(self, panel: &'a [u8], i: usize) -> Segment<'a> {
         let (len, block) = (self.scheme.group_len(self.k), block_len(self.scheme));
         let scale_bytes = PANEL * self.scheme.scale_bytes();
@@ -111,11 +116,13 @@ impl Grid {
 
     /// 32-bit words of a block of `rows` rows of rounded `x`: codes of whole vectors, then of each segment a scale and what its
     /// zero takes from a sum.
+    #[inline(always)]
     fn words(self, rows: usize) -> usize {
         rows * (self.vectors() + 2 * self.segments())
     }
 
     /// Vectors of codes of a row: whole blocks of 8 columns, so that they serve either number of bits.
+    #[inline(always)]
     fn vectors(self) -> usize {
         self.k.div_ceil(2 * WORD) * 2
     }
