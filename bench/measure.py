@@ -43,7 +43,7 @@ def measure_peer(place: Place, peer: Peer, rows: list[str], threads: int, prompt
     if peer.tool == "llama.cpp":
         return llama_cpp(place, place.model(f"{peer.name.split()[1]}.gguf"), rows, threads, prompt_tokens)
     model = place.peers_checkpoint if peer.tool == "torch" else place.model(peer.tool)
-    finished = run([place.python, HERE / "worker.py", peer.tool, model, str(threads), str(prompt_tokens), *rows])
+    finished = run([place.python(peer.tool), HERE / "worker.py", peer.tool, model, str(threads), str(prompt_tokens), *rows])
     measured = last_json(finished)
     return measured | {row: finished.peak_bytes / GB for row in rows if row.startswith("memory")}
 

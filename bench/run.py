@@ -61,9 +61,17 @@ def machine() -> dict[str, str]:
 
 
 def versions(place: Place, vlmc: Path) -> dict[str, str]:
-    installed = setup.versions(place)
-    names = ("openvino", "openvino-genai", "optimum-intel", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
-    found = {name: installed[name] for name in names if name in installed}
+    packages = {
+        "openvino": ["openvino-genai", "optimum-intel", "transformers"],
+        "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime"],
+        "torch": ["torch", "transformers"],
+    }
+    found = {}
+    for environment, names in packages.items():
+        installed = setup.versions(place, environment)
+        of = [f"{name} {installed[name]}" for name in names if name in installed]
+        if of:
+            found[environment] = ", ".join(of)
     source = place.root / "llama.cpp/source/VERSION"
     if source.exists():
         found["llama.cpp"] = f"of {source.read_text()}"
@@ -108,7 +116,6 @@ def main() -> None:
     place.root.mkdir(parents=True, exist_ok=True)
     vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve())
     not_set_up = setup.peers(place, args.peers)
-    setup.install(place, ["matplotlib"])
     peers = [peer for peer in PEERS if peer.tool in args.peers]
     results = {
         "date": datetime.date.today().isoformat(),
@@ -123,7 +130,7 @@ def main() -> None:
     measure(args, place, vlmc, [peer for peer in peers if peer.tool not in not_set_up], results, save)
     save()
     log(f"{file}: every measurement")
-    run([place.python, HERE / "report.py", file, args.docs])
+    run([place.python(setup.SHARED_ENVIRONMENT), HERE / "report.py", file, args.docs])
     log(f"{args.docs}/benchmarks.md and benchmarks.svg are written")
 
 

@@ -16,14 +16,16 @@ from commands import Failed, run
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 
-# optimum-intel converts Qwen2-VL only with transformers before 5.1.
-TRANSFORMERS = "transformers<5.1"
+# What the virtual environment of each peer has besides those that all share. optimum-intel converts Qwen2-VL only with
+# transformers before 5.1, and onnxruntime-genai's builder needs a later one.
+SHARED = ["torch", "torchvision", "numpy", "pillow", "cmake", "ninja", "matplotlib"]
 PACKAGES = {
-    "llama.cpp": ["cmake", "ninja", "torch", TRANSFORMERS, "sentencepiece", "protobuf"],
-    "openvino": ["optimum-intel", "openvino-genai", "openvino-tokenizers", "nncf", "torch", "torchvision", "pillow", TRANSFORMERS],
-    "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", TRANSFORMERS],
-    "torch": ["torch", "torchvision", "pillow", TRANSFORMERS],
+    "llama.cpp": ["transformers<5.1", "sentencepiece", "protobuf"],
+    "openvino": ["transformers<5.1", "optimum-intel", "openvino-genai", "openvino-tokenizers", "nncf"],
+    "onnxruntime-genai": ["transformers", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir"],
+    "torch": ["transformers", "accelerate"],
 }
+SHARED_ENVIRONMENT = "shared"
 SIDES = (448, 1344)
 
 
@@ -37,9 +39,9 @@ class Place:
 
     root: Path
 
-    @property
-    def python(self) -> Path:
-        return self.root / "venv/bin/python"
+    def python(self, environment: str) -> Path:
+        """Of a peer's virtual environment, or of `shared`."""
+        return self.root / "environments" / environment / "bin/python"
 
     @property
     def llama_source(self) -> Path:
@@ -83,17 +85,30 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def install(place: Place, packages: list[str]) -> None:
-    """Installs into the work directory's virtual environment, which all peers share: torch alone takes 5 GB."""
-    if not place.python.exists():
-        run([sys.executable, "-m", "venv", place.root / "venv"])
+def install(place: Place, environment: str, packages: list[str]) -> None:
+    """Installs into a virtual environment. A peer's sees what is in the shared one: torch alone takes 5 GB."""
+    python = place.python(environment)
+    if not python.exists():
+        log(f"making the virtual environment '{environment}'")
+        run([sys.executable, "-m", "venv", python.parent.parent])
+        if environment != SHARED_ENVIRONMENT:
+            link = site_packages(place, environment) / "shared.pth"
+            link.write_text(f"{site_packages(place, SHARED_ENVIRONMENT)}\n")
     log(f"installing {', '.join(packages)}")
-    run([place.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+    run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
 
 
-def versions(place: Place) -> dict[str, str]:
-    """Of all packages in the virtual environment."""
-    listed = run([place.python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]).output
+def site_packages(place: Place, environment: str) -> Path:
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run([place.python(environment), "-c", where]).output.strip())
+
+
+def versions(place: Place, environment: str) -> dict[str, str]:
+    """Of the packages in a virtual environment."""
+    python = place.python(environment)
+    if not python.exists():
+        return {}
+    listed = run([python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]).output
     return {package["name"]: package["version"] for package in json.loads(listed.splitlines()[0])}
 
 
@@ -156,7 +171,7 @@ def llama_cpp(place: Place) -> None:
 
     def unpack(part: Path) -> None:
         archives = place.root / "llama.cpp/archive"
-        pip = [place.python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+        pip = [place.python("llama.cpp"), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
         run([*pip, "--dest", archives, "llama-cpp-python"])
         archive = next(archives.glob("*.tar.gz"))
         shutil.unpack_archive(archive, part)
@@ -166,7 +181,7 @@ def llama_cpp(place: Place) -> None:
         (part / "VERSION").write_text(archive.name.removesuffix(".tar.gz"))
 
     def build(part: Path) -> None:
-        bin = place.root / "venv/bin"
+        bin = place.python(SHARED_ENVIRONMENT).parent
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": bin / "ninja",
@@ -184,7 +199,7 @@ def llama_cpp(place: Place) -> None:
         run([bin / "cmake", "--build", part, "--target", *tools])
 
     def convert(part: Path, *options: str) -> None:
-        run([place.python, HERE / "gguf_convert.py", place.llama_source, place.peers_checkpoint, "--outfile", part, *options])
+        run([place.python("llama.cpp"), HERE / "gguf_convert.py", place.llama_source, place.peers_checkpoint, "--outfile", part, *options])
 
     def quantize(kind: str, part: Path) -> None:
         text = place.model("text-bf16.gguf")
@@ -200,7 +215,7 @@ def llama_cpp(place: Place) -> None:
 
 
 def openvino(place: Place) -> None:
-    export = [place.python, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--task", "image-text-to-text"]
+    export = [place.python("openvino"), "-m", "optimum.commands.optimum_cli", "export", "openvino", "--task", "image-text-to-text"]
     source = ["--model", place.peers_checkpoint, "--weight-format", "int4"]
     make(place.model("openvino"), "OpenVINO's model, for minutes and with 16 GB of memory", lambda part: run([*export, *source, part]))
 
@@ -213,7 +228,7 @@ def onnxruntime_genai(place: Place) -> None:
     tokenizer = json.loads((place.peers_checkpoint / "tokenizer.json").read_text())
     text = place.root / "checkpoint-text"
     make(text, "the text model's checkpoint", lambda part: checkpoint_like(place, part, config, tokenizer))
-    builder = [place.python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", place.root / "cache"]
+    builder = [place.python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", place.root / "cache"]
     make(
         place.model("onnxruntime-genai"),
         "onnxruntime-genai's model, for minutes and with 13 GB of memory",
@@ -227,10 +242,11 @@ MODELS = {"llama.cpp": llama_cpp, "openvino": openvino, "onnxruntime-genai": onn
 def peers(place: Place, names: list[str]) -> dict[str, str]:
     """Sets up the peers, and says of those that failed why."""
     failures = {}
+    install(place, SHARED_ENVIRONMENT, SHARED)
     peers_checkpoint(place)
     for name in names:
         try:
-            install(place, PACKAGES[name])
+            install(place, name, PACKAGES[name])
             MODELS[name](place)
         except (Failed, OSError) as e:
             log(f"{name} could not be set up: {e}")

@@ -1,4 +1,4 @@
-"""Measures a peer that is a Python package; runs in the work directory's virtual environment.
+"""Measures a peer that is a Python package; runs in its virtual environment.
 
 Usage: python worker.py openvino|onnxruntime-genai|torch MODEL THREADS PROMPT_TOKENS ROW...
 
@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np
 
 # Of the synthetic tokenizer: one token.
-LETTER, LETTER_ID = "a", 64
+LETTER, LETTER_ID = "a", 97
 NEW_TOKENS = 64
 
 
