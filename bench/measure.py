@@ -69,11 +69,11 @@ def llama_cpp(place: Place, model: Path, rows: list[str], threads: int, prompt_t
     side = 1344 if group == "large picture" else 448
     finished = run(
         [place.llama_tool("llama-mtmd-cli"), *common, "--mmproj", place.model("mmproj-bf16.gguf"), "--image", place.picture(side)]
-        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "4096", "--batch-size", "512"]
+        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "4096", "--batch-size", "512", "--verbosity", "4"]
     )
-    encoded = re.search(r"slice encoded in (\d+) ms", finished.output)
+    encoded = re.search(r"encoding done in (\d+) ms", finished.output)
     if encoded is None:
-        raise Failed("llama-mtmd-cli does not say how long it encoded the picture: 'slice encoded in' is not in its output")
+        raise Failed("llama-mtmd-cli does not say how long it encoded the picture: 'encoding done in' is not in its output")
     return {f"encode-{side}": int(encoded[1]) / 1e3, "memory": finished.peak_bytes / GB}
 
 
