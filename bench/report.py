@@ -150,8 +150,8 @@ def plot(results: dict, threads: list[int], file: Path) -> None:
     axes[0][0].set_yticks([sum(ys) / len(ys) for ys in ticks.values()], list(ticks), fontsize=8)
     axes[0][0].invert_yaxis()
     handles = [plt.Line2D([], [], color=color[peer], marker="o", linewidth=2, label=peer) for peer in peers]
-    figure.legend(handles=handles, loc="upper center", ncols=len(peers), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.legend(handles=handles, loc="upper center", ncols=min(len(peers), 3), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
