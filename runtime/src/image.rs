@@ -15,7 +15,7 @@ use std::{
 /// Longest file that is read.
 const MAX_FILE: u64 = 256 << 20;
 /// Most pixels of a picture, and of all frames of a video together.
-const MAX_PIXELS: usize = 1 << 28;
+pub(crate) const MAX_PIXELS: usize = 1 << 28;
 /// Most frames of a video.
 const MAX_FRAMES: usize = 4096;
 

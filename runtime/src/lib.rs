@@ -26,7 +26,7 @@ pub mod tokenizer;
 mod vectors;
 
 pub use artifact_dir::Artifact;
-pub use cpu::{CpuEngine, Working};
+pub use cpu::{CpuEngine, Profiler, TimedRun, Work, Working, work};
 pub use engine::{Engine, Observed, Observer};
 pub use error::{Error, Result};
 pub use forward::{Tensors, forward};

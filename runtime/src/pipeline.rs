@@ -335,7 +335,7 @@ impl Pipeline {
     }
 
     /// Shape of `position_ids`.
-    pub(crate) fn position_axes(&self, batch: usize, seq: usize) -> Vec<usize> {
+    pub fn position_axes(&self, batch: usize, seq: usize) -> Vec<usize> {
         match self.rules.positions {
             Positions::Mrope { .. } => vec![3, batch, seq],
             Positions::Sequential | Positions::Absolute { .. } => vec![batch, seq],

@@ -5,7 +5,7 @@ use crate::{
     Error, Result, Tensor, Tensors,
     chat::{ChatTemplate, Content, Message},
     cross,
-    image::Rgb,
+    image::{MAX_PIXELS, Rgb},
     processor, prompt,
     tokenizer::Tokenizer,
     vectors,
@@ -81,12 +81,11 @@ impl Preparer {
     /// # Errors
     /// The processor takes no such picture.
     pub fn synthetic(&self) -> Result<Tensors> {
-        let picture = noise(SYNTHETIC_SIDE);
+        let picture = synthetic_picture(SYNTHETIC_SIDE, SYNTHETIC_SIDE);
         let pixels = self.processor.as_ref().zip(picture.as_ref()).map(|(p, picture)| processor::image(p, picture)).transpose()?;
         match &self.task {
             Task::Generate(rules) => {
-                let special = [rules.image_token_id, rules.video_token_id];
-                let mut ids = token_ids(SYNTHETIC_TOKENS, rules.vocab_size, |id| special.contains(&Some(id)));
+                let mut ids = synthetic_prompt(rules, SYNTHETIC_TOKENS);
                 let pixels = pixels.filter(|_| rules.image_token_id.is_some());
                 if let (Some(_), Some(image)) = (&pixels, rules.image_token_id) {
                     let place = match rules.positions {
@@ -141,17 +140,30 @@ fn random(i: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn noise(side: usize) -> Option<Rgb> {
-    Rgb::new(side, side, (0..side * side * 3).map(|i| random(i as u64) as u8).collect())
+/// A picture of noise, the same every time; `None` if it has no pixels, or more than a file may have.
+pub fn synthetic_picture(width: usize, height: usize) -> Option<Rgb> {
+    let pixels = width.checked_mul(height).filter(|n| *n <= MAX_PIXELS)?;
+    Rgb::new(width, height, (0..pixels * 3).map(|i| random(i as u64) as u8).collect())
+}
+
+/// `n` tokens without a pattern, the same every time, none of which stands for a picture or video.
+pub fn synthetic_prompt(rules: &PromptRules, n: usize) -> Vec<i64> {
+    let span = if let Positions::Absolute { image_span, .. } = rules.positions { image_span.map(Some) } else { [None; 2] };
+    let special = [rules.image_token_id, rules.video_token_id, span[0], span[1]];
+    token_ids(n, rules.vocab_size, |id| special.contains(&Some(id)))
 }
 
 /// `n` tokens of a vocabulary that have no meaning of their own.
 fn token_ids(n: usize, vocab_size: usize, special: impl Fn(i64) -> bool) -> Vec<i64> {
-    (0..1 << 16).map(|i| (random(i) % vocab_size.max(1) as u64) as i64).filter(|id| !special(*id)).take(n).collect()
+    let tried = 0..(n as u64).saturating_mul(16).max(1 << 16);
+    tried.map(|i| (random(i) % vocab_size.max(1) as u64) as i64).filter(|id| !special(*id)).take(n).collect()
 }
 
 /// A text of a pair, within the range that all tokenizers of such models have.
-fn synthetic_text(rules: &TextRules) -> Result<Tensors> {
+///
+/// # Errors
+/// It cannot be made a tensor.
+pub fn synthetic_text(rules: &TextRules) -> Result<Tensors> {
     const TOKENS: usize = 128;
     let seq = if rules.pad_to_max { rules.max_length } else { rules.max_length.min(SYNTHETIC_TOKENS) };
     let ids = token_ids(seq, TOKENS, |id| id == rules.pad_token_id);

@@ -123,7 +123,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
 }
 
 /// `1344x1344` as width and height.
-fn size(text: &str) -> Result<[usize; 2]> {
+pub(super) fn size(text: &str) -> Result<[usize; 2]> {
     let (width, height) = text.split_once('x').context("a size is a width and a height, such as 1344x1344")?;
     Ok([width.parse()?, height.parse()?])
 }

@@ -1,8 +1,10 @@
 //! `vlmc`: arguments, progress bars and what is printed. The work is done by the library.
 
+mod bench;
 mod embed;
 mod eval;
 mod inspect;
+mod profile;
 mod ranges;
 mod run;
 mod verify;
@@ -75,6 +77,11 @@ enum Command {
     /// Asks an artifact and a reference (the same model without quantization) about pictures; says how many answers are the same,
     /// how many are right if the data knows, and how far the probabilities of tokens diverge.
     Eval(eval::EvalArgs),
+    /// Measure how fast an artifact runs on this machine, and how fast it could
+    ///
+    /// Loads it, encodes made-up pictures, prefills made-up prompts and decodes tokens, and measures beside that what this machine
+    /// reads from memory and computes at most.
+    Bench(bench::BenchArgs),
     /// Find out where a model would leave the range of f16
     ///
     /// Interprets the checkpoint on samples, names what has to stay in f32 on targets that compute in f16, and compares the
@@ -247,6 +254,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Exec(args) => exec(&args),
         Command::Verify(args) => verify::verify(&args),
         Command::Eval(args) => eval::eval(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Ranges(args) => ranges::ranges(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Dump(args) => inspect::dump(&args),

@@ -19,6 +19,7 @@ mod moe;
 pub mod moves;
 mod norm;
 mod pool;
+mod probe;
 mod quantize;
 mod quantized;
 
@@ -28,6 +29,7 @@ pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
 pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
+pub use probe::Arithmetic;
 pub use quantize::quantize;
 use std::sync::Mutex;
 

@@ -6,6 +6,7 @@ mod memory;
 mod observe;
 mod step;
 mod weights;
+mod work;
 
 use crate::{
     Engine, Error, Observer, Result, Tensor,
@@ -16,13 +17,14 @@ use arena::{Arena, Lives, Places, Rest};
 pub(crate) use memory::state_bytes;
 use memory::{Frame, Literal, State};
 use observe::Watch;
-use std::num::NonZero;
+use std::{num::NonZero, time::Instant};
 use vlmc_artifact::{
-    Bindings, Entry, Manifest, PROGRAM,
+    Bindings, Manifest, PROGRAM,
     program::{Function, Place, Program},
 };
 use vlmc_kernels::Kernels;
 use weights::Weights;
+pub use work::{Profiler, TimedRun, Work, work};
 
 /// Longest program that is read.
 const MAX_PROGRAM: u64 = 256 << 20;
@@ -35,6 +37,7 @@ pub struct CpuEngine {
     functions: Vec<Loaded>,
     arena: Arena,
     observer: Option<Observer>,
+    profiler: Option<Profiler>,
 }
 
 /// A function and what it keeps between runs.
@@ -100,12 +103,17 @@ impl CpuEngine {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
         let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None })
+        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None, profiler: None })
     }
 
     /// Tells `observer` of every step with weights from now on.
     pub fn observe(&mut self, observer: Observer) {
         self.observer = Some(observer);
+    }
+
+    /// Tells `profiler` how long every step takes from now on.
+    pub fn profile(&mut self, profiler: Profiler) {
+        self.profiler = Some(profiler);
     }
 }
 
@@ -149,11 +157,11 @@ impl Loaded {
         weights: &Weights,
         arena: &mut Arena,
         bound: binding::Bound<'_>,
-        entry: &Entry,
         mut watch: Option<Watch<'_>>,
+        mut times: Option<&mut Vec<Instant>>,
     ) -> Result<Vec<Tensor>> {
         let symbols = &bound.symbols;
-        let invalid = |why: String| Error::Input(format!("{}: {why}", entry.name));
+        let invalid = |why: String| Error::Input(format!("{}: {why}", self.function.name));
         let shapes = memory::shapes(&self.function, symbols).map_err(invalid)?;
         let sizes = memory::sizes(&self.function, &self.lives, &shapes, kernels.pool().threads());
         if !self.places.is_for(&sizes) {
@@ -176,6 +184,8 @@ impl Loaded {
                 }
             };
         }
+        let mut now = || _ = times.as_mut().map(|t| t.push(Instant::now()));
+        now();
         for (i, step) in self.function.steps.iter().enumerate() {
             let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words))))?;
             // Results that lie in the arena: one, or a sum and its norm.
@@ -187,11 +197,12 @@ impl Loaded {
             let (rest, [first, second, scratch]) = arena::split(words, parts).map_err(invalid)?;
             step::run(kernels, step, &mut frame!(rest), [first, second], scratch).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
-                Error::Input(format!("{}: {scope}{why}", entry.name))
+                Error::Input(format!("{}: {scope}{why}", self.function.name))
             })?;
             if let Some(watch) = &mut watch {
                 watch.after(step, &frame!(Rest::all(words)), before)?;
             }
+            now();
         }
         let frame = frame!(Rest::all(words));
         self.function.outputs.iter().map(|o| frame.tensor(o.value as usize)).collect()
@@ -204,6 +215,7 @@ impl Engine for CpuEngine {
     }
 
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
+        let mut timed = self.profiler.is_some().then(|| (Instant::now(), vec![]));
         let loaded = self.functions.iter_mut().find(|f| f.function.name == entry);
         let loaded = loaded.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
         let entry = &self.manifest.entries[loaded.entry];
@@ -212,9 +224,13 @@ impl Engine for CpuEngine {
         let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
         let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
         let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
-        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, entry, watch);
+        let symbols = timed.is_some().then(|| bound.symbols.clone());
+        let times = timed.as_mut().map(|(_, steps)| steps);
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, watch, times);
         if result.is_err() {
             loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
+        } else if let (Some(profiler), Some((start, steps)), Some(symbols)) = (&mut self.profiler, timed, symbols) {
+            profiler(TimedRun { entry: entry.name.clone(), symbols, call: [start, Instant::now()], steps });
         }
         result
     }

@@ -26,7 +26,7 @@ struct Tensor {
 }
 
 /// Type and shape of a weight's tensor in the file.
-fn stored(w: &Weight) -> Result<(DType, Vec<usize>), String> {
+pub(super) fn stored(w: &Weight) -> Result<(DType, Vec<usize>), String> {
     let (stack, [n, k]) = match (w.layout, w.shape.as_slice()) {
         (Layout::Rows, shape) if w.dtype.scheme().is_none() => return Ok((w.dtype, shape.to_vec())),
         (Layout::Panel16, [n, k]) => (vec![], [*n, *k]),

@@ -1,0 +1,169 @@
+"""Writes benchmarks.md and benchmarks.svg.
+
+Usage: python report.py RESULTS DOCS, with RESULTS the results.json of run.py; needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+from rows import ROWS, Row, ratio
+
+matplotlib.use("Agg")
+# The same results give the same file.
+matplotlib.rcParams["svg.hashsalt"] = "vlmc"
+import matplotlib.pyplot as plt  # noqa: E402: after the choice of the backend
+
+COLORS = ["#3b6fb6", "#d1772e", "#4c9a57", "#a94f8d", "#7a6a5d", "#2f9c9c"]
+
+INTRODUCTION = """# vlmc beside others, on a CPU
+
+Written by `bench/run.py`; do not edit. Qwen2-VL-2B's shape with random weights of `vlmc synth qwen2-vl-2b`, the same for all:
+speed does not depend on them. A peer and vlmc run one after the other, each time in new processes, so that both meet the machine
+in the same state, which changes from minute to minute on shared hardware. A ratio belongs to one such pair and says how many
+times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the least and the largest.
+
+- **decode**: 64 tokens, one by one, after a prompt of one token. **prefill**: a prompt's tokens per second, up to the first token
+  of the answer. **encode**: a picture through the vision tower.
+- **start to first token**: from the start of the process, files being in the system's cache, to the first token after a short
+  question; for OpenVINO, onnxruntime-genai and torch without the time that Python and imports take.
+- **peak memory**: the largest resident set of the process, mapped files included.
+- **of the limit**: of this machine's bandwidth (decode) or arithmetic (prefill, encode), measured by `vlmc bench` in the same run.
+"""
+
+
+def spread(values: list[float]) -> str:
+    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})" if len(values) > 1 else number(values[0])
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def ratios(row: Row, samples: list[dict]) -> list[float]:
+    return [ratio(row, s["theirs"], s["ours"]) for s in samples]
+
+
+def select(results: dict, threads: int, row: Row, peer: str) -> list[dict]:
+    return [s for s in results["samples"] if (s["threads"], s["row"], s["peer"]) == (threads, row.name, peer)]
+
+
+def table(results: dict, threads: int) -> str:
+    lines = [
+        f"## {threads} thread{'s' if threads > 1 else ''}",
+        "",
+        "| | beside | theirs | vlmc | vlmc is better by | vlmc, of the limit | pairs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        for peer, about in results["peers"].items():
+            samples = select(results, threads, row, peer)
+            if not samples:
+                continue
+            limits = [s["of_limit"] for s in samples if "of_limit" in s]
+            cells = [
+                f"{row.title}, {row.unit}",
+                peer,
+                spread([s["theirs"] for s in samples]),
+                f"{spread([s['ours'] for s in samples])}, {about['quant']}",
+                spread(ratios(row, samples)),
+                f"{100 * median(limits):.0f} %" if limits else "",
+                str(len(samples)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def failures(results: dict) -> str:
+    if not results["failures"]:
+        return ""
+    lines = ["## What could not be measured", ""]
+    for failure in results["failures"]:
+        what = f", {failure['group']} with {failure['threads']} threads" if "group" in failure else ""
+        reason = " ".join(failure["reason"].split())
+        lines.append(f"- **{failure['peer']}**{what}: {reason[:600]}")
+    return "\n".join(lines) + "\n"
+
+
+def about(results: dict) -> str:
+    machine, versions = results["machine"], results["versions"]
+    lines = [
+        "## Machine and versions",
+        "",
+        f"{results['date']}: {machine['processor']}, {machine['cores']} cores ({machine['instructions']}), {machine['memory']}, "
+        f"Linux {machine['kernel']}.",
+        "",
+        "| | version |",
+        "|---|---|",
+        *(f"| {name} | {version} |" for name, version in sorted(versions.items())),
+        "",
+        "| | weights | beside vlmc's |",
+        "|---|---|---|",
+        *(f"| {name} | {peer['weights']} | {peer['quant']} |" for name, peer in results["peers"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+AGAIN = """## Again
+
+```sh
+python3 bench/run.py
+```
+
+[bench/README.md](../bench/README.md) says what that installs, how long it takes, and how to measure less.
+"""
+
+
+def plot(results: dict, threads: list[int], file: Path) -> None:
+    """Ratios by row and peer: the median as a dot, from the least to the largest as a line."""
+    peers = list(results["peers"])
+    color = dict(zip(peers, COLORS))
+    lines = [(row, peer) for row in ROWS for peer in peers if any(select(results, n, row, peer) for n in threads)]
+    figure, axes = plt.subplots(1, len(threads), figsize=(4.2 * len(threads) + 2.4, 0.24 * len(lines) + 1.6), sharey=True, squeeze=False)
+    ticks: dict[str, list[int]] = {}
+    for axis, n in zip(axes[0], threads):
+        for y, (row, peer) in enumerate(lines):
+            ticks.setdefault(row.title, []).append(y)
+            values = ratios(row, select(results, n, row, peer))
+            if values:
+                axis.plot([min(values), max(values)], [y, y], color=color[peer], linewidth=2, solid_capstyle="round")
+                axis.plot(median(values), y, "o", color=color[peer], markersize=6)
+                axis.annotate(number(median(values)), (max(values), y), (6, 0), textcoords="offset points", va="center", fontsize=7)
+        for above, below in zip(lines, lines[1:]):
+            if above[0] is not below[0]:
+                axis.axhline(lines.index(below) - 0.5, color="#dddddd", linewidth=0.8)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.set_xlim(low, high * 1.3)
+        marks = [m for m in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= m <= high * 1.3]
+        axis.set_xticks(marks, [f"{m:g}x" for m in marks])
+        axis.minorticks_off()
+        axis.set_title(f"{n} thread{'s' if n > 1 else ''}", fontsize=10)
+        axis.set_xlabel("vlmc is better by (median, least to largest)", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks([sum(ys) / len(ys) for ys in ticks.values()], list(ticks), fontsize=8)
+    axes[0][0].invert_yaxis()
+    handles = [plt.Line2D([], [], color=color[peer], marker="o", linewidth=2, label=peer) for peer in peers]
+    figure.legend(handles=handles, loc="upper center", ncols=min(len(peers), 3), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def main() -> None:
+    results, docs = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    threads = sorted({s["threads"] for s in results["samples"]}, reverse=True)
+    picture = "![How many times better vlmc is, by what is done and beside whom](benchmarks.svg)\n"
+    parts = [INTRODUCTION, *([picture] if threads else []), *(table(results, n) for n in threads)]
+    parts += [failures(results), about(results), AGAIN]
+    (docs / "benchmarks.md").write_text("\n".join(part for part in parts if part))
+    if threads:
+        plot(results, threads, docs / "benchmarks.svg")
+
+
+main()

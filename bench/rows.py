@@ -1,0 +1,44 @@
+"""What is measured, in the order of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    title: str
+    unit: str
+    # Measured in one process, one after the other.
+    group: str
+    # Rates, of which more is better; times and sizes otherwise.
+    rate: bool = False
+    # Takes minutes, or hardly varies: `--repeat-long`.
+    long: bool = False
+
+
+ROWS = [
+    Row("decode", "decode 64 tokens", "tok/s", "text", rate=True),
+    Row("prefill-512", "prefill 512 tokens", "tok/s", "text", rate=True),
+    Row("prefill-733", "prefill 733 tokens", "tok/s", "text", rate=True),
+    Row("encode-448", "encode a 448x448 picture", "s", "picture"),
+    Row("encode-1344", "encode a 1344x1344 picture", "s", "large picture", long=True),
+    Row("first-token", "start to first token, text", "s", "start"),
+    Row("memory-text", "peak memory, text", "GB", "start"),
+    Row("memory", "peak memory, 448x448 picture and text", "GB", "memory", long=True),
+]
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def chosen(names: list[str]) -> list[Row]:
+    """The rows of these names; `prefill` stands for all that begin with it."""
+    for name in names:
+        if not any(row.name == name or row.name.startswith(f"{name}-") for row in ROWS):
+            raise ValueError(f"--rows: there is no '{name}'; there are {', '.join(BY_NAME)}")
+    return [row for row in ROWS if any(row.name == name or row.name.startswith(f"{name}-") for name in names)]
+
+
+def ratio(row: Row, peer: float, vlmc: float) -> float:
+    """How many times better vlmc is."""
+    return vlmc / peer if row.rate else peer / vlmc

@@ -1,0 +1,254 @@
+"""What is measured: vlmc, the peers and the same weights for all of them, made once and kept in a work directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from commands import Failed, run
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+
+# What the virtual environment of each peer has besides those that all share. optimum-intel converts Qwen2-VL only with
+# transformers before 5.1, and onnxruntime-genai's builder needs a later one.
+SHARED = ["torch", "torchvision", "numpy", "pillow", "cmake", "ninja", "matplotlib"]
+PACKAGES = {
+    "llama.cpp": ["transformers<5.1", "sentencepiece", "protobuf"],
+    "openvino": ["transformers<5.1", "optimum-intel", "openvino-genai", "openvino-tokenizers", "nncf"],
+    "onnxruntime-genai": ["transformers", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir"],
+    "torch": ["transformers", "accelerate"],
+}
+SHARED_ENVIRONMENT = "shared"
+SIDES = (448, 1344)
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things lie in the work directory."""
+
+    root: Path
+
+    def python(self, environment: str) -> Path:
+        """Of a peer's virtual environment, or of `shared`."""
+        return self.root / "environments" / environment / "bin/python"
+
+    @property
+    def llama_source(self) -> Path:
+        return self.root / "llama.cpp/source/vendor/llama.cpp"
+
+    def llama_tool(self, name: str) -> Path:
+        return self.root / "llama.cpp/build/bin" / name
+
+    @property
+    def checkpoint(self) -> Path:
+        """As `vlmc synth` writes it."""
+        return self.root / "checkpoint"
+
+    @property
+    def peers_checkpoint(self) -> Path:
+        return self.root / "checkpoint-peers"
+
+    def model(self, name: str) -> Path:
+        return self.root / "models" / name
+
+    def picture(self, side: int) -> Path:
+        return self.root / f"picture-{side}.png"
+
+
+def make(path: Path, what: str, how) -> None:
+    """Calls `how(part)` to make `path`, unless it is there; it appears only when it is complete."""
+    if path.exists():
+        return
+    log(f"making {what} ({path})")
+    part = path.with_name(path.name + ".part")
+    remove(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how(part)
+    part.rename(path)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def install(place: Place, environment: str, packages: list[str]) -> None:
+    """Installs into a virtual environment. A peer's sees what is in the shared one: torch alone takes 5 GB."""
+    python = place.python(environment)
+    if not python.exists():
+        log(f"making the virtual environment '{environment}'")
+        run([sys.executable, "-m", "venv", python.parent.parent])
+        if environment != SHARED_ENVIRONMENT:
+            link = site_packages(place, environment) / "shared.pth"
+            link.write_text(f"{site_packages(place, SHARED_ENVIRONMENT)}\n")
+    log(f"installing {', '.join(packages)}")
+    run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
+
+
+def site_packages(place: Place, environment: str) -> Path:
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run([place.python(environment), "-c", where]).output.strip())
+
+
+def versions(place: Place, environment: str) -> dict[str, str]:
+    """Of the packages in a virtual environment."""
+    python = place.python(environment)
+    if not python.exists():
+        return {}
+    listed = run([python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]).output
+    return {package["name"]: package["version"] for package in json.loads(listed.splitlines()[0])}
+
+
+def vlmc(place: Place, binary: Path | None) -> Path:
+    """The binary, built from this repository unless it is given, after it has made the weights and its own artifacts."""
+    if binary is None:
+        log("building vlmc")
+        run(["cargo", "build", "--release", "--package", "vlmc"], cwd=REPOSITORY)
+        target = Path(os.environ.get("CARGO_TARGET_DIR", "target"))
+        binary = REPOSITORY / target / "release/vlmc"
+    make(place.checkpoint, "random weights", lambda part: run([binary, "synth", "qwen2-vl-2b", "-o", part]))
+    for quant in ("int4", "int8"):
+        # The compiler may have changed since the last run, and compiling takes seconds.
+        remove(place.model(f"vlmc-{quant}"))
+        make(
+            place.model(f"vlmc-{quant}"),
+            f"vlmc's {quant} artifact",
+            lambda part, quant=quant: run([binary, "compile", place.checkpoint, "--quant", quant, "-o", part]),
+        )
+    for side in SIDES:
+        make(place.picture(side), "a picture", lambda part, side=side: part.write_bytes(png(side)))
+    return binary
+
+
+def png(side: int) -> bytes:
+    """A square picture of colours that change from pixel to pixel."""
+    rows = b"".join(b"\0" + bytes((x * 7 + y * 13 + c * 85) % 256 for x in range(side) for c in range(3)) for y in range(side))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def checkpoint_like(place: Place, part: Path, config: dict, tokenizer: dict) -> None:
+    """A checkpoint with the same weights (links to them) and another config and tokenizer."""
+    part.mkdir()
+    for file in place.checkpoint.iterdir():
+        if file.name not in ("config.json", "tokenizer.json"):
+            (part / file.name).symlink_to(file.resolve())
+    (part / "config.json").write_text(json.dumps(config))
+    (part / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def peers_checkpoint(place: Place) -> None:
+    """The synthetic checkpoint with one merge in its tokenizer, which has none: llama.cpp opens no BPE without any."""
+    config = json.loads((place.checkpoint / "config.json").read_text())
+    tokenizer = json.loads((place.checkpoint / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    if not tokenizer["model"]["merges"]:
+        vocab["Ġw"] = vocab.pop(next(word for word in vocab if word.startswith("Ġw")))
+        tokenizer["model"]["merges"] = ["Ġ w"]
+    make(place.peers_checkpoint, "the peers' checkpoint", lambda part: checkpoint_like(place, part, config, tokenizer))
+
+
+def llama_cpp(place: Place) -> None:
+    """llama.cpp, built from the source package of llama-cpp-python, and its models."""
+    tools = ["llama-bench", "llama-completion", "llama-mtmd-cli", "llama-quantize"]
+
+    def unpack(part: Path) -> None:
+        archives = place.root / "llama.cpp/archive"
+        pip = [place.python("llama.cpp"), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+        run([*pip, "--dest", archives, "llama-cpp-python"])
+        archive = next(archives.glob("*.tar.gz"))
+        shutil.unpack_archive(archive, part)
+        (inner,) = part.iterdir()
+        for file in inner.iterdir():
+            file.rename(part / file.name)
+        (part / "VERSION").write_text(archive.name.removesuffix(".tar.gz"))
+
+    def build(part: Path) -> None:
+        bin = place.python(SHARED_ENVIRONMENT).parent
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": bin / "ninja",
+            "CMAKE_CXX_FLAGS": f"-include {HERE / 'amx_intrinsics.h'}",
+            # So that the directory can be renamed when it is complete.
+            "CMAKE_BUILD_RPATH": "$ORIGIN",
+            "GGML_NATIVE": "ON",
+            "LLAMA_OPENSSL": "OFF",
+            "LLAMA_BUILD_TESTS": "OFF",
+            "LLAMA_BUILD_EXAMPLES": "OFF",
+            "LLAMA_BUILD_SERVER": "OFF",
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        run([bin / "cmake", "-G", "Ninja", "-S", place.llama_source, "-B", part, *defines])
+        run([bin / "cmake", "--build", part, "--target", *tools])
+
+    def convert(part: Path, *options: str) -> None:
+        run([place.python("llama.cpp"), HERE / "gguf_convert.py", place.llama_source, place.peers_checkpoint, "--outfile", part, *options])
+
+    def quantize(kind: str, part: Path) -> None:
+        text = place.model("text-bf16.gguf")
+        make(text, "llama.cpp's text model", lambda part: convert(part, "--outtype", "bf16"))
+        run([place.llama_tool("llama-quantize"), text, part, kind])
+
+    make(place.root / "llama.cpp/source", "llama.cpp's source", unpack)
+    make(place.root / "llama.cpp/build", "llama.cpp, for minutes", build)
+    make(place.model("mmproj-bf16.gguf"), "llama.cpp's tower", lambda part: convert(part, "--mmproj", "--outtype", "bf16"))
+    for kind in ("Q4_0", "Q8_0"):
+        make(place.model(f"{kind}.gguf"), f"llama.cpp's {kind} model", lambda part, kind=kind: quantize(kind, part))
+    remove(place.model("text-bf16.gguf"))
+
+
+def openvino(place: Place) -> None:
+    export = [place.python("openvino"), "-m", "optimum.commands.optimum_cli", "export", "openvino", "--task", "image-text-to-text"]
+    source = ["--model", place.peers_checkpoint, "--weight-format", "int4"]
+    make(place.model("openvino"), "OpenVINO's model, for minutes and with 16 GB of memory", lambda part: run([*export, *source, part]))
+
+
+def onnxruntime_genai(place: Place) -> None:
+    """Its builder does not know Qwen2-VL, and gets the text model, whose tensors have the same names in Qwen2."""
+    config = json.loads((place.peers_checkpoint / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("vision_config", "rope_scaling")}
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    tokenizer = json.loads((place.peers_checkpoint / "tokenizer.json").read_text())
+    text = place.root / "checkpoint-text"
+    make(text, "the text model's checkpoint", lambda part: checkpoint_like(place, part, config, tokenizer))
+    builder = [place.python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", place.root / "cache"]
+    make(
+        place.model("onnxruntime-genai"),
+        "onnxruntime-genai's model, for minutes and with 13 GB of memory",
+        lambda part: run([*builder, "-i", text, "-o", part]),
+    )
+
+
+MODELS = {"llama.cpp": llama_cpp, "openvino": openvino, "onnxruntime-genai": onnxruntime_genai, "torch": lambda place: None}
+
+
+def peers(place: Place, names: list[str]) -> dict[str, str]:
+    """Sets up the peers, and says of those that failed why."""
+    failures = {}
+    install(place, SHARED_ENVIRONMENT, SHARED)
+    peers_checkpoint(place)
+    for name in names:
+        try:
+            install(place, name, PACKAGES[name])
+            MODELS[name](place)
+        except (Failed, OSError) as e:
+            log(f"{name} could not be set up: {e}")
+            failures[name] = str(e)
+    return failures
