@@ -35,6 +35,15 @@ pub trait Engine {
     /// range; the states belong to another batch size.
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>>;
 
+    /// As [`Self::run`], with the results in place of what `outputs` held, and in its memory where that can be.
+    ///
+    /// # Errors
+    /// As [`Self::run`]. What `outputs` holds then is not said.
+    fn run_into(&mut self, entry: &str, inputs: &[(&str, &Tensor)], outputs: &mut Vec<Tensor>) -> Result<()> {
+        *outputs = self.run(entry, inputs)?;
+        Ok(())
+    }
+
     /// Number of positions in the states that grow with the text.
     fn past(&self) -> usize;
 
