@@ -1,7 +1,14 @@
 //! What runs the graphs of an artifact.
 
 use crate::{Result, Tensor};
+use std::num::NonZero;
 use vlmc_artifact::{Manifest, program::Unary};
+
+/// Threads to run with: as given, or as many as this process may use at once, which respects the affinity mask and, on Linux, the CPU
+/// limits of control groups.
+pub fn threads(given: Option<NonZero<usize>>) -> usize {
+    given.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get)
+}
 
 /// A computation with weights, as an engine did it.
 #[derive(Clone, Debug)]

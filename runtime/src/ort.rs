@@ -35,14 +35,14 @@ fn failed(what: &str) -> impl Fn(ort::Error) -> Error {
 }
 
 impl OrtEngine {
-    /// Loads the graphs; `threads` is the number of CPU threads, by default one per core that this process may use.
+    /// Loads the graphs; `threads` is the number of CPU threads, by default as many as [`crate::threads`] says.
     ///
     /// # Errors
     /// The library is not there or too old, or it refuses a graph.
     pub(crate) fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
         let environment = environment()?;
         let manifest = artifact.manifest().clone();
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+        let threads = crate::threads(threads);
         let entries = manifest
             .entries
             .iter()

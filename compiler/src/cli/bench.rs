@@ -22,7 +22,7 @@ use vlmc_runtime::{
     artifact::{PromptRules, Task, program::Program},
     forward, needs, open_engine,
     prepare::{synthetic_picture, synthetic_prompt, synthetic_text},
-    processor,
+    processor, threads,
     tokenizer::Tokenizer,
     work,
 };
@@ -54,7 +54,7 @@ pub(super) struct BenchArgs {
     /// Measurements of each
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZero<usize>,
-    /// Threads to run with [default: as many as this process may use at once]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Run once more, with the time of every step: a table by kernel, shape and type of the weights
@@ -470,7 +470,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         bail!("--profile and --trace are for artifacts of target 'cpu'; this one is for '{}'", manifest.target);
     }
     let asked = Asked::new(args, &artifact)?;
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+    let threads = threads(args.threads);
     let counter = Counter { artifact: &artifact, program, threads };
     let repeat = args.repeat.get();
     let bar = super::spinner();

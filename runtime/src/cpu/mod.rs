@@ -11,7 +11,7 @@ mod work;
 use crate::{
     Engine, Error, Observer, Result, Tensor,
     artifact_dir::{Artifact, read_limited},
-    binding,
+    binding, engine,
 };
 use arena::{Arena, Lives, Places, Rest};
 pub(crate) use memory::state_bytes;
@@ -96,8 +96,8 @@ pub(crate) fn working(f: &Function, symbols: &Bindings, threads: usize) -> Resul
 }
 
 impl CpuEngine {
-    /// Loads the program and maps the weights; `threads` is the number of CPU threads, by default one per core that this
-    /// process may use.
+    /// Loads the program and maps the weights; `threads` is the number of CPU threads, by default as many as
+    /// [`crate::threads`] says.
     ///
     /// # Errors
     /// The program or the weights are not what the manifest says, or could not be run safely.
@@ -112,8 +112,15 @@ impl CpuEngine {
         if let Some(e) = manifest.entries.iter().enumerate().find(|(i, _)| !functions.iter().any(|f| f.entry == *i)) {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None, profiler: None })
+        Ok(Self {
+            manifest,
+            kernels: Kernels::new(engine::threads(threads)),
+            weights,
+            functions,
+            arena: Arena::default(),
+            observer: None,
+            profiler: None,
+        })
     }
 
     /// Tells `observer` of every step with weights from now on.
