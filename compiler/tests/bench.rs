@@ -112,8 +112,10 @@ fn models_without_prompts_run_whole() {
         assert!(r["prefill"].as_array().unwrap().is_empty() && r["decode"].is_null() && r["first_token_s"].is_null());
         let message = failure(&["bench", &artifact, "--context", "3"]);
         assert!(message.contains("it has no prompts"), "{message}");
-        let text = vlmc(&["bench", &artifact, "--repeat", "1", "--threads", "1"]);
-        assert!(String::from_utf8_lossy(&text.stdout).contains("answers no prompts: a picture is a whole run"), "{text:?}");
+        let text = vlmc(&["bench", &artifact, "--repeat", "1", "--threads", "1", "--profile"]);
+        for part in ["answers no prompts: a picture is a whole run", "picture 448x448", "m x n x k", "linear "] {
+            assert!(String::from_utf8_lossy(&text.stdout).contains(part), "{text:?}");
+        }
     }
 }
 

@@ -116,6 +116,27 @@ fn refusal(damage: impl FnOnce(&Path)) -> String {
     message
 }
 
+/// Without `--threads`, the affinity mask of the process decides.
+#[cfg(target_os = "linux")]
+#[test]
+fn threads_are_as_many_as_the_process_may_use() {
+    let config = fixture("qwen2-vl").join("config.json");
+    let args = ["inspect", text(&config), "--context", "8", "--json"];
+    let threads = |out: &Output| serde_json::from_str::<serde_json::Value>(&stdout(out)).unwrap()["request"]["threads"].clone();
+    let free = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(threads(&vlmc(&args)), free);
+    let given = vlmc(&[&args[..], &["--threads", "3"]].concat());
+    assert_eq!(threads(&given), 3);
+    let allowed = fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = allowed.lines().find_map(|l| l.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_string();
+    let first = allowed.split([',', '-']).next().unwrap();
+    let pinned = Command::new("taskset").args(["-c", first, env!("CARGO_BIN_EXE_vlmc")]).args(args).output();
+    // util-linux may be missing; without it nothing can be pinned.
+    if let Ok(pinned) = pinned {
+        assert_eq!(threads(&pinned), 1);
+    }
+}
+
 #[test]
 fn help_says_what_there_is() {
     for (name, args) in [

@@ -1,7 +1,14 @@
 //! What runs the graphs of an artifact.
 
 use crate::{Result, Tensor};
+use std::num::NonZero;
 use vlmc_artifact::{Manifest, program::Unary};
+
+/// Threads to run with: as given, or as many as this process may use at once, which respects the affinity mask and, on Linux, the CPU
+/// limits of control groups.
+pub fn threads(given: Option<NonZero<usize>>) -> usize {
+    given.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get)
+}
 
 /// A computation with weights, as an engine did it.
 #[derive(Clone, Debug)]
@@ -34,6 +41,15 @@ pub trait Engine {
     /// An input is missing, unknown or does not fit its declared dtype and shape; an index (token id, position) is out of
     /// range; the states belong to another batch size.
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>>;
+
+    /// As [`Self::run`], with the results in place of what `outputs` held, and in its memory where that can be.
+    ///
+    /// # Errors
+    /// As [`Self::run`]. What `outputs` holds then is not said.
+    fn run_into(&mut self, entry: &str, inputs: &[(&str, &Tensor)], outputs: &mut Vec<Tensor>) -> Result<()> {
+        *outputs = self.run(entry, inputs)?;
+        Ok(())
+    }
 
     /// Number of positions in the states that grow with the text.
     fn past(&self) -> usize;

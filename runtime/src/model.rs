@@ -51,7 +51,7 @@ pub enum Part {
 }
 
 impl Model {
-    /// Loads an artifact; `threads` as for the engine, by default one per core.
+    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, or no engine runs it.

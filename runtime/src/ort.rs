@@ -12,7 +12,7 @@ use std::{
     path::Path,
     sync::{Mutex, PoisonError},
 };
-use vlmc_artifact::Manifest;
+use vlmc_artifact::{Bindings, Manifest};
 
 /// Environment variable that names the library.
 const LIBRARY: &str = "ORT_DYLIB_PATH";
@@ -35,14 +35,14 @@ fn failed(what: &str) -> impl Fn(ort::Error) -> Error {
 }
 
 impl OrtEngine {
-    /// Loads the graphs; `threads` is the number of CPU threads, by default one per core that this process may use.
+    /// Loads the graphs; `threads` is the number of CPU threads, by default as many as [`crate::threads`] says.
     ///
     /// # Errors
     /// The library is not there or too old, or it refuses a graph.
     pub(crate) fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
         let environment = environment()?;
         let manifest = artifact.manifest().clone();
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+        let threads = crate::threads(threads);
         let entries = manifest
             .entries
             .iter()
@@ -127,20 +127,19 @@ impl Engine for OrtEngine {
         let index = self.manifest.entries.iter().position(|e| e.name == entry);
         let index = index.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
         let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
-        let shapes: Vec<Option<Vec<usize>>> = e.states.iter().enumerate().map(|(i, _)| loaded.states.get(i).map(shape_of)).collect();
-        let now: Vec<_> = shapes.iter().map(Option::as_deref).collect();
-        let bound = binding::bind(&self.manifest.symbols, e, inputs, &now)?;
+        let mut symbols = Bindings::default();
+        let bound = binding::bind(&self.manifest.symbols, e, inputs, |i| loaded.states.get(i).map(shape_of), &mut symbols)?;
         let bad = failed(entry);
 
         let mut feed: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = vec![];
-        for (port, tensor) in e.inputs.iter().zip(&bound.inputs) {
+        for (port, tensor) in e.inputs.iter().zip(bound) {
             feed.push((port.name.as_str().into(), to_ort(tensor).map_err(&bad)?.into()));
         }
         for (i, state) in e.states.iter().enumerate() {
             let past = match loaded.states.get(i) {
                 Some(value) => value.into(),
                 None => {
-                    let shape = state.shape.iter().map(|d| d.eval(&bound.symbols)).collect::<Result<Vec<i64>, _>>();
+                    let shape = state.shape.iter().map(|d| d.eval(&symbols)).collect::<Result<Vec<i64>, _>>();
                     let shape = shape.map_err(|e| Error::Input(format!("{entry}: state '{}': {e}", state.past)))?;
                     ort::value::Tensor::<f32>::from_array((shape, vec![])).map_err(&bad)?.upcast().into()
                 }

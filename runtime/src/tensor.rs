@@ -32,20 +32,43 @@ impl Data {
     }
 }
 
-impl From<Vec<f32>> for Data {
-    fn from(v: Vec<f32>) -> Self {
-        Self::F32(v)
+/// A type of elements.
+pub(crate) trait Element: Copy {
+    /// The elements, if they are of this type.
+    fn elements(data: &mut Data) -> Option<&mut Vec<Self>>;
+}
+
+macro_rules! element {
+    ($t:ty, $variant:ident) => {
+        impl From<Vec<$t>> for Data {
+            fn from(v: Vec<$t>) -> Self {
+                Self::$variant(v)
+            }
+        }
+        impl Element for $t {
+            fn elements(data: &mut Data) -> Option<&mut Vec<Self>> {
+                if let Data::$variant(v) = data { Some(v) } else { None }
+            }
+        }
+    };
+}
+element!(f32, F32);
+element!(i64, I64);
+element!(bool, Bool);
+
+impl Default for Tensor {
+    /// Without elements.
+    fn default() -> Self {
+        Self { shape: vec![0], data: Arc::new(Data::F32(vec![])) }
     }
 }
-impl From<Vec<i64>> for Data {
-    fn from(v: Vec<i64>) -> Self {
-        Self::I64(v)
+
+/// Whether a shape holds so many elements.
+fn check(shape: &[usize], elements: usize) -> Result<()> {
+    if shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)) == Some(elements) {
+        return Ok(());
     }
-}
-impl From<Vec<bool>> for Data {
-    fn from(v: Vec<bool>) -> Self {
-        Self::Bool(v)
-    }
+    Err(Error::Input(format!("a tensor of shape {shape:?} cannot have {elements} elements")))
 }
 
 impl Tensor {
@@ -63,11 +86,29 @@ impl Tensor {
         Self::checked(shape.into(), self.data.clone())
     }
 
-    fn checked(shape: Vec<usize>, data: Arc<Data>) -> Result<Self> {
-        let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-        if elements != Some(data.len()) {
-            return Err(Error::Input(format!("a tensor of shape {shape:?} cannot have {} elements", data.len())));
+    /// Makes it a tensor of `values`, in the memory that it has if that holds such elements and is not shared.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn fill<T: Element>(&mut self, shape: &[usize], values: impl ExactSizeIterator<Item = T>) -> Result<()>
+    where
+        Data: From<Vec<T>>,
+    {
+        let count = values.len();
+        match Arc::get_mut(&mut self.data).and_then(T::elements) {
+            Some(elements) => {
+                elements.clear();
+                elements.extend(values);
+            }
+            None => self.data = Arc::new(values.collect::<Vec<T>>().into()),
         }
+        self.shape.clear();
+        self.shape.extend_from_slice(shape);
+        check(shape, count)
+    }
+
+    fn checked(shape: Vec<usize>, data: Arc<Data>) -> Result<Self> {
+        check(&shape, data.len())?;
         Ok(Self { shape, data })
     }
 

@@ -24,7 +24,7 @@ pub enum Loaded {
 }
 
 impl Loaded {
-    /// Loads an artifact; `threads` as for the engine, by default one per core.
+    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, or no engine runs it.
@@ -59,7 +59,7 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads an artifact; `threads` as for the engine, by default one per core.
+    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, no engine runs it, or its model is for something else.
@@ -121,7 +121,7 @@ pub struct PairScorer {
 }
 
 impl PairScorer {
-    /// Loads an artifact; `threads` as for the engine, by default one per core.
+    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, no engine runs it, or its model is for something else.

@@ -43,17 +43,18 @@ pub(super) fn run(manifest: &Manifest, requests: &[Request], run_entry: RunEntry
         let mut given = vec![];
         for (_, call) in &calls {
             let inputs: Vec<(&str, &Tensor)> = call.inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
-            let bound = binding::bind(&manifest.symbols, entry, &inputs, &vec![None; entry.states.len()])?;
+            let mut symbols = Bindings::default();
+            let bound = binding::bind(&manifest.symbols, entry, &inputs, |_| None::<[usize; 0]>, &mut symbols)?;
             let mut inputs = BTreeMap::new();
-            for (port, t) in entry.inputs.iter().zip(&bound.inputs) {
+            for (port, t) in entry.inputs.iter().zip(bound) {
                 inputs.insert(port.name.clone(), array(t)?);
             }
             for s in &entry.states {
-                let extent = |d: &vlmc_ir::Dim| d.eval(&bound.symbols).map(|v| v.max(0) as usize);
+                let extent = |d: &vlmc_ir::Dim| d.eval(&symbols).map(|v| v.max(0) as usize);
                 let shape = s.shape.iter().map(extent).collect::<Result<Vec<_>, _>>().map_err(|e| Error::Backend(e.to_string()))?;
                 inputs.insert(s.past.clone(), Array::F32(ArrayD::zeros(IxDyn(&shape))));
             }
-            given.push(Given { symbols: bound.symbols, inputs });
+            given.push(Given { symbols, inputs });
         }
         for ((i, _), mut outputs) in calls.iter().zip(run_entry(&entry.name, &given)?) {
             let mut take = |name: &str| outputs.remove(name).ok_or_else(|| Error::Backend(format!("{} gave no '{name}'", entry.name)));

@@ -8,7 +8,7 @@ use super::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::ProgressBar;
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use serde::Serialize;
 use std::{
     fmt::Write,
@@ -22,7 +22,7 @@ use vlmc_runtime::{
     artifact::{PromptRules, Task, program::Program},
     forward, needs, open_engine,
     prepare::{synthetic_picture, synthetic_prompt, synthetic_text},
-    processor,
+    processor, threads,
     tokenizer::Tokenizer,
     work,
 };
@@ -54,7 +54,7 @@ pub(super) struct BenchArgs {
     /// Measurements of each
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZero<usize>,
-    /// Threads to run with [default: as many as this process may use at once]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Run once more, with the time of every step: a table by kernel, shape and type of the weights
@@ -269,11 +269,12 @@ enum Ready {
 }
 
 impl Ready {
-    fn open(dir: &Path, args: &BenchArgs, engine: impl FnOnce(&Artifact) -> vlmc_runtime::Result<Box<dyn Engine>>) -> Result<(Self, f64)> {
+    /// And how long that took, in seconds.
+    fn open(dir: &Path, engine: impl FnOnce(&Artifact) -> vlmc_runtime::Result<Box<dyn Engine>>) -> Result<(Self, f64)> {
         let start = Instant::now();
         let artifact = Artifact::open(dir)?;
         let tokenizer = artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?;
-        let engine = engine(&artifact).with_context(|| args.artifact.display().to_string())?;
+        let engine = engine(&artifact)?;
         let ready = match artifact.manifest().task {
             Task::Generate(_) => Self::Answers(Box::new(Pipeline::new(engine)?)),
             _ => Self::Others(engine),
@@ -432,16 +433,15 @@ impl Counter<'_> {
     }
 }
 
-/// Memory to read, in pages of one kind; `None` if the system has none.
-fn buffer(len: usize, pages: Advice) -> Result<Option<MmapMut>> {
-    if matches!(pages, Advice::HugePage) {
-        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
-        if !enabled.contains("[always]") && !enabled.contains("[madvise]") {
-            return Ok(None);
-        }
+/// Memory to read, in large pages or in small ones; `None` if the system has no large ones.
+fn buffer(len: usize, large: bool) -> Result<Option<MmapMut>> {
+    let enabled = || std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    if large && !["[always]", "[madvise]"].iter().any(|state| enabled().contains(state)) {
+        return Ok(None);
     }
     let mut map = MmapMut::map_anon(len).context("memory to measure the bandwidth with")?;
-    if map.advise(pages).is_err() && matches!(pages, Advice::HugePage) {
+    #[cfg(target_os = "linux")]
+    if map.advise(if large { memmap2::Advice::HugePage } else { memmap2::Advice::NoHugePage }).is_err() && large {
         return Ok(None);
     }
     map.fill(1);
@@ -470,12 +470,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         bail!("--profile and --trace are for artifacts of target 'cpu'; this one is for '{}'", manifest.target);
     }
     let asked = Asked::new(args, &artifact)?;
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+    let threads = threads(args.threads);
     let counter = Counter { artifact: &artifact, program, threads };
-    let repeat = args.repeat.get();
     let bar = super::spinner();
-    let report = measure(args, &artifact, &asked, &counter, repeat, &bar)?;
-    let mut report = Report { profile: None, ..report };
+    let mut report = measure(args, &asked, &counter, &bar)?;
     if profiled && let Some(program) = &counter.program {
         bar.set_message("profile");
         let phases = profile_phases(args, &asked)?;
@@ -490,18 +488,10 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
     if args.json { print_json(&report) } else { print(&text(&report)) }
 }
 
-fn measure(
-    args: &BenchArgs,
-    artifact: &Artifact,
-    asked: &Asked,
-    counter: &Counter<'_>,
-    repeat: usize,
-    bar: &ProgressBar,
-) -> Result<Report> {
-    let manifest = artifact.manifest();
-    let dir = &args.artifact;
+fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &ProgressBar) -> Result<Report> {
+    let (manifest, repeat) = (counter.artifact.manifest(), args.repeat.get());
     let kernels = Kernels::new(counter.threads);
-    let open = || Ready::open(dir, args, |a| open_engine(a, args.threads));
+    let open = || Ready::open(&args.artifact, |a| open_engine(a, args.threads));
     // Once without being measured: files and memory are warm then, and nothing else has taken memory.
     bar.set_message("warming up");
     let (mut model, _) = open()?;
@@ -546,8 +536,8 @@ fn measure(
     let weight_bytes: u64 = manifest.files.iter().filter(|(name, _)| name.ends_with(".safetensors")).map(|(_, f)| f.bytes).sum();
     let read = token.map_or(usize::try_from(weight_bytes).unwrap_or(MAX_BUFFER), |t| t.weight_bytes);
     let buffer_bytes = read.clamp(MIN_BUFFER, MAX_BUFFER);
-    let small = buffer(buffer_bytes, Advice::NoHugePage)?.context("memory to measure the bandwidth with")?;
-    let large = buffer(buffer_bytes, Advice::HugePage)?;
+    let small = buffer(buffer_bytes, false)?.context("memory to measure the bandwidth with")?;
+    let large = buffer(buffer_bytes, true)?;
     let (mut small_pages, mut large_pages, mut bandwidths, mut decoded) = (vec![], vec![], vec![], vec![]);
     if !asked.context.is_empty() {
         model.prefill(&asked.context)?;
@@ -637,7 +627,7 @@ fn profile_phases(args: &BenchArgs, asked: &Asked) -> Result<Vec<Phase>> {
         engine.profile(recorder.profiler());
         Ok(Box::new(engine) as Box<dyn Engine>)
     };
-    let (mut model, _) = Ready::open(&args.artifact, args, open)?;
+    let (mut model, _) = Ready::open(&args.artifact, open)?;
     let mut phases = vec![];
     for picture in &asked.pictures {
         model.encode(&picture.inputs)?;

@@ -33,7 +33,7 @@ pub(super) struct EmbedArgs {
     batch: NonZero<usize>,
     #[command(flatten)]
     target: TargetArgs,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Print what was written as JSON

@@ -26,7 +26,7 @@ pub(super) struct EvalArgs {
     /// Most tokens of an answer
     #[arg(long, value_name = "N", default_value_t = NonZero::<usize>::MIN.saturating_add(63))]
     max_new_tokens: NonZero<usize>,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Print as JSON

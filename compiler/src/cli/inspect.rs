@@ -17,7 +17,7 @@ use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{
     Artifact, Request, Run,
     artifact::{Certificate, Dim, Entry, PROGRAM},
-    needs,
+    needs, threads,
 };
 
 #[derive(Args)]
@@ -37,7 +37,7 @@ pub(super) struct InspectArgs {
     /// Tokens of the answer, which are part of the context
     #[arg(long, value_name = "N", default_value_t = 1)]
     max_new_tokens: usize,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Print as JSON
@@ -138,7 +138,7 @@ fn of_request(args: &InspectArgs) -> Result<Value> {
         let (manifest, program, weights) = open(&args.path)?.outline(&Policy::named("none")?)?;
         (manifest, Some(program), weights)
     };
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
+    let threads = threads(args.threads);
     let longest = manifest.task.prompt().map_or(0, |rules| rules.max_positions);
     let request = Request {
         pictures: args.image.clone(),

@@ -161,7 +161,7 @@ struct CompileArgs {
     /// int8: 8 bits with a scale per head and token, about a quarter of the memory. bf16: half of it.
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     kv: Kv,
-    /// Threads to compile with [default: one per core]; the artifact does not depend on it
+    /// Threads to compile with [default: as many cores as this process may use]; the artifact does not depend on it
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Print a report as JSON
@@ -217,7 +217,7 @@ struct ExecArgs {
     /// Tokens to generate
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_new_tokens: usize,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
 }

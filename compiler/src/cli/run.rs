@@ -60,7 +60,7 @@ pub(super) struct RunArgs {
     stop: Vec<String>,
     #[command(flatten)]
     target: TargetArgs,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
     /// Print the answer and its timings, or all numbers, as JSON

@@ -53,7 +53,7 @@ pub(super) struct VerifyArgs {
     /// Leave the artifact's manifest as it is
     #[arg(long)]
     no_certificate: bool,
-    /// Threads to run with [default: one per core]
+    /// Threads to run with [default: as many cores as this process may use]
     #[arg(long)]
     threads: Option<NonZero<usize>>,
 }

@@ -61,7 +61,7 @@ use vlmc_runtime::{
 
 /// What to compare on, and how.
 pub struct Options<'a> {
-    /// Threads of the artifact's engine, by default one per core.
+    /// Threads of the artifact's engine, as [`vlmc_runtime::threads`] takes it.
     pub threads: Option<NonZero<usize>>,
     /// Tokens to generate greedily by both, for models that answer prompts.
     pub new_tokens: usize,

@@ -122,26 +122,26 @@ impl Engine for Reference {
         let e = self.manifest.entries.iter().find(|e| e.name == entry).ok_or_else(unknown)?.clone();
         let graph = program.graphs.iter().find(|g| g.name == entry).ok_or_else(unknown)?;
         let before = self.states.get(entry);
-        let shapes: Vec<_> = (0..e.states.len()).map(|i| before.map(|s| s[i].shape())).collect();
-        let bound = binding::bind(&self.manifest.symbols, &e, inputs, &shapes)?;
+        let mut symbols = Bindings::default();
+        let bound = binding::bind(&self.manifest.symbols, &e, inputs, |i| before.map(|s| s[i].shape()), &mut symbols)?;
 
         let mut given: BTreeMap<String, Array> =
-            e.inputs.iter().zip(&bound.inputs).map(|(p, t)| Ok((p.name.clone(), array(t)?))).collect::<vlmc_runtime::Result<_>>()?;
+            e.inputs.iter().zip(bound).map(|(p, t)| Ok((p.name.clone(), array(t)?))).collect::<vlmc_runtime::Result<_>>()?;
         for (i, s) in e.states.iter().enumerate() {
             let state = match before {
                 Some(states) => states[i].clone(),
                 None => {
-                    let dims = s.shape.iter().map(|d| d.eval(&bound.symbols).map(|v| v.max(0) as usize)).collect::<Result<Vec<_>, _>>();
+                    let dims = s.shape.iter().map(|d| d.eval(&symbols).map(|v| v.max(0) as usize)).collect::<Result<Vec<_>, _>>();
                     Array::F32(ArrayD::zeros(IxDyn(&dims.map_err(|e| failed(entry, e))?)))
                 }
             };
             given.insert(s.past.clone(), state);
         }
-        let sample = Sample { symbols: &bound.symbols, inputs: &given };
+        let sample = Sample { symbols: &symbols, inputs: &given };
         // Out of `self` while weights are read through it.
         let mut watcher: Watcher = std::mem::replace(&mut self.watcher, Box::new(|_| Ok(())));
         let mut outs = {
-            let mut forward = Forward { graph, symbols: &bound.symbols, watcher: &mut watcher };
+            let mut forward = Forward { graph, symbols: &symbols, watcher: &mut watcher };
             interp::run_samples(graph, &[sample], &|name: &str| self.weight(name), &mut forward)
         };
         self.watcher = watcher;

@@ -24,34 +24,47 @@ pub struct Symbol {
 }
 
 /// The values of the symbols in one run.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Bindings(BTreeMap<Arc<str>, i64>);
+#[derive(Clone, Debug, Default)]
+pub struct Bindings(BTreeMap<Arc<str>, Option<i64>>);
 
 impl Bindings {
     /// The value of `name`, if bound.
     pub fn get(&self, name: &str) -> Option<i64> {
-        self.0.get(name).copied()
+        self.0.get(name).copied().flatten()
     }
 
     /// Binds `name` to `value`, replacing an earlier value.
     pub fn set(&mut self, name: &str, value: i64) {
         match self.0.get_mut(name) {
-            Some(v) => *v = value,
+            Some(v) => *v = Some(value),
             None => {
-                self.0.insert(name.into(), value);
+                self.0.insert(name.into(), Some(value));
             }
         }
     }
 
+    /// Binds nothing any more, but keeps the memory for the symbols that were bound.
+    pub fn clear(&mut self) {
+        self.0.values_mut().for_each(|v| *v = None);
+    }
+
     /// All symbols and values, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, i64)> {
-        self.0.iter().map(|(k, v)| (&**k, *v))
+        self.0.iter().filter_map(|(k, v)| Some((&**k, (*v)?)))
     }
 }
 
+impl PartialEq for Bindings {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for Bindings {}
+
 impl<'a> FromIterator<(&'a str, i64)> for Bindings {
     fn from_iter<T: IntoIterator<Item = (&'a str, i64)>>(iter: T) -> Self {
-        Self(iter.into_iter().map(|(k, v)| (k.into(), v)).collect())
+        Self(iter.into_iter().map(|(k, v)| (k.into(), Some(v))).collect())
     }
 }
 

@@ -122,7 +122,7 @@ pub struct State {
 impl State {
     /// Whether it grows with the text. Others grow with pictures (keys and values of cross-attention).
     pub fn follows_text(&self) -> bool {
-        self.shape.get(self.axis) == Some(&Dim::symbol("past"))
+        self.shape.get(self.axis).and_then(Dim::as_scaled_symbol) == Some((1, "past"))
     }
 }
 

@@ -1,13 +1,17 @@
 //! Kernels that move elements, and reductions and sums of any element type: plain loops over rows of the output.
 
 use crate::{BadIndex, Pool};
+use smallvec::{SmallVec, smallvec};
 
 /// Elements per piece of work for one thread.
 const PIECE: usize = 1 << 15;
 
+/// Numbers of the axes of a tensor; of as many as models have, without memory of their own.
+pub type Axes = SmallVec<[usize; 8]>;
+
 /// Element strides of a row-major tensor.
-pub fn strides(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1; shape.len()];
+pub fn strides(shape: &[usize]) -> Axes {
+    let mut strides: Axes = smallvec![1; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i] * shape[i];
     }
@@ -18,10 +22,10 @@ pub fn strides(shape: &[usize]) -> Vec<usize> {
 ///
 /// # Panics
 /// If it does not broadcast.
-pub fn broadcast_strides(shape: &[usize], to: &[usize]) -> Vec<usize> {
+pub fn broadcast_strides(shape: &[usize], to: &[usize]) -> Axes {
     assert!(shape.len() <= to.len(), "{shape:?} does not broadcast to {to:?}");
     let missing = to.len() - shape.len();
-    let mut out = vec![0; missing];
+    let mut out: Axes = smallvec![0; missing];
     for ((d, s), t) in shape.iter().zip(strides(shape)).zip(&to[missing..]) {
         assert!(d == t || *d == 1, "{shape:?} does not broadcast to {to:?}");
         out.push(if *d == 1 { 0 } else { s });
@@ -31,13 +35,13 @@ pub fn broadcast_strides(shape: &[usize], to: &[usize]) -> Vec<usize> {
 
 /// A walk over the elements of a tensor that reads `N` operands by strides, with adjacent axes merged where all operands allow.
 pub(crate) struct Walk<const N: usize> {
-    shape: Vec<usize>,
-    strides: [Vec<usize>; N],
+    shape: Axes,
+    strides: [Axes; N],
 }
 
 impl<const N: usize> Walk<N> {
     pub(crate) fn new(shape: &[usize], strides: [&[usize]; N]) -> Self {
-        let mut walk = Self { shape: vec![], strides: std::array::from_fn(|_| vec![]) };
+        let mut walk = Self { shape: Axes::new(), strides: std::array::from_fn(|_| Axes::new()) };
         for (axis, len) in shape.iter().enumerate().filter(|(_, d)| **d != 1) {
             let merges = !walk.shape.is_empty() && (0..N).all(|i| walk.strides[i].last() == Some(&(strides[i][axis] * len)));
             if merges {
@@ -212,10 +216,10 @@ pub fn slice<T: Copy + Send + Sync>(pool: &Pool, x: &[T], [outer, axis, inner]: 
 /// # Panics
 /// If the lengths do not fit.
 pub fn reduce<T: Copy>(x: &[T], shape: &[usize], reduced: &[bool], init: T, f: impl Fn(T, T) -> T, out: &mut [T]) {
-    let kept: Vec<usize> = shape.iter().zip(reduced).filter(|(_, r)| !**r).map(|(d, _)| *d).collect();
+    let kept: Axes = shape.iter().zip(reduced).filter(|(_, r)| !**r).map(|(d, _)| *d).collect();
     assert!(x.len() == shape.iter().product::<usize>() && out.len() == kept.iter().product::<usize>(), "lengths do not fit");
     let mut kept_strides = strides(&kept).into_iter();
-    let out_strides: Vec<usize> = reduced.iter().map(|r| if *r { 0 } else { kept_strides.next().unwrap_or(0) }).collect();
+    let out_strides: Axes = reduced.iter().map(|r| if *r { 0 } else { kept_strides.next().unwrap_or(0) }).collect();
     out.fill(init);
     if x.is_empty() {
         return;

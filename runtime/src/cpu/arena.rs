@@ -75,10 +75,16 @@ fn place(parts: &[Part]) -> HashMap<usize, Range<usize>> {
     placed.into_iter().map(|(start, part)| (part.index, start..start + part.words)).collect()
 }
 
+/// A size with some room, so that one that grows little by little, as masks of a growing cache do, seldom needs another place.
+fn roomy(size: usize) -> usize {
+    let step = (size.min(MAX).next_power_of_two() / 32).max(1024);
+    size.checked_next_multiple_of(step).unwrap_or(size)
+}
+
 /// Where the parts of an arena lie, for one set of sizes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Places {
-    /// Bytes asked for.
+    /// Bytes, with some room.
     sizes: Vec<usize>,
     /// In words: the slots, then the scratch of each step.
     parts: Vec<Range<usize>>,
@@ -88,15 +94,16 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// Places parts of `sizes` bytes, slots before scratch.
+    /// Places parts of `sizes` bytes and some more, slots before scratch.
     ///
     /// # Errors
     /// They need too much memory.
-    pub(crate) fn new(lives: &Lives, sizes: Vec<usize>) -> Result<Self, String> {
+    pub(crate) fn new(lives: &Lives, sizes: &[usize]) -> Result<Self, String> {
         // Sums of smaller ones cannot overflow.
         if sizes.iter().any(|s| *s > MAX) {
             return Err("the request needs too much memory".into());
         }
+        let sizes: Vec<usize> = sizes.iter().copied().map(roomy).collect();
         let part = |i: usize| Some(Part { index: i, words: sizes[i].div_ceil(ALIGN) * (ALIGN / WORD), life: lives.of(i)? });
         let mut all: Vec<Part> = (0..sizes.len()).filter_map(part).filter(|p| p.words > 0).collect();
         let mut changes = vec![0isize; lives.steps + 2];
@@ -133,7 +140,7 @@ impl Places {
 
     /// Whether it is for these sizes.
     pub(crate) fn is_for(&self, sizes: &[usize]) -> bool {
-        self.sizes == sizes
+        sizes.iter().copied().map(roomy).eq(self.sizes.iter().copied())
     }
 
     /// Bytes of the arena.
@@ -265,7 +272,7 @@ mod tests {
             let (spans, mut sizes): (Vec<_>, Vec<_>) = parts.into_iter().map(|(first, len, size)| ((first, first + len), size)).unzip();
             let lives = lives(&spans);
             sizes.extend((0..lives.steps).map(|step| step % 3 * 100));
-            let places = Places::new(&lives, sizes.clone()).unwrap();
+            let places = Places::new(&lives, &sizes).unwrap();
             for (a, size) in sizes.iter().enumerate() {
                 let (range, life) = (places.parts[a].clone(), lives.of(a).unwrap());
                 prop_assert!(range.len() * WORD >= *size && (range.start * WORD).is_multiple_of(ALIGN) && range.end <= places.words);
@@ -275,6 +282,7 @@ mod tests {
                     prop_assert!(!together || range.end <= other.start || other.end <= range.start || range.is_empty() || other.is_empty());
                 }
             }
+            prop_assert!(places.is_for(&sizes));
             prop_assert!(places.bytes() >= places.largest_live());
             prop_assert!(places.largest_live() >= sizes.iter().copied().max().unwrap_or(0));
         }
@@ -315,7 +323,7 @@ mod tests {
     #[test]
     fn memory_grows_at_once_and_is_given_back_in_time() {
         let lives = lives(&[(0, 0)]);
-        let (large, small) = (Places::new(&lives, vec![1 << 20, 0]).unwrap(), Places::new(&lives, vec![1 << 10, 0]).unwrap());
+        let (large, small) = (Places::new(&lives, &[1 << 20, 0]).unwrap(), Places::new(&lives, &[1 << 10, 0]).unwrap());
         let mut arena = Arena::default();
         assert_eq!(arena.fit(&large).unwrap().len(), large.words);
         for _ in 0..2 * PATIENCE {
@@ -324,7 +332,16 @@ mod tests {
         }
         assert!(arena.words.len() < 2 * small.words);
         assert_eq!(arena.fit(&large).unwrap().len(), large.words);
-        assert!(Places::new(&lives, vec![usize::MAX, 0]).is_err());
-        assert!(Places::new(&lives, vec![MAX - 10, 100]).is_err());
+        assert!(Places::new(&lives, &[usize::MAX, 0]).is_err());
+        assert!(Places::new(&lives, &[MAX - 10, 100]).is_err());
+    }
+
+    #[test]
+    fn places_have_a_little_room() {
+        let places = Places::new(&lives(&[(0, 0)]), &[8 * 9000, 0]).unwrap();
+        assert!((9000..9200).all(|n| places.is_for(&[8 * n, 0])) && !places.is_for(&[8 * 10_000, 0]) && !places.is_for(&[8 * 8000, 0]));
+        for size in [0, 1, 1024, 5000, 1 << 20, (1 << 20) + 1, MAX, usize::MAX] {
+            assert!(roomy(size) >= size && roomy(size) - size <= 1024.max(size / 16), "{size}");
+        }
     }
 }

@@ -5,22 +5,54 @@ use super::{
     step,
     weights::Weights,
 };
-use crate::{Data, Result, Tensor, binding::extents};
+use crate::{Data, Result, Tensor, binding::extent};
 use half::bf16;
+use std::collections::HashMap;
 use vlmc_artifact::{
-    Bindings, DType,
+    Bindings, DType, Dim,
     program::{Function, Layout, Place},
 };
 use vlmc_kernels::{Floats, Kept, Kernels, Keys};
 
-/// Shapes of all values.
-pub(super) fn shapes(f: &Function, symbols: &Bindings) -> Result<Vec<Vec<usize>>, String> {
-    f.values.iter().map(|v| extents(&v.shape, symbols)).collect()
+/// Shapes of all values of a function, kept from run to run.
+pub(super) struct Shapes {
+    /// Those that differ: a function has few, and thousands of values.
+    dims: Vec<Dim>,
+    /// Of each value, its axes among `dims`.
+    axes: Vec<Vec<usize>>,
+    extents: Vec<usize>,
+    shapes: Vec<Vec<usize>>,
 }
 
-/// Bytes of the slots of a function, and of the scratch of each of its steps.
-pub(super) fn sizes(f: &Function, lives: &Lives, shapes: &[Vec<usize>], threads: usize) -> Vec<usize> {
-    let mut sizes = vec![0; lives.slots()];
+impl Shapes {
+    pub(super) fn new(f: &Function) -> Self {
+        let mut known: HashMap<&Dim, usize> = HashMap::new();
+        let mut axis = |d| {
+            let next = known.len();
+            *known.entry(d).or_insert(next)
+        };
+        let axes: Vec<Vec<usize>> = f.values.iter().map(|v| v.shape.iter().map(&mut axis).collect()).collect();
+        let mut dims = vec![Dim::default(); known.len()];
+        known.into_iter().for_each(|(d, i)| dims[i] = d.clone());
+        Self { extents: vec![0; dims.len()], dims, shapes: axes.clone(), axes }
+    }
+
+    /// The shapes with these values of the symbols.
+    pub(super) fn of(&mut self, symbols: &Bindings) -> Result<&[Vec<usize>], String> {
+        for (d, to) in self.dims.iter().zip(&mut self.extents) {
+            *to = extent(d, symbols)?;
+        }
+        for (axes, shape) in self.axes.iter().zip(&mut self.shapes) {
+            axes.iter().zip(shape).for_each(|(axis, to)| *to = self.extents[*axis]);
+        }
+        Ok(&self.shapes)
+    }
+}
+
+/// Bytes of the slots of a function, and of the scratch of each of its steps, in place of what `sizes` held.
+pub(super) fn sizes(f: &Function, lives: &Lives, shapes: &[Vec<usize>], threads: usize, sizes: &mut Vec<usize>) {
+    sizes.clear();
+    sizes.resize(lives.slots(), 0);
     for (v, shape) in f.values.iter().zip(shapes) {
         if let Place::Slot(i) = v.place {
             let bytes = shape.iter().fold(v.dtype.size(), |n, d| n.saturating_mul(*d));
@@ -28,7 +60,6 @@ pub(super) fn sizes(f: &Function, lives: &Lives, shapes: &[Vec<usize>], threads:
         }
     }
     sizes.extend(f.steps.iter().map(|step| step::scratch(step, shapes, threads)));
-    sizes
 }
 
 /// A literal's elements.
@@ -286,13 +317,19 @@ impl Frame<'_> {
 
     /// A copy of a value.
     pub(super) fn tensor(&self, value: usize) -> Result<Tensor> {
-        let invalid = crate::Error::Input;
-        let data: Data = match self.view(value).map_err(invalid)? {
-            View::Floats(Floats::F32(v)) => v.to_vec().into(),
-            View::Floats(_) => return Err(invalid("an output is of narrow floats".into())),
-            View::I64(v) => v.to_vec().into(),
-            View::Bool(v) => v.iter().map(|b| *b != 0).collect::<Vec<_>>().into(),
-        };
-        Tensor::new(self.shapes[value].clone(), data)
+        let mut tensor = Tensor::default();
+        self.copy(value, &mut tensor)?;
+        Ok(tensor)
+    }
+
+    /// Makes `to` a copy of a value, in the memory that it has where that can be.
+    pub(super) fn copy(&self, value: usize, to: &mut Tensor) -> Result<()> {
+        let (invalid, shape) = (crate::Error::Input, &self.shapes[value]);
+        match self.view(value).map_err(invalid)? {
+            View::Floats(Floats::F32(v)) => to.fill(shape, v.iter().copied()),
+            View::Floats(_) => Err(invalid("an output is of narrow floats".into())),
+            View::I64(v) => to.fill(shape, v.iter().copied()),
+            View::Bool(v) => to.fill(shape, v.iter().map(|b| *b != 0)),
+        }
     }
 }

@@ -11,11 +11,11 @@ mod work;
 use crate::{
     Engine, Error, Observer, Result, Tensor,
     artifact_dir::{Artifact, read_limited},
-    binding,
+    binding, engine,
 };
 use arena::{Arena, Lives, Places, Rest};
 pub(crate) use memory::state_bytes;
-use memory::{Frame, Literal, State};
+use memory::{Frame, Literal, Shapes, State};
 use observe::Watch;
 use std::{num::NonZero, time::Instant};
 use vlmc_artifact::{
@@ -48,9 +48,17 @@ struct Loaded {
     /// Literals by value, converted once.
     literals: Vec<Option<Literal>>,
     lives: Lives,
-    /// Where results lie, for the sizes of the last run.
+    symbols: Bindings,
+    shapes: Shapes,
+    /// Bytes of the parts of the arena.
+    sizes: Vec<usize>,
+    /// Where results lie, for the sizes of the last run and some more.
     places: Places,
     states: Vec<State>,
+    /// Lengths of the states before a run.
+    before: Vec<usize>,
+    /// When the steps of a run began, if that is to be told.
+    times: Option<Vec<Instant>>,
 }
 
 /// Reads and checks the program of an artifact.
@@ -81,13 +89,15 @@ pub struct Working {
 /// What a run of a checked function works in, with these values of the symbols and so many threads.
 pub(crate) fn working(f: &Function, symbols: &Bindings, threads: usize) -> Result<Working, String> {
     let lives = Lives::new(f);
-    let places = Places::new(&lives, memory::sizes(f, &lives, &memory::shapes(f, symbols)?, threads))?;
+    let mut sizes = vec![];
+    memory::sizes(f, &lives, Shapes::new(f).of(symbols)?, threads, &mut sizes);
+    let places = Places::new(&lives, &sizes)?;
     Ok(Working { arena: places.bytes(), largest_live: places.largest_live(), scratch: places.scratch() })
 }
 
 impl CpuEngine {
-    /// Loads the program and maps the weights; `threads` is the number of CPU threads, by default one per core that this
-    /// process may use.
+    /// Loads the program and maps the weights; `threads` is the number of CPU threads, by default as many as
+    /// [`crate::threads`] says.
     ///
     /// # Errors
     /// The program or the weights are not what the manifest says, or could not be run safely.
@@ -102,8 +112,15 @@ impl CpuEngine {
         if let Some(e) = manifest.entries.iter().enumerate().find(|(i, _)| !functions.iter().any(|f| f.entry == *i)) {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get);
-        Ok(Self { manifest, kernels: Kernels::new(threads), weights, functions, arena: Arena::default(), observer: None, profiler: None })
+        Ok(Self {
+            manifest,
+            kernels: Kernels::new(engine::threads(threads)),
+            weights,
+            functions,
+            arena: Arena::default(),
+            observer: None,
+            profiler: None,
+        })
     }
 
     /// Tells `observer` of every step with weights from now on.
@@ -145,8 +162,13 @@ impl Loaded {
             entry,
             literals: function.values.iter().map(literal).collect(),
             lives: Lives::new(&function),
+            symbols: Bindings::default(),
+            shapes: Shapes::new(&function),
+            sizes: vec![],
             places: Places::default(),
             states: function.states.iter().map(|s| State::new(s.dtype)).collect(),
+            before: vec![],
+            times: None,
             function,
         })
     }
@@ -156,16 +178,16 @@ impl Loaded {
         kernels: &Kernels,
         weights: &Weights,
         arena: &mut Arena,
-        bound: binding::Bound<'_>,
+        inputs: &[&Tensor],
+        outputs: &mut Vec<Tensor>,
         mut watch: Option<Watch<'_>>,
-        mut times: Option<&mut Vec<Instant>>,
-    ) -> Result<Vec<Tensor>> {
-        let symbols = &bound.symbols;
+    ) -> Result<()> {
+        let symbols = &self.symbols;
         let invalid = |why: String| Error::Input(format!("{}: {why}", self.function.name));
-        let shapes = memory::shapes(&self.function, symbols).map_err(invalid)?;
-        let sizes = memory::sizes(&self.function, &self.lives, &shapes, kernels.pool().threads());
-        if !self.places.is_for(&sizes) {
-            self.places = Places::new(&self.lives, sizes).map_err(invalid)?;
+        let shapes = self.shapes.of(symbols).map_err(invalid)?;
+        memory::sizes(&self.function, &self.lives, shapes, kernels.pool().threads(), &mut self.sizes);
+        if !self.places.is_for(&self.sizes) {
+            self.places = Places::new(&self.lives, &self.sizes).map_err(invalid)?;
         }
         let words = arena.fit(&self.places).map_err(invalid)?;
         // What a step sees, of which part of the arena.
@@ -173,9 +195,9 @@ impl Loaded {
             ($arena:expr) => {
                 Frame {
                     function: &self.function,
-                    shapes: &shapes,
+                    shapes,
                     symbols,
-                    inputs: &bound.inputs,
+                    inputs,
                     literals: &self.literals,
                     weights,
                     places: &self.places,
@@ -184,7 +206,7 @@ impl Loaded {
                 }
             };
         }
-        let mut now = || _ = times.as_mut().map(|t| t.push(Instant::now()));
+        let mut now = || _ = self.times.as_mut().map(|t| t.push(Instant::now()));
         now();
         for (i, step) in self.function.steps.iter().enumerate() {
             let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words))))?;
@@ -205,7 +227,8 @@ impl Loaded {
             now();
         }
         let frame = frame!(Rest::all(words));
-        self.function.outputs.iter().map(|o| frame.tensor(o.value as usize)).collect()
+        outputs.resize_with(self.function.outputs.len(), Tensor::default);
+        self.function.outputs.iter().zip(outputs).try_for_each(|(o, to)| frame.copy(o.value as usize, to))
     }
 }
 
@@ -215,22 +238,30 @@ impl Engine for CpuEngine {
     }
 
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
-        let mut timed = self.profiler.is_some().then(|| (Instant::now(), vec![]));
+        let mut outputs = vec![];
+        self.run_into(entry, inputs, &mut outputs)?;
+        Ok(outputs)
+    }
+
+    /// Takes no memory if this entry has run with the same sizes but for some more positions in its states, and `outputs` holds what
+    /// came out then: decoding a token takes some from time to time, when caches and places have to grow.
+    fn run_into(&mut self, entry: &str, inputs: &[(&str, &Tensor)], outputs: &mut Vec<Tensor>) -> Result<()> {
+        let call = self.profiler.is_some().then(Instant::now);
         let loaded = self.functions.iter_mut().find(|f| f.function.name == entry);
         let loaded = loaded.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
         let entry = &self.manifest.entries[loaded.entry];
-        let shapes: Vec<_> = loaded.states.iter().map(State::shape).collect();
-        let now: Vec<_> = shapes.iter().map(|s| s.as_ref().map(<[usize; 4]>::as_slice)).collect();
-        let bound = binding::bind(&self.manifest.symbols, entry, inputs, &now)?;
-        let before: Vec<usize> = loaded.states.iter().map(State::len).collect();
+        let shape = |i: usize| loaded.states.get(i).and_then(State::shape);
+        let inputs = binding::bind(&self.manifest.symbols, entry, inputs, shape, &mut loaded.symbols)?;
+        loaded.before.clear();
+        loaded.before.extend(loaded.states.iter().map(State::len));
         let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
-        let symbols = timed.is_some().then(|| bound.symbols.clone());
-        let times = timed.as_mut().map(|(_, steps)| steps);
-        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, bound, watch, times);
+        loaded.times = call.map(|_| vec![]);
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, &inputs, outputs, watch);
         if result.is_err() {
-            loaded.states.iter_mut().zip(before).for_each(|(s, len)| s.truncate(len));
-        } else if let (Some(profiler), Some((start, steps)), Some(symbols)) = (&mut self.profiler, timed, symbols) {
-            profiler(TimedRun { entry: entry.name.clone(), symbols, call: [start, Instant::now()], steps });
+            loaded.states.iter_mut().zip(&loaded.before).for_each(|(s, len)| s.truncate(*len));
+        } else if let (Some(profiler), Some(call), Some(steps)) = (&mut self.profiler, call, loaded.times.take()) {
+            let (entry, symbols) = (entry.name.clone(), loaded.symbols.clone());
+            profiler(TimedRun { entry, symbols, call: [call, Instant::now()], steps });
         }
         result
     }

@@ -1,12 +1,14 @@
 //! One step: operands and result looked up, the kernel called.
 
 use super::memory::{Frame, State, View};
+use smallvec::SmallVec;
 use vlmc_artifact::{
     DType,
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
 use vlmc_kernels::{
-    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch, moves,
+    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch,
+    moves::{self, Axes},
 };
 
 type Done = Result<(), String>;
@@ -239,7 +241,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
         Kernel::DimValue { dim } => out!(i64).fill(dim.eval(f.symbols).map_err(|e| e.to_string())?),
         Kernel::Reduce { f: function, axes } => {
             let x_shape = arg_shape(0);
-            let reduced: Vec<bool> = (0..x_shape.len()).map(|i| axes.contains(&i)).collect();
+            let reduced: SmallVec<[bool; 8]> = (0..x_shape.len()).map(|i| axes.contains(&i)).collect();
             match (f.dtype(out), function) {
                 (DType::I64, Reduce::Max) => moves::reduce(i64s(0)?, x_shape, &reduced, i64::MIN, i64::max, out!(i64)),
                 (DType::I64, _) => moves::reduce(i64s(0)?, x_shape, &reduced, 0, i64::wrapping_add, out!(i64)),
@@ -263,7 +265,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let lead = &shape[..shape.len() - 2];
             let [m, n, kk] = [shape[shape.len() - 2], shape[shape.len() - 1], a[a.len() - 1]];
             let strides =
-                |s: &[usize], size: usize| moves::broadcast_strides(&s[..s.len() - 2], lead).iter().map(|x| x * size).collect::<Vec<_>>();
+                |s: &[usize], size: usize| moves::broadcast_strides(&s[..s.len() - 2], lead).iter().map(|x| x * size).collect::<Axes>();
             let (sa, sb) = (strides(a, m * kk), strides(b, kk * n));
             let base = |mut i: usize| {
                 (0..lead.len()).rev().fold((0, 0), |(x, y), axis| {
@@ -276,7 +278,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
         }
         Kernel::Transpose { perm } => {
             let from = moves::strides(arg_shape(0));
-            let strides: Vec<usize> = perm.iter().map(|p| from[*p]).collect();
+            let strides: Axes = perm.iter().map(|p| from[*p]).collect();
             any!(get, o => moves::strided_copy(k.pool(), get(0)?, &strides, shape, o));
         }
         Kernel::Broadcast => {
@@ -286,7 +288,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
         Kernel::Concat { axis } => {
             let [outer, _, inner] = around(shape, *axis);
             any!(get, o => {
-                let parts = (0..step.args.len()).map(|i| Ok((get(i)?, arg_shape(i)[*axis]))).collect::<Result<Vec<_>, String>>()?;
+                let parts = (0..step.args.len()).map(|i| Ok((get(i)?, arg_shape(i)[*axis]))).collect::<Result<SmallVec<[_; 8]>, String>>()?;
                 moves::concat(k.pool(), &parts, outer, inner, o);
             });
         }

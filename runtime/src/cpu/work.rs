@@ -1,6 +1,6 @@
 //! What the steps of a program read and compute, told from sizes alone.
 
-use super::{memory, weights::stored};
+use super::{memory::Shapes, weights::stored};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::time::Instant;
@@ -59,8 +59,9 @@ pub fn work(program: &Program, entry: &str, symbols: &Bindings) -> Result<Vec<Wo
     let f = program.functions.iter().find(|f| f.name == entry);
     let f = f.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
     let fail = |why: String| Error::Input(format!("{entry}: {why}"));
-    let shapes = memory::shapes(f, symbols).map_err(fail)?;
-    f.steps.iter().map(|step| Steps { program, f, shapes: &shapes }.of(step).map_err(fail)).collect()
+    let mut shapes = Shapes::new(f);
+    let shapes = shapes.of(symbols).map_err(fail)?;
+    f.steps.iter().map(|step| Steps { program, f, shapes }.of(step).map_err(fail)).collect()
 }
 
 struct Steps<'a> {
