@@ -11,6 +11,7 @@ mod error;
 mod forward;
 mod generate;
 pub mod image;
+mod lookup;
 mod model;
 mod needs;
 #[cfg(feature = "ort")]
@@ -31,6 +32,7 @@ pub use engine::{Engine, Observed, Observer};
 pub use error::{Error, Result};
 pub use forward::{Tensors, forward};
 pub use generate::{Finish, GenerateOptions, Reply};
+pub use lookup::LookupReport;
 pub use model::{Conversation, Model, Part, open_engine};
 pub use needs::{Needs, Request, Run, needs};
 pub use pipeline::{Features, Outputs, Pipeline, Scored};

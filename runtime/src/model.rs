@@ -172,6 +172,7 @@ impl Conversation<'_> {
 
     fn answer(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
         let since = Instant::now();
+        let sampler = options.sampler()?;
         let new = parts.iter().filter(|p| matches!(p, Part::Image(_))).count();
         let pictures = self.media.iter().filter(|m| m.picture.is_some()).count() + new;
         if pictures > 0 && processor::changes(self.processor()?, self.made_for, pictures) {
@@ -226,7 +227,7 @@ impl Conversation<'_> {
         // They are in the cache now, and the answer needs memory of its own.
         drop((inputs, features));
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
-        let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
+        let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), sampler, since };
         let reply = generate(self.pipeline, self.tokenizer, &eos, options, start, on_text)?;
         self.cached = ids;
         self.cached.extend(&reply.ids);

@@ -250,15 +250,42 @@ impl Pipeline {
         if ids.len() != batch || batch == 0 {
             return Err(Error::Input(format!("{} tokens for {batch} sequences", ids.len())));
         }
-        let ids = Tensor::new([batch, 1], ids.to_vec())?;
-        let embeds = self.run_embed(&ids, vec![0; batch], &vec![])?;
-        let axes = self.position_axes(batch, 1);
-        let positions = Tensor::new(axes.clone(), self.next.repeat(axes.iter().product::<usize>() / batch))?;
-        let next = self.next.iter().map(|n| n + 1).collect();
-        let pictures = self.pictures(None, None, [batch, 1])?;
-        let logits = self.decode([embeds, pictures].concat(), positions, vec![vec![1]; batch], vec![0], next)?;
+        let logits = self.extend(&Tensor::new([batch, 1], ids.to_vec())?)?;
         let vocab = logits.shape()[2];
         logits.reshaped([batch, vocab])
+    }
+
+    /// `ids i64[batch, n]` after what is in the cache, as text: `f32[batch, n, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn extend(&mut self, ids: &Tensor) -> Result<Tensor> {
+        let &[batch, n] = ids.shape() else { return Err(Error::Input(format!("tokens must be [batch, n], are {:?}", ids.shape()))) };
+        if batch != self.mask.len() || batch * n == 0 {
+            return Err(Error::Input(format!("tokens {:?} for {} sequences", ids.shape(), self.mask.len())));
+        }
+        let embeds = self.run_embed(ids, vec![0; batch * n], &vec![])?;
+        let axes = self.position_axes(batch, n);
+        let row = |next: &i64| (*next..).take(n).collect::<Vec<_>>();
+        let rows: Vec<i64> = self.next.iter().flat_map(row).collect();
+        let positions = Tensor::new(axes.clone(), rows.repeat(axes.iter().product::<usize>() / (batch * n)))?;
+        let next = self.next.iter().map(|next| next + n as i64).collect();
+        let pictures = self.pictures(None, None, [batch, n])?;
+        self.decode([embeds, pictures].concat(), positions, vec![vec![1; n]; batch], (0..n as i64).collect(), next)
+    }
+
+    /// Forgets the last `n` tokens, which [`Self::extend`] ran: what comes next takes their positions.
+    ///
+    /// # Errors
+    /// There are fewer in the cache.
+    pub fn retract(&mut self, n: usize) -> Result<()> {
+        if n == 0 {
+            return Ok(());
+        }
+        let kept = self.past().checked_sub(n).ok_or_else(|| Error::Input(format!("{n} tokens of {} to forget", self.past())))?;
+        self.truncate(kept)?;
+        self.next.iter_mut().for_each(|next| *next -= n as i64);
+        Ok(())
     }
 
     /// `i64[batch, n]` of the most probable tokens, the first of which follows from `logits f32[batch, seq, vocab]`.

@@ -58,6 +58,10 @@ pub(super) struct RunArgs {
     /// Text that ends an answer; may be repeated
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Run several tokens at once where an answer repeats what was there before; the answer is the same. Needs --temperature 0
+    /// where the model's default is more
+    #[arg(long)]
+    prompt_lookup: bool,
     #[command(flatten)]
     target: TargetArgs,
     /// Threads to run with [default: one per core]
@@ -178,7 +182,8 @@ fn without_prompt(args: &RunArgs, dir: &Path) -> Result<()> {
 }
 
 fn options(args: &RunArgs, defaults: GenerateOptions) -> GenerateOptions {
-    let mut o = GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), ..defaults };
+    let mut o =
+        GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), prompt_lookup: args.prompt_lookup, ..defaults };
     let s = &mut o.sampling;
     // Asking for randomness turns sampling on; temperature 0 turns it off.
     s.do_sample = args.temperature.map_or(s.do_sample || args.top_k.is_some() || args.top_p.is_some(), |t| t > 0.0);
@@ -215,6 +220,15 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
         "first_token_seconds": r.first_token.as_secs_f64(),
         "decode_tokens_per_second": if decoded > 0.0 { Some(decoded / r.decoding.as_secs_f64()) } else { None },
     });
+    if let Some(lookup) = &r.lookup {
+        report["prompt_lookup"] = serde_json::json!({
+            "passes": lookup.passes,
+            "proposed": lookup.proposed,
+            "accepted": lookup.accepted,
+            "acceptance": lookup.acceptance(),
+            "tokens_per_pass": lookup.tokens_per_pass(),
+        });
+    }
     if !regions.is_empty() {
         report["regions"] = serde_json::json!(regions);
     }
