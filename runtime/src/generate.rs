@@ -73,6 +73,10 @@ pub struct Reply {
     pub finish: Finish,
     /// Tokens of the prompt that were run; the rest was in the cache.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt that were in the cache.
+    pub cached_tokens: usize,
+    /// Pictures and videos that were run through the model for it. Of others the features or the tokens were in a cache.
+    pub images_encoded: usize,
     /// From the call to the first token, pictures included.
     pub first_token: Duration,
     /// From the first token to the last.
@@ -89,6 +93,10 @@ pub(crate) struct Start {
     pub(crate) history: Vec<i64>,
     /// Tokens that were run for it.
     pub(crate) prompt_tokens: usize,
+    /// Tokens that were in the cache.
+    pub(crate) cached_tokens: usize,
+    /// Pictures and videos that were run for it.
+    pub(crate) images_encoded: usize,
     /// Chooses tokens.
     pub(crate) sampler: Sampler,
     /// When the request came.
@@ -105,7 +113,7 @@ pub(crate) fn generate(
     start: Start,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Reply> {
-    let Start { logits, mut history, prompt_tokens, mut sampler, since } = start;
+    let Start { logits, mut history, prompt_tokens, cached_tokens, images_encoded, mut sampler, since } = start;
     let room = pipeline.rules().max_positions - pipeline.past();
     let limit = options.max_new_tokens.min(room + 1);
     let mut text = Stopper::new(&options.stop);
@@ -145,7 +153,17 @@ pub(crate) fn generate(
         }
     }
     let first = first.unwrap_or_else(Instant::now);
-    Ok(Reply { text: text.given, ids, finish, prompt_tokens, first_token: first - since, decoding: first.elapsed(), lookup })
+    Ok(Reply {
+        text: text.given,
+        ids,
+        finish,
+        prompt_tokens,
+        cached_tokens,
+        images_encoded,
+        first_token: first - since,
+        decoding: first.elapsed(),
+        lookup,
+    })
 }
 
 /// The logits after each token of an answer, which may have been run before it was chosen.

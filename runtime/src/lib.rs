@@ -8,6 +8,7 @@ mod cpu;
 mod cross;
 mod engine;
 mod error;
+mod features;
 mod forward;
 mod generate;
 pub mod image;

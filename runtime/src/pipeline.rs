@@ -3,13 +3,14 @@
 
 use crate::{
     Engine, Error, Result, Tensor,
+    binding::{bind, extents},
     cross::{self, Cross},
     forward,
     forward::Tensors,
     processor::deepseek_vl2,
     prompt::{self, Clip, Grid},
 };
-use vlmc_artifact::{Entry, Positions, PromptRules};
+use vlmc_artifact::{Entry, Port, Positions, PromptRules};
 
 /// Outputs of `vision`, in the order of the manifest. Their first axis is that of the features, in the order of the
 /// placeholders in the prompt.
@@ -145,6 +146,25 @@ impl Pipeline {
 
     /// Runs `vision` on pictures or videos; `None` if there are none.
     fn encode(&mut self, inputs: &Tensors, video: bool) -> Result<Option<Outputs>> {
+        let Some(fitted) = self.pixels(inputs, video)? else { return Ok(None) };
+        let outputs: Vec<String> = self.entry("vision")?.outputs.iter().map(|p| p.name.clone()).collect();
+        let feed: Vec<(&str, &Tensor)> = fitted.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let results = self.engine.run("vision", &feed)?;
+        Ok(Some(outputs.into_iter().zip(results).collect()))
+    }
+
+    /// Names and shapes of the features of pictures, which are not run; empty if there are no pictures.
+    pub(crate) fn feature_shapes(&self, inputs: &Tensors) -> Result<Vec<(String, Vec<usize>)>> {
+        let Some(fitted) = self.pixels(inputs, false)? else { return Ok(vec![]) };
+        let entry = self.entry("vision")?;
+        let feed: Vec<(&str, &Tensor)> = fitted.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let bound = bind(&self.engine.manifest().symbols, entry, &feed, &[])?;
+        let shape = |p: &Port| Ok((p.name.clone(), extents(&p.shape, &bound.symbols).map_err(Error::Input)?));
+        entry.outputs.iter().map(shape).collect()
+    }
+
+    /// What `vision` takes of pictures or videos; `None` if there are none.
+    fn pixels(&self, inputs: &Tensors, video: bool) -> Result<Option<Outputs>> {
         let entry = self.entry("vision")?;
         let name = |port: &str| VIDEO_NAMES.iter().find(|(image, _)| video && *image == port).map_or(port, |(_, video)| video).to_string();
         let names: Vec<String> = entry.inputs.iter().map(|p| name(&p.name)).collect();
@@ -167,11 +187,7 @@ impl Pipeline {
         if let Positions::Mrope { spatial_merge_size, .. } = self.rules.positions {
             check_grid(&fitted, [&names[0], &names[1]], spatial_merge_size, &self.rules)?;
         }
-        let ports: Vec<String> = entry.inputs.iter().map(|p| p.name.clone()).collect();
-        let outputs: Vec<String> = entry.outputs.iter().map(|p| p.name.clone()).collect();
-        let feed: Vec<(&str, &Tensor)> = ports.iter().map(String::as_str).zip(&fitted).collect();
-        let results = self.engine.run("vision", &feed)?;
-        Ok(Some(outputs.into_iter().zip(results).collect()))
+        Ok(Some(entry.inputs.iter().map(|p| p.name.clone()).zip(fitted).collect()))
     }
 
     /// How many placeholders for pictures the prompts have.

@@ -62,6 +62,9 @@ pub(super) struct RunArgs {
     /// where the model's default is more
     #[arg(long)]
     prompt_lookup: bool,
+    /// Directory that keeps what the model makes of pictures, so that no picture is run through it twice
+    #[arg(long, value_name = "DIR")]
+    image_cache: Option<PathBuf>,
     #[command(flatten)]
     target: TargetArgs,
     /// Threads to run with [default: one per core]
@@ -88,6 +91,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         parts.push(Part::Video(image::read_video(path)?));
     }
     let mut model = Model::open(&dir, args.threads)?;
+    if let Some(dir) = &args.image_cache {
+        model.cache_images_in(dir)?;
+    }
     let options = options(args, model.defaults());
     let mut conversation = model.conversation(args.system.as_deref())?;
     if let Some(prompt) = &args.prompt {
@@ -216,6 +222,8 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
         "text": r.text,
         "finish": r.finish,
         "prompt_tokens": r.prompt_tokens,
+        "cached_tokens": r.cached_tokens,
+        "images_encoded": r.images_encoded,
         "generated_tokens": r.ids.len(),
         "first_token_seconds": r.first_token.as_secs_f64(),
         "decode_tokens_per_second": if decoded > 0.0 { Some(decoded / r.decoding.as_secs_f64()) } else { None },
