@@ -10,7 +10,7 @@ use crate::{
     forward::Tensors,
     generate::{GenerateOptions, Reply, Start, generate},
     image::Rgb,
-    pipeline::{Features, Outputs, Pipeline, Scored},
+    pipeline::{self, Features, Outputs, Pipeline, Scored},
     processor::{self, Pixels},
     prompt::{self, Clip},
     tokenizer::Tokenizer,
@@ -302,6 +302,8 @@ impl Conversation<'_> {
     /// all, because the last token must be run to get logits.
     fn keep(&self, ids: &[i64], rules: &PromptRules) -> usize {
         let mut keep = ids.iter().zip(&self.cached.ids).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        // A graph that tells pictures by the tokens around them must see the one before.
+        let lead = usize::from(pipeline::runs_whole(rules, true));
         for (video, token) in [(false, rules.image_token_id), (true, rules.video_token_id)] {
             let mut places = (0..ids.len()).filter(|i| Some(ids[*i]) == token);
             let mut before = self.cached.media.iter().filter(|(v, _)| *v == video).map(|(_, digest)| digest);
@@ -309,7 +311,7 @@ impl Conversation<'_> {
                 let places: Vec<usize> = places.by_ref().take(m.pixels.tokens).collect();
                 let (Some(first), Some(last)) = (places.first(), places.last()) else { continue };
                 if before.next() != Some(&m.digest) || keep <= *last {
-                    keep = keep.min(*first);
+                    keep = keep.min(first.saturating_sub(lead));
                 }
             }
         }

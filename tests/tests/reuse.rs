@@ -27,7 +27,7 @@ fn conversations_share(name: &str, target: &str) {
     let artifact = dir.path().join("artifact");
     compile(&fixture(name), target, &artifact);
     let open = || Model::open(&artifact, None).unwrap();
-    // Of two sides, of which the processors make pictures of other sizes; the last is the first upside down.
+    // The last is the first upside down: of the same size, and so of the same tokens.
     let (a, b) = (picture("wide.png"), picture("tall.png"));
     let Part::Image(upright) = &a else { panic!() };
     let mut pixels = upright.data().to_vec();
@@ -49,7 +49,6 @@ fn conversations_share(name: &str, target: &str) {
     .into_iter()
     .enumerate()
     {
-        // DeepSeek-VL2 makes other tensors of pictures among many only from three on.
         let what = format!("{name} {target}: request {i}");
         let before = model.conversation(None).unwrap().tokens().to_vec();
         let (reply, tokens) = ask(&mut model, &parts);
@@ -72,7 +71,7 @@ fn conversations_share(name: &str, target: &str) {
 
 #[test]
 fn conversations_share_on_cpu() {
-    for name in ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-1.5", "llama-3.2-vision", "deepseek-vl", "deepseek-vl2-mla"] {
+    for name in ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen-vl", "llava-1.5", "llama-3.2-vision", "deepseek-vl", "deepseek-vl2-mla"] {
         conversations_share(name, "cpu");
     }
 }
@@ -124,6 +123,62 @@ fn logits_after_reuse_are_those_of_a_fresh_run() {
         let largest = fresh.iter().fold(1f32, |m, v| m.max(v.abs()));
         let difference = reused.iter().zip(&fresh).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
         assert!(reused.len() == fresh.len() && difference <= 1e-5 * largest, "{name}: {difference}");
+    }
+}
+
+/// A long prompt gives the same logits in blocks, whatever stands where they part: pictures, padding, tiles that are attended to.
+#[test]
+fn blocks_of_a_prompt_give_its_logits() {
+    for (name, target) in [
+        ("qwen2-vl", "cpu"),
+        ("qwen2.5-vl", "cpu"),
+        ("qwen3-vl", "cpu"),
+        ("qwen-vl", "cpu"),
+        ("llava-1.5", "cpu"),
+        ("llama-3.2-vision", "cpu"),
+        ("deepseek-vl", "cpu"),
+        ("deepseek-vl2-mha", "cpu"),
+        ("deepseek-vl2-mla", "cpu"),
+        ("qwen3-vl", "onnx-cpu"),
+        ("llama-3.2-vision", "onnx-cpu"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let artifact = dir.path().join("artifact");
+        compile(&fixture(name), target, &artifact);
+        let open = || Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let artifact = Artifact::open(&artifact).unwrap();
+        let manifest = artifact.manifest().clone();
+        let preparer =
+            vlmc_runtime::prepare::Preparer::new(manifest.task.clone(), manifest.processor.clone(), |f| artifact.path(f)).unwrap();
+        let Part::Image(picture) = picture("wide.png") else { panic!() };
+        let mut inputs = preparer.request(Some(&picture), Some("What is it?"), Some("a b c d e f")).unwrap();
+        let seq = inputs["input_ids"].shape()[1];
+        let run = |inputs: &Tensors, block: usize, scored: Scored| {
+            let mut pipeline = open();
+            pipeline.set_prefill_block(std::num::NonZero::new(block).unwrap());
+            let features = pipeline.features(inputs).unwrap();
+            let logits = pipeline.prefill(inputs, &features, scored).unwrap_or_else(|e| panic!("{name}: blocks of {block}: {e}"));
+            let next = pipeline.step(&[7]).unwrap();
+            assert_eq!(pipeline.past(), seq + 1);
+            (logits.shape().to_vec(), [logits.f32().unwrap(), next.f32().unwrap()].concat())
+        };
+        for padding in [0, 2] {
+            let mask: Vec<i64> = (0..seq).map(|i| i64::from(i >= padding)).collect();
+            inputs.insert("attention_mask".into(), Tensor::new([1, seq], mask).unwrap());
+            for scored in [Scored::All, Scored::Last] {
+                let (shape, whole) = run(&inputs, seq, scored);
+                for block in [1, 5, seq / 2, seq - 1] {
+                    let (in_blocks, logits) = run(&inputs, block, scored);
+                    assert_eq!(in_blocks, shape, "{name}: blocks of {block}");
+                    // Padded tokens have logits that mean nothing.
+                    let vocab = shape[2];
+                    let from = if scored == Scored::All { padding * vocab } else { 0 };
+                    let largest = whole[from..].iter().fold(1f32, |m, v| m.max(v.abs()));
+                    let difference = logits[from..].iter().zip(&whole[from..]).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
+                    assert!(difference <= 1e-5 * largest, "{name} {target}: blocks of {block}: {difference}");
+                }
+            }
+        }
     }
 }
 
