@@ -2,6 +2,7 @@
 
 use crate::{
     Error, Result, Tensor,
+    lookup::{Lookup, LookupReport},
     pipeline::Pipeline,
     sample::{Sampler, Sampling},
     tokenizer::Tokenizer,
@@ -18,13 +19,34 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Texts that end an answer and are not part of it.
     pub stop: Vec<String>,
+    /// Proposes what followed the last tokens before, and so runs several tokens at once where an answer quotes. The answer is the
+    /// same. Only for the most probable token ([`Sampling::do_sample`] must be off).
+    pub prompt_lookup: bool,
 }
 
 impl GenerateOptions {
     /// The defaults of a model.
     pub fn new(defaults: &Generation) -> Self {
         let &Generation { do_sample, temperature, top_k, top_p, repetition_penalty, .. } = defaults;
-        Self { max_new_tokens: 512, sampling: Sampling { do_sample, temperature, top_k, top_p, repetition_penalty, seed: 0 }, stop: vec![] }
+        Self {
+            max_new_tokens: 512,
+            sampling: Sampling { do_sample, temperature, top_k, top_p, repetition_penalty, seed: 0 },
+            stop: vec![],
+            prompt_lookup: false,
+        }
+    }
+
+    /// What chooses the tokens.
+    ///
+    /// # Errors
+    /// A setting has no meaning, or not together with others.
+    pub(crate) fn sampler(&self) -> Result<Sampler> {
+        let Sampling { do_sample, temperature, .. } = self.sampling;
+        if self.prompt_lookup && do_sample {
+            let why = "prompt_lookup runs ahead of the most probable tokens, but do_sample is on";
+            return Err(Error::Input(format!("{why} (temperature {temperature}): turn one of them off, the latter by temperature 0")));
+        }
+        Sampler::new(self.sampling.clone()).map_err(Error::Input)
     }
 }
 
@@ -51,10 +73,16 @@ pub struct Reply {
     pub finish: Finish,
     /// Tokens of the prompt that were run; the rest was in the cache.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt that were in the cache.
+    pub cached_tokens: usize,
+    /// Pictures and videos that were run through the model for it. Of others the features or the tokens were in a cache.
+    pub images_encoded: usize,
     /// From the call to the first token, pictures included.
     pub first_token: Duration,
     /// From the first token to the last.
     pub decoding: Duration,
+    /// What prompt lookup did, if it was on.
+    pub lookup: Option<LookupReport>,
 }
 
 /// What an answer starts from.
@@ -65,6 +93,12 @@ pub(crate) struct Start {
     pub(crate) history: Vec<i64>,
     /// Tokens that were run for it.
     pub(crate) prompt_tokens: usize,
+    /// Tokens that were in the cache.
+    pub(crate) cached_tokens: usize,
+    /// Pictures and videos that were run for it.
+    pub(crate) images_encoded: usize,
+    /// Chooses tokens.
+    pub(crate) sampler: Sampler,
     /// When the request came.
     pub(crate) since: Instant,
 }
@@ -79,18 +113,17 @@ pub(crate) fn generate(
     start: Start,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Reply> {
-    let Start { logits, mut history, prompt_tokens, since } = start;
-    let mut sampler = Sampler::new(options.sampling.clone()).map_err(Error::Input)?;
+    let Start { logits, mut history, prompt_tokens, cached_tokens, images_encoded, mut sampler, since } = start;
     let room = pipeline.rules().max_positions - pipeline.past();
     let limit = options.max_new_tokens.min(room + 1);
     let mut text = Stopper::new(&options.stop);
     let mut stream = tokenizer.stream();
     let mut ids = vec![];
     let mut finish = Finish::Length;
-    let mut logits = logits;
+    let mut steps = Steps::new(pipeline, logits, options.prompt_lookup);
     let mut first = None;
     while ids.len() < limit {
-        let id = sampler.next(logits.f32()?, &history);
+        let id = sampler.next(steps.logits()?, &history);
         first.get_or_insert_with(Instant::now);
         if eos.contains(&id) {
             finish = Finish::Eos;
@@ -107,9 +140,11 @@ pub(crate) fn generate(
             break;
         }
         if ids.len() < limit {
-            logits = pipeline.step(&[id])?;
+            // The last token is not run.
+            steps.advance(&history, limit - ids.len() - 1)?;
         }
     }
+    let lookup = steps.finish()?;
     if finish != Finish::Stop {
         let (piece, stopped) = text.push(&stream.finish()?);
         let rest = piece + &if stopped { String::new() } else { text.rest() };
@@ -118,7 +153,75 @@ pub(crate) fn generate(
         }
     }
     let first = first.unwrap_or_else(Instant::now);
-    Ok(Reply { text: text.given, ids, finish, prompt_tokens, first_token: first - since, decoding: first.elapsed() })
+    Ok(Reply {
+        text: text.given,
+        ids,
+        finish,
+        prompt_tokens,
+        cached_tokens,
+        images_encoded,
+        first_token: first - since,
+        decoding: first.elapsed(),
+        lookup,
+    })
+}
+
+/// The logits after each token of an answer, which may have been run before it was chosen.
+struct Steps<'p> {
+    pipeline: &'p mut Pipeline,
+    /// Of the last run, `f32[1, rows, vocab]`.
+    logits: Tensor,
+    /// The row that follows the last token.
+    row: usize,
+    /// Tokens that were run ahead: the one at `i` leads to row `i + 1`.
+    ahead: Vec<i64>,
+    lookup: Option<(Lookup, LookupReport)>,
+}
+
+impl<'p> Steps<'p> {
+    fn new(pipeline: &'p mut Pipeline, logits: Tensor, prompt_lookup: bool) -> Self {
+        let lookup = prompt_lookup.then(|| (Lookup::new(), LookupReport::default()));
+        Self { pipeline, logits, row: 0, ahead: vec![], lookup }
+    }
+
+    /// Of the next token, `[vocab]`.
+    fn logits(&self) -> Result<&[f32]> {
+        let vocab = self.logits.shape().last().copied().unwrap_or(0);
+        Ok(&self.logits.f32()?[self.row * vocab..][..vocab])
+    }
+
+    /// Runs the last of `tokens`, if it has not been run, and with it at most `room` others.
+    fn advance(&mut self, tokens: &[i64], room: usize) -> Result<()> {
+        let Some(last) = tokens.last() else { return Ok(()) };
+        if self.ahead.get(self.row) == Some(last) {
+            self.row += 1;
+            return Ok(());
+        }
+        self.settle()?;
+        if let Some((lookup, report)) = &mut self.lookup {
+            self.ahead = lookup.propose(tokens, room);
+            report.passes += 1;
+        }
+        let ids = [&[*last], &self.ahead[..]].concat();
+        self.logits = self.pipeline.extend(&Tensor::new([1, ids.len()], ids)?)?;
+        Ok(())
+    }
+
+    /// Forgets the tokens that were run ahead and not chosen.
+    fn settle(&mut self) -> Result<()> {
+        let (proposed, accepted) = (std::mem::take(&mut self.ahead).len(), std::mem::take(&mut self.row));
+        if let Some((lookup, report)) = &mut self.lookup {
+            report.proposed += proposed;
+            report.accepted += accepted;
+            lookup.learn(proposed, accepted);
+        }
+        self.pipeline.retract(proposed - accepted)
+    }
+
+    fn finish(mut self) -> Result<Option<LookupReport>> {
+        self.settle()?;
+        Ok(self.lookup.map(|(_, report)| report))
+    }
 }
 
 /// Holds back text that may be the beginning of a stop text.

@@ -5,11 +5,12 @@ use crate::{
     artifact_dir::Artifact,
     boxes::{self, Region},
     chat::{ChatTemplate, Content, Message},
-    cross,
+    cross, features,
+    features::{Digest, FeatureCache},
     forward::Tensors,
     generate::{GenerateOptions, Reply, Start, generate},
     image::Rgb,
-    pipeline::{Features, Outputs, Pipeline, Scored},
+    pipeline::{self, Features, Outputs, Pipeline, Scored},
     processor::{self, Pixels},
     prompt::{self, Clip},
     tokenizer::Tokenizer,
@@ -37,6 +38,17 @@ pub struct Model {
     pipeline: Pipeline,
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
+    cached: Cached,
+    features: FeatureCache,
+}
+
+/// What stands in the KV cache.
+#[derive(Default)]
+struct Cached {
+    /// Tokens whose keys and values are there.
+    ids: Vec<i64>,
+    /// The pictures and videos that their placeholders stand for, in prompt order; `true` for a video.
+    media: Vec<(bool, Digest)>,
 }
 
 /// A part of what a user says.
@@ -64,7 +76,25 @@ impl Model {
                 artifact.manifest().task.prompt().and_then(|p| p.template.as_deref()),
             )?,
             pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
+            cached: Cached::default(),
+            features: FeatureCache::default(),
         })
+    }
+
+    /// Features of pictures that were seen are kept, so that the same picture costs only its tokens in another conversation: at
+    /// most `limit` bytes (256 MiB if this is not called), of which those go first that were not used for the longest time. A
+    /// conversation holds on to its own as well.
+    pub fn limit_image_cache(&mut self, limit: usize) {
+        self.features.set_limit(limit);
+    }
+
+    /// Keeps features of pictures in files of the directory `dir` as well, which is made if it is not there. A file is named by
+    /// digests of the artifact and of what its processor made of the picture; one that is damaged is written anew. None is removed.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn cache_images_in(&mut self, dir: &Path) -> Result<()> {
+        self.features.set_dir(dir, self.pipeline.engine().manifest())
     }
 
     /// The manifest.
@@ -77,7 +107,8 @@ impl Model {
         GenerateOptions::new(&self.manifest().generation)
     }
 
-    /// A new conversation; `system` replaces the template's own instructions.
+    /// A new conversation; `system` replaces the template's own instructions. What its prompt has in common with the last
+    /// conversation's (tokens, and the pictures they stand for) is still in the cache and is not run again.
     ///
     /// # Errors
     /// The artifact has no tokenizer or no chat template.
@@ -87,13 +118,13 @@ impl Model {
         };
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| missing("tokenizer.json"))?;
         let template = self.template.as_ref().ok_or_else(|| missing("chat template"))?;
-        self.pipeline.clear()?;
         let text = |s: &str| Message { role: "system".into(), content: vec![Content::Text { text: s.into() }] };
         Ok(Conversation {
             messages: system.map(text).into_iter().collect(),
             media: vec![],
             made_for: 0,
-            cached: vec![],
+            cached: &mut self.cached,
+            features: &mut self.features,
             pipeline: &mut self.pipeline,
             tokenizer,
             template,
@@ -104,6 +135,7 @@ impl Model {
 /// A picture or video of a conversation.
 struct Media {
     pixels: Pixels,
+    digest: Digest,
     /// The picture, absent for a video.
     picture: Option<Rgb>,
     /// Seconds of each group of frames of a video.
@@ -128,14 +160,14 @@ pub struct Conversation<'m> {
     media: Vec<Media>,
     /// How many pictures the conversation had when tensors were made of them.
     made_for: usize,
-    /// Tokens whose keys and values are in the cache.
-    cached: Vec<i64>,
+    cached: &'m mut Cached,
+    features: &'m mut FeatureCache,
 }
 
 impl Conversation<'_> {
     /// Tokens whose keys and values are in the cache: prompts with their placeholders, and answers.
     pub fn tokens(&self) -> &[i64] {
-        &self.cached
+        &self.cached.ids
     }
 
     /// Places in the pictures that an answer names.
@@ -163,7 +195,7 @@ impl Conversation<'_> {
                 self.messages.truncate(messages);
                 self.media.truncate(media);
                 // What the cache holds is uncertain.
-                self.cached.clear();
+                *self.cached = Cached::default();
                 self.pipeline.clear()?;
             }
         }
@@ -172,6 +204,8 @@ impl Conversation<'_> {
 
     fn answer(&mut self, parts: &[Part], options: &GenerateOptions, on_text: &mut dyn FnMut(&str)) -> Result<Reply> {
         let since = Instant::now();
+        let encoded = self.features.made;
+        let sampler = options.sampler()?;
         let new = parts.iter().filter(|p| matches!(p, Part::Image(_))).count();
         let pictures = self.media.iter().filter(|m| m.picture.is_some()).count() + new;
         if pictures > 0 && processor::changes(self.processor()?, self.made_for, pictures) {
@@ -210,7 +244,7 @@ impl Conversation<'_> {
 
         let keep = self.keep(&ids, &rules);
         self.pipeline.truncate(keep)?;
-        self.cached.truncate(keep);
+        self.cached.ids.truncate(keep);
         let fresh = &ids[keep..];
         let columns: Vec<i64> = positions.chunks_exact(ids.len()).flat_map(|row| &row[keep..]).copied().collect();
         let features = self.features(&ids, keep, &rules)?;
@@ -226,11 +260,19 @@ impl Conversation<'_> {
         // They are in the cache now, and the answer needs memory of its own.
         drop((inputs, features));
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
-        let start = Start { logits, history: ids.clone(), prompt_tokens: fresh.len(), since };
+        let start = Start {
+            logits,
+            history: ids.clone(),
+            prompt_tokens: fresh.len(),
+            cached_tokens: keep,
+            images_encoded: self.features.made - encoded,
+            sampler,
+            since,
+        };
         let reply = generate(self.pipeline, self.tokenizer, &eos, options, start, on_text)?;
-        self.cached = ids;
-        self.cached.extend(&reply.ids);
-        self.cached.truncate(self.pipeline.past());
+        *self.cached = Cached { ids, media: self.media.iter().map(|m| (m.is_video(), m.digest)).collect() };
+        self.cached.ids.extend(&reply.ids);
+        self.cached.ids.truncate(self.pipeline.past());
         Ok(reply)
     }
 
@@ -240,7 +282,7 @@ impl Conversation<'_> {
     }
 
     fn add(&mut self, pixels: Pixels, picture: Option<Rgb>, times: Vec<f64>) {
-        self.media.push(Media { pixels, picture, times, features: None });
+        self.media.push(Media { digest: features::digest(&pixels), pixels, picture, times, features: None });
     }
 
     /// Makes other tensors of the pictures so far, as suits a conversation of that many.
@@ -249,22 +291,29 @@ impl Conversation<'_> {
         for m in &mut self.media {
             if let Some(picture) = &m.picture {
                 m.pixels = processor::image_among(&processor, picture, pictures)?;
+                m.digest = features::digest(&m.pixels);
                 m.features = None;
             }
         }
-        // What stands in the cache are the features of the other tensors.
-        self.cached.clear();
         Ok(())
     }
 
-    /// How much of the cache the prompt `ids` can use: what is equal, not into the middle of a picture, and never all, because
-    /// the last token must be run to get logits.
+    /// How much of the cache the prompt `ids` can use: equal tokens up to another picture, not into the middle of one, and never
+    /// all, because the last token must be run to get logits.
     fn keep(&self, ids: &[i64], rules: &PromptRules) -> usize {
-        let common = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
-        let placeholder = |i: usize| Some(ids[i]) == rules.image_token_id || Some(ids[i]) == rules.video_token_id;
-        let mut keep = common;
-        if common > 0 && placeholder(common) && placeholder(common - 1) {
-            keep = (0..common).rev().find(|i| !placeholder(*i)).map_or(0, |i| i + 1);
+        let mut keep = ids.iter().zip(&self.cached.ids).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        // A graph that tells pictures by the tokens around them must see the one before.
+        let lead = usize::from(pipeline::runs_whole(rules, true));
+        for (video, token) in [(false, rules.image_token_id), (true, rules.video_token_id)] {
+            let mut places = (0..ids.len()).filter(|i| Some(ids[*i]) == token);
+            let mut before = self.cached.media.iter().filter(|(v, _)| *v == video).map(|(_, digest)| digest);
+            for m in self.media.iter().filter(|m| m.is_video() == video) {
+                let places: Vec<usize> = places.by_ref().take(m.pixels.tokens).collect();
+                let (Some(first), Some(last)) = (places.first(), places.last()) else { continue };
+                if before.next() != Some(&m.digest) || keep <= *last {
+                    keep = keep.min(first.saturating_sub(lead));
+                }
+            }
         }
         let pictures = |ids: &[i64]| ids.iter().filter(|i| Some(**i) == rules.image_token_id).count();
         // Keys at other rotary frequencies are of no use.
@@ -272,7 +321,8 @@ impl Conversation<'_> {
             return 0;
         }
         // Where a decoder attends to pictures, tokens that may see none attend to all: new ones change what came before them.
-        let stale = self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached].iter().any(|kept| pictures(kept) != pictures(ids));
+        let stale =
+            self.pipeline.attends_to_pictures() && [&ids[..keep], &self.cached.ids].iter().any(|kept| pictures(kept) != pictures(ids));
         if stale { 0 } else { keep }
     }
 
@@ -298,7 +348,7 @@ impl Conversation<'_> {
                 }
                 if m.features.is_none() {
                     // The pixels have served when they are seen.
-                    m.features = self.pipeline.features(&std::mem::take(&mut m.pixels.inputs))?.image;
+                    m.features = self.features.get(m.digest, self.pipeline, &std::mem::take(&mut m.pixels.inputs))?;
                 }
                 if let Some(features) = &m.features {
                     append(slot, features, std::mem::take(&mut skip))?;

@@ -5,9 +5,10 @@ use crate::{
     binding::{extents, in_range, solve},
     cpu::{self, Working},
     cross,
+    pipeline::{PREFILL_BLOCK, runs_whole},
     processor::{self, Outline},
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use vlmc_artifact::{Bindings, Dim, Entry, Manifest, Port, Positions, PromptRules, State, Task, program::Program};
 
 /// A request, by its sizes.
@@ -38,7 +39,8 @@ pub struct Run {
 /// Bytes that a request takes, besides the weights and what the process takes without any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// Runs of entries: of the pictures the one that takes the most, the prompt, and the last token.
+    /// Runs of entries: of the pictures the one that takes the most, of the blocks of the prompt the one that takes the most, and the
+    /// last token.
     pub runs: Vec<Run>,
     /// KV cache at the end.
     pub cache: usize,
@@ -168,17 +170,20 @@ impl Planner<'_> {
         let features = floats(&seen.features);
         // Those of several pictures are put together.
         let joined = if pictures.len() > 1 { 2 * features } else { features };
-        let first = self.pass(rules, [prompt, 0], &seen)?;
-        let mut tensors = seen.tensors.max(joined + first.inputs + first.logits);
-        let mut runs: Vec<Run> = seen.run.iter().cloned().chain(first.runs).collect();
+        let block = if runs_whole(rules, !pictures.is_empty()) { prompt } else { PREFILL_BLOCK };
+        let (prompt_runs, most) = self.prompt(rules, [prompt, block], &seen)?;
+        let mut tensors = seen.tensors.max(joined + most);
+        let mut runs: Vec<Run> = seen.run.iter().cloned().chain(prompt_runs).collect();
         if context > 1 {
-            let last = self.pass(rules, [1, context - 1], &seen)?;
+            let last = self.pass(rules, [1, context - 1], &Shapes::new(), &seen)?;
             runs.extend(last.runs);
             // The logits of one token are there until those of the next one are.
             tensors = tensors.max(features + last.inputs + 2 * last.logits);
         }
         let pixels: usize = pictures.iter().map(|size| bytes(size, 3)).sum();
-        Ok(Needs { cache: self.cache(&runs, prompt, seen.rows)?, runs, tensors: pixels + tensors })
+        // A state that grows stands beside its copy for a moment.
+        let grows = context > prompt.min(block);
+        Ok(Needs { cache: self.cache(&runs, grows, seen.rows)?, runs, tensors: pixels + tensors })
     }
 
     /// Pictures one after the other.
@@ -216,10 +221,36 @@ impl Planner<'_> {
         Ok(seen)
     }
 
-    /// `new` tokens after `past`.
-    fn pass(&self, rules: &PromptRules, [new, past]: [usize; 2], seen: &Seen) -> Result<Pass> {
+    /// The block of tokens of a prompt that works in the most memory, and the most bytes of inputs and logits of any.
+    fn prompt(&self, rules: &PromptRules, [prompt, block]: [usize; 2], seen: &Seen) -> Result<([Run; 2], usize)> {
+        // Memory grows with the tokens of a block and those before it: the first, the last whole one, and what is left.
+        let last = prompt.saturating_sub(1) / block.max(1);
+        let mut largest: Option<[Run; 2]> = None;
+        let mut most = 0;
+        for i in BTreeSet::from([0, last.saturating_sub(1), last]) {
+            let from = i * block;
+            let new = block.min(prompt - from);
+            // Each block may be all placeholders.
+            let cut = |(name, shape): (&String, &Vec<usize>)| match &shape[..] {
+                [rows, width] => Some((name.clone(), vec![*rows.min(&new), *width])),
+                _ => (from == 0).then(|| (name.clone(), shape.clone())),
+            };
+            let features: Shapes = seen.features.iter().filter_map(cut).collect();
+            let copied = if last > 0 { floats(&features) } else { 0 };
+            let pass = self.pass(rules, [new, from], &features, seen)?;
+            most = most.max(copied + pass.inputs + pass.logits);
+            let arena = |runs: &[Run; 2]| runs.iter().map(|r| r.working.map_or(0, |w| w.arena)).max();
+            if largest.as_ref().is_none_or(|l| arena(l) <= arena(&pass.runs)) {
+                largest = Some(pass.runs);
+            }
+        }
+        Ok((largest.ok_or_else(|| Error::Input("a prompt must have tokens".into()))?, most))
+    }
+
+    /// `new` tokens after `past`, with these features among them.
+    fn pass(&self, rules: &PromptRules, [new, past]: [usize; 2], features: &Shapes, seen: &Seen) -> Result<Pass> {
         let (embed, decoder) = (self.entry("embed")?, self.entry("decoder")?);
-        let mut shapes = if past == 0 { seen.features.clone() } else { Shapes::new() };
+        let mut shapes = features.clone();
         shapes.extend([
             ("input_ids".into(), vec![1, new]),
             ("images_seq_mask".into(), vec![1, new]),
@@ -234,13 +265,13 @@ impl Planner<'_> {
         let rows = |s: &State| if s.follows_text() { past } else { seen.rows };
         let decoding = self.run(decoder, &shapes, |s| if past == 0 { 0 } else { rows(s) })?;
         let logits = floats(&self.outputs(decoder, &decoding)?);
-        let own = decoder.inputs.iter().filter(|p| !seen.features.contains_key(&p.name));
+        let own = decoder.inputs.iter().filter(|p| !features.contains_key(&p.name));
         let inputs = own.filter_map(|p| Some(bytes(shapes.get(&p.name)?, p.dtype.size()))).sum();
         Ok(Pass { runs: [embedding, decoding], inputs, logits })
     }
 
     /// The states at the end, of which those of pictures have `rows`.
-    fn cache(&self, runs: &[Run], prompt: usize, rows: usize) -> Result<usize> {
+    fn cache(&self, runs: &[Run], grows: bool, rows: usize) -> Result<usize> {
         let context = self.request.context;
         let (mut total, mut largest) = (0, 0);
         for run in runs.iter().rev().take(1) {
@@ -259,8 +290,7 @@ impl Planner<'_> {
                 (total, largest) = (total + size, largest.max(size));
             }
         }
-        // One that grows stands beside its copy for a moment.
-        Ok(if self.program.is_some() && prompt < context { total + largest } else { total })
+        Ok(if self.program.is_some() && grows { total + largest } else { total })
     }
 
     /// A model without prompts, which runs pictures of one size together, and one text.

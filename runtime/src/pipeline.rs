@@ -3,13 +3,19 @@
 
 use crate::{
     Engine, Error, Result, Tensor,
+    binding::{bind, extents},
     cross::{self, Cross},
     forward,
     forward::Tensors,
     processor::deepseek_vl2,
     prompt::{self, Clip, Grid},
 };
-use vlmc_artifact::{Entry, Positions, PromptRules};
+use std::num::NonZero;
+use vlmc_artifact::{Entry, Port, Positions, PromptRules};
+
+/// Tokens of a prompt that run through the decoder at once: enough to use each weight well, and few enough that what a long prompt
+/// works in stays small beside them.
+pub(crate) const PREFILL_BLOCK: usize = 512;
 
 /// Outputs of `vision`, in the order of the manifest. Their first axis is that of the features, in the order of the
 /// placeholders in the prompt.
@@ -52,6 +58,21 @@ pub struct Pipeline {
     prompt_length: usize,
     /// The pictures that the decoder attends to, if it does.
     cross: Cross,
+    /// Tokens of a prompt that run at once.
+    block: usize,
+}
+
+/// A prompt as the decoder takes it.
+struct Prompt {
+    ids: Tensor,
+    /// Which tokens stand for pictures, and which have a row of `features`: `[batch * seq]` each.
+    images: Vec<i64>,
+    placed: Vec<bool>,
+    features: Outputs,
+    positions: Tensor,
+    /// For decoders that attend to pictures.
+    states: Option<Tensor>,
+    cross_mask: Option<Tensor>,
 }
 
 impl Pipeline {
@@ -66,7 +87,7 @@ impl Pipeline {
             let (kind, does) = (&manifest.architecture, manifest.task.purpose());
             Error::Unsupported(format!("the model (of type {kind}) {does}; it cannot answer prompts"))
         })?;
-        Ok(Self { engine, rules, mask: vec![], next: vec![], prompt_length: 0, cross: Cross::default() })
+        Ok(Self { engine, rules, mask: vec![], next: vec![], prompt_length: 0, cross: Cross::default(), block: PREFILL_BLOCK })
     }
 
     /// The engine.
@@ -82,6 +103,12 @@ impl Pipeline {
     /// Positions in the cache.
     pub fn past(&self) -> usize {
         self.engine.past()
+    }
+
+    /// Runs at most so many tokens of a prompt at once, 512 if this is not called. A batch of several prompts runs as one, and a
+    /// prompt with pictures of Qwen-VL, whose graphs tell them by the tokens around them.
+    pub fn set_prefill_block(&mut self, tokens: NonZero<usize>) {
+        self.block = tokens.get();
     }
 
     /// Tokens of the prompt that the cache began with.
@@ -145,6 +172,25 @@ impl Pipeline {
 
     /// Runs `vision` on pictures or videos; `None` if there are none.
     fn encode(&mut self, inputs: &Tensors, video: bool) -> Result<Option<Outputs>> {
+        let Some(fitted) = self.pixels(inputs, video)? else { return Ok(None) };
+        let outputs: Vec<String> = self.entry("vision")?.outputs.iter().map(|p| p.name.clone()).collect();
+        let feed: Vec<(&str, &Tensor)> = fitted.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let results = self.engine.run("vision", &feed)?;
+        Ok(Some(outputs.into_iter().zip(results).collect()))
+    }
+
+    /// Names and shapes of the features of pictures, which are not run; empty if there are no pictures.
+    pub(crate) fn feature_shapes(&self, inputs: &Tensors) -> Result<Vec<(String, Vec<usize>)>> {
+        let Some(fitted) = self.pixels(inputs, false)? else { return Ok(vec![]) };
+        let entry = self.entry("vision")?;
+        let feed: Vec<(&str, &Tensor)> = fitted.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let bound = bind(&self.engine.manifest().symbols, entry, &feed, &[])?;
+        let shape = |p: &Port| Ok((p.name.clone(), extents(&p.shape, &bound.symbols).map_err(Error::Input)?));
+        entry.outputs.iter().map(shape).collect()
+    }
+
+    /// What `vision` takes of pictures or videos; `None` if there are none.
+    fn pixels(&self, inputs: &Tensors, video: bool) -> Result<Option<Outputs>> {
         let entry = self.entry("vision")?;
         let name = |port: &str| VIDEO_NAMES.iter().find(|(image, _)| video && *image == port).map_or(port, |(_, video)| video).to_string();
         let names: Vec<String> = entry.inputs.iter().map(|p| name(&p.name)).collect();
@@ -167,11 +213,7 @@ impl Pipeline {
         if let Positions::Mrope { spatial_merge_size, .. } = self.rules.positions {
             check_grid(&fitted, [&names[0], &names[1]], spatial_merge_size, &self.rules)?;
         }
-        let ports: Vec<String> = entry.inputs.iter().map(|p| p.name.clone()).collect();
-        let outputs: Vec<String> = entry.outputs.iter().map(|p| p.name.clone()).collect();
-        let feed: Vec<(&str, &Tensor)> = ports.iter().map(String::as_str).zip(&fitted).collect();
-        let results = self.engine.run("vision", &feed)?;
-        Ok(Some(outputs.into_iter().zip(results).collect()))
+        Ok(Some(entry.inputs.iter().map(|p| p.name.clone()).zip(fitted).collect()))
     }
 
     /// How many placeholders for pictures the prompts have.
@@ -219,15 +261,41 @@ impl Pipeline {
             Some(p) => return Err(Error::Input(format!("'position_ids' must be {axes:?}, is {:?}", p.shape()))),
             None => self.positions(ids, &mask, inputs)?,
         };
-        let embeds = self.embed(ids, inputs.get("images_seq_mask"), features)?;
+        let (images, placed, merged) = self.place(ids, inputs.get("images_seq_mask"), features)?;
+        let states = features.image.iter().flatten().find(|(n, _)| n == cross::STATES).map(|(_, t)| t);
+        let states = states.or(inputs.get(cross::STATES));
+        let (states, cross_mask) = (states.cloned(), inputs.get(cross::MASK).cloned());
+        let prompt = Prompt { ids: ids.clone(), images, placed, features: merged, positions, states, cross_mask };
+        self.fits(seq)?;
+        let pictures = prompt.placed.contains(&true);
+        if batch > 1 || seq <= self.block || runs_whole(&self.rules, pictures) {
+            let rows: Vec<Vec<i64>> = mask.chunks_exact(seq).map(<[i64]>::to_vec).collect();
+            return self.run_prompt(&prompt, rows, scored, next);
+        }
+        let mut logits = vec![];
+        let mut vocab = 0;
+        for from in (0..seq).step_by(self.block) {
+            let to = seq.min(from + self.block);
+            let part = self.run_prompt(&prompt.part(from, to)?, vec![mask[from..to].to_vec()], scored, next.clone())?;
+            vocab = part.shape().last().copied().unwrap_or(0);
+            if scored == Scored::Last {
+                logits.clear();
+            }
+            logits.extend_from_slice(part.f32()?);
+        }
+        Tensor::new([1, logits.len() / vocab.max(1), vocab], logits)
+    }
+
+    /// Runs a prompt, or a part of one, after what is in the cache. `rows` are its mask.
+    fn run_prompt(&mut self, prompt: &Prompt, rows: Vec<Vec<i64>>, scored: Scored, next: Vec<i64>) -> Result<Tensor> {
+        let (batch, seq) = (rows.len(), prompt.ids.shape()[1]);
+        let embeds = self.run_embed(&prompt.ids, prompt.images.clone(), &prompt.features)?;
         let logit_positions: Vec<i64> = match scored {
             Scored::All => (0..seq as i64).collect(),
             Scored::Last => vec![seq as i64 - 1],
         };
-        let rows: Vec<Vec<i64>> = mask.chunks_exact(seq).map(<[i64]>::to_vec).collect();
-        let states = features.image.iter().flatten().find(|(n, _)| n == cross::STATES).map(|(_, t)| t);
-        let pictures = self.pictures(states.or(inputs.get(cross::STATES)), inputs.get(cross::MASK), [batch, seq])?;
-        self.decode([embeds, pictures].concat(), positions, rows, logit_positions, next)
+        let pictures = self.pictures(prompt.states.as_ref(), prompt.cross_mask.as_ref(), [batch, seq])?;
+        self.decode([embeds, pictures].concat(), prompt.positions.clone(), rows, logit_positions, next)
     }
 
     /// What the decoder takes of pictures besides embeddings.
@@ -250,15 +318,43 @@ impl Pipeline {
         if ids.len() != batch || batch == 0 {
             return Err(Error::Input(format!("{} tokens for {batch} sequences", ids.len())));
         }
-        let ids = Tensor::new([batch, 1], ids.to_vec())?;
-        let embeds = self.run_embed(&ids, vec![0; batch], &vec![])?;
-        let axes = self.position_axes(batch, 1);
-        let positions = Tensor::new(axes.clone(), self.next.repeat(axes.iter().product::<usize>() / batch))?;
-        let next = self.next.iter().map(|n| n + 1).collect();
-        let pictures = self.pictures(None, None, [batch, 1])?;
-        let logits = self.decode([embeds, pictures].concat(), positions, vec![vec![1]; batch], vec![0], next)?;
+        let logits = self.extend(&Tensor::new([batch, 1], ids.to_vec())?)?;
         let vocab = logits.shape()[2];
         logits.reshaped([batch, vocab])
+    }
+
+    /// `ids i64[batch, n]` after what is in the cache, as text: `f32[batch, n, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn extend(&mut self, ids: &Tensor) -> Result<Tensor> {
+        let &[batch, n] = ids.shape() else { return Err(Error::Input(format!("tokens must be [batch, n], are {:?}", ids.shape()))) };
+        if batch != self.mask.len() || batch * n == 0 {
+            return Err(Error::Input(format!("tokens {:?} for {} sequences", ids.shape(), self.mask.len())));
+        }
+        self.fits(n)?;
+        let embeds = self.run_embed(ids, vec![0; batch * n], &vec![])?;
+        let axes = self.position_axes(batch, n);
+        let row = |next: &i64| (*next..).take(n).collect::<Vec<_>>();
+        let rows: Vec<i64> = self.next.iter().flat_map(row).collect();
+        let positions = Tensor::new(axes.clone(), rows.repeat(axes.iter().product::<usize>() / (batch * n)))?;
+        let next = self.next.iter().map(|next| next + n as i64).collect();
+        let pictures = self.pictures(None, None, [batch, n])?;
+        self.decode([embeds, pictures].concat(), positions, vec![vec![1; n]; batch], (0..n as i64).collect(), next)
+    }
+
+    /// Forgets the last `n` tokens, which [`Self::extend`] ran: what comes next takes their positions.
+    ///
+    /// # Errors
+    /// There are fewer in the cache.
+    pub fn retract(&mut self, n: usize) -> Result<()> {
+        if n == 0 {
+            return Ok(());
+        }
+        let kept = self.past().checked_sub(n).ok_or_else(|| Error::Input(format!("{n} tokens of {} to forget", self.past())))?;
+        self.truncate(kept)?;
+        self.next.iter_mut().for_each(|next| *next -= n as i64);
+        Ok(())
     }
 
     /// `i64[batch, n]` of the most probable tokens, the first of which follows from `logits f32[batch, seq, vocab]`.
@@ -278,10 +374,12 @@ impl Pipeline {
         Tensor::new([batch, n], out.concat())
     }
 
-    /// Embeddings of a prompt: rows of features in prompt order, because pictures and videos may alternate.
-    fn embed(&mut self, ids: &Tensor, images_mask: Option<&Tensor>, features: &Features) -> Result<Outputs> {
+    /// Which tokens of a prompt stand for pictures, which have features, and these in the order of the prompt, because pictures and
+    /// videos may alternate.
+    fn place(&self, ids: &Tensor, images_mask: Option<&Tensor>, features: &Features) -> Result<(Vec<i64>, Vec<bool>, Outputs)> {
         if self.attends_to_pictures() {
-            return self.run_embed(ids, vec![0; ids.data().len()], &vec![]);
+            let n = ids.data().len();
+            return Ok((vec![0; n], vec![false; n], vec![]));
         }
         let ids_of = ids.i64()?;
         let images = match images_mask {
@@ -306,7 +404,8 @@ impl Pipeline {
             (Some(one), None) | (None, Some(one)) => one.clone(),
             (None, None) => vec![],
         };
-        self.run_embed(ids, images, &merged)
+        let placed = images.iter().zip(&videos).map(|(image, video)| image + video != 0).collect();
+        Ok((images, placed, merged))
     }
 
     /// Runs `embed`; features that there are none of are empty. A placeholder beyond the features, which only the model itself
@@ -377,6 +476,15 @@ impl Pipeline {
         Ok((0..batch).map(|row| last(row).unwrap_or(0)).collect())
     }
 
+    /// Whether so many more tokens fit into the context.
+    fn fits(&self, seq: usize) -> Result<()> {
+        let (past, longest) = (self.past(), self.rules.max_positions);
+        if past + seq > longest {
+            return Err(Error::Input(format!("{past} + {seq} tokens are more than the model's context of {longest}")));
+        }
+        Ok(())
+    }
+
     fn decode(
         &mut self,
         mut given: Outputs,
@@ -385,11 +493,7 @@ impl Pipeline {
         logit_positions: Vec<i64>,
         next: Vec<i64>,
     ) -> Result<Tensor> {
-        let longest = self.rules.max_positions;
         let (past, seq, batch) = (self.past(), new.first().map_or(0, Vec::len), new.len());
-        if past + seq > longest {
-            return Err(Error::Input(format!("{past} + {seq} tokens are more than the model's context of {longest}")));
-        }
         let mask: Vec<i64> = self.mask.iter().zip(&new).flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
         given.push(("position_ids".into(), positions));
         given.push(("attention_mask".into(), Tensor::new([batch, past + seq], mask)?));
@@ -405,6 +509,46 @@ impl Pipeline {
             self.cross.advance(mask)?;
         }
         out.into_iter().next().ok_or_else(|| Error::Input("the artifact's 'decoder' has no output".into()))
+    }
+}
+
+/// Whether a prompt must run at once, however long: where a graph finds the places of pictures by the tokens around them.
+pub(crate) fn runs_whole(rules: &PromptRules, pictures: bool) -> bool {
+    pictures && matches!(rules.positions, Positions::Absolute { .. })
+}
+
+impl Prompt {
+    /// The tokens `from..to` of a batch of one. New pictures that a decoder attends to come with the first of them.
+    fn part(&self, from: usize, to: usize) -> Result<Self> {
+        let (seq, n) = (self.placed.len(), to - from);
+        let rows = |upto: usize| self.placed[..upto].iter().filter(|p| **p).count();
+        let (first, last) = (rows(from), rows(to));
+        let row = |(name, t): &(String, Tensor)| {
+            let width = t.shape().last().copied().unwrap_or(0);
+            let rows = t.f32()?.get(first * width..last * width);
+            let rows = rows.ok_or_else(|| Error::Input(format!("'{name}' has {} rows, the prompt takes more", prompt_rows(t))))?;
+            Ok((name.clone(), Tensor::new([last - first, width], rows.to_vec())?))
+        };
+        let columns: Vec<i64> = self.positions.i64()?.chunks_exact(seq).flat_map(|row| &row[from..to]).copied().collect();
+        let mut axes = self.positions.shape().to_vec();
+        axes.pop();
+        axes.push(n);
+        let seen = |mask: &Tensor| {
+            if !mask.shape().starts_with(&[1, seq]) {
+                return Err(Error::Input(format!("'{}' must be [1, {seq}, pictures, tiles], is {:?}", cross::MASK, mask.shape())));
+            }
+            let tiles = mask.data().len() / seq;
+            Tensor::new([1, n, tiles], mask.i64()?[from * tiles..to * tiles].to_vec())
+        };
+        Ok(Self {
+            ids: Tensor::new([1, n], self.ids.i64()?[from..to].to_vec())?,
+            images: self.images[from..to].to_vec(),
+            placed: self.placed[from..to].to_vec(),
+            features: self.features.iter().map(row).collect::<Result<_>>()?,
+            positions: Tensor::new(axes, columns)?,
+            states: self.states.clone().filter(|_| from == 0),
+            cross_mask: self.cross_mask.as_ref().map(seen).transpose()?,
+        })
     }
 }
 

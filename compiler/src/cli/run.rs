@@ -58,6 +58,13 @@ pub(super) struct RunArgs {
     /// Text that ends an answer; may be repeated
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Run several tokens at once where an answer repeats what was there before; the answer is the same. Needs --temperature 0
+    /// where the model's default is more
+    #[arg(long)]
+    prompt_lookup: bool,
+    /// Directory that keeps what the model makes of pictures, so that no picture is run through it twice
+    #[arg(long, value_name = "DIR")]
+    image_cache: Option<PathBuf>,
     #[command(flatten)]
     target: TargetArgs,
     /// Threads to run with [default: as many cores as this process may use]
@@ -84,6 +91,9 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         parts.push(Part::Video(image::read_video(path)?));
     }
     let mut model = Model::open(&dir, args.threads)?;
+    if let Some(dir) = &args.image_cache {
+        model.cache_images_in(dir)?;
+    }
     let options = options(args, model.defaults());
     let mut conversation = model.conversation(args.system.as_deref())?;
     if let Some(prompt) = &args.prompt {
@@ -178,7 +188,8 @@ fn without_prompt(args: &RunArgs, dir: &Path) -> Result<()> {
 }
 
 fn options(args: &RunArgs, defaults: GenerateOptions) -> GenerateOptions {
-    let mut o = GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), ..defaults };
+    let mut o =
+        GenerateOptions { max_new_tokens: args.max_new_tokens, stop: args.stop.clone(), prompt_lookup: args.prompt_lookup, ..defaults };
     let s = &mut o.sampling;
     // Asking for randomness turns sampling on; temperature 0 turns it off.
     s.do_sample = args.temperature.map_or(s.do_sample || args.top_k.is_some() || args.top_p.is_some(), |t| t > 0.0);
@@ -211,10 +222,21 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
         "text": r.text,
         "finish": r.finish,
         "prompt_tokens": r.prompt_tokens,
+        "cached_tokens": r.cached_tokens,
+        "images_encoded": r.images_encoded,
         "generated_tokens": r.ids.len(),
         "first_token_seconds": r.first_token.as_secs_f64(),
         "decode_tokens_per_second": if decoded > 0.0 { Some(decoded / r.decoding.as_secs_f64()) } else { None },
     });
+    if let Some(lookup) = &r.lookup {
+        report["prompt_lookup"] = serde_json::json!({
+            "passes": lookup.passes,
+            "proposed": lookup.proposed,
+            "accepted": lookup.accepted,
+            "acceptance": lookup.acceptance(),
+            "tokens_per_pass": lookup.tokens_per_pass(),
+        });
+    }
     if !regions.is_empty() {
         report["regions"] = serde_json::json!(regions);
     }
