@@ -11,7 +11,7 @@ use crate::{
     prompt::{self, Clip, Grid},
 };
 use std::num::NonZero;
-use vlmc_artifact::{Entry, Port, Positions, PromptRules};
+use vlmc_artifact::{Bindings, Entry, Port, Positions, PromptRules};
 
 /// Tokens of a prompt that run through the decoder at once: enough to use each weight well, and few enough that what a long prompt
 /// works in stays small beside them.
@@ -184,8 +184,9 @@ impl Pipeline {
         let Some(fitted) = self.pixels(inputs, false)? else { return Ok(vec![]) };
         let entry = self.entry("vision")?;
         let feed: Vec<(&str, &Tensor)> = fitted.iter().map(|(n, t)| (n.as_str(), t)).collect();
-        let bound = bind(&self.engine.manifest().symbols, entry, &feed, &[])?;
-        let shape = |p: &Port| Ok((p.name.clone(), extents(&p.shape, &bound.symbols).map_err(Error::Input)?));
+        let mut symbols = Bindings::default();
+        bind(&self.engine.manifest().symbols, entry, &feed, |_| None::<[usize; 0]>, &mut symbols)?;
+        let shape = |p: &Port| Ok((p.name.clone(), extents(&p.shape, &symbols).map_err(Error::Input)?));
         entry.outputs.iter().map(shape).collect()
     }
 
