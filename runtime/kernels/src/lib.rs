@@ -9,6 +9,8 @@
 // SIMD needs it. Everywhere else in the project it is denied.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod elementwise;
 mod ints;

@@ -1,5 +1,7 @@
 //! Products with a weight matrix in panels, and rows of a table.
 
+#[cfg(target_arch = "x86_64")]
+use crate::{Isa, amx};
 use crate::{
     Kernels, Src, elementwise,
     isa::Task,
@@ -280,6 +282,12 @@ unsafe impl Send for OutColumns {}
 unsafe impl Sync for OutColumns {}
 
 impl OutColumns {
+    /// Elements of a row.
+    #[inline(always)]
+    pub(crate) fn columns(self) -> usize {
+        self.n
+    }
+
     /// Place of the first element and number of elements.
     #[inline(always)]
     fn range(self, row: usize, column: usize) -> (usize, usize) {
@@ -365,7 +373,8 @@ impl<W: Element> Task for Product<'_, W> {
 
 impl Kernels {
     /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`. With
-    /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says.
+    /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says, or with many rows and groups of
+    /// columns to bf16, where the CPU multiplies that faster.
     ///
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
@@ -401,6 +410,12 @@ impl Kernels {
                 };
                 if dynamic {
                     let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
+                    #[cfg(target_arch = "x86_64")]
+                    if self.isa == Isa::Amx && m >= amx::MIN_ROWS {
+                        self.tile_product(x, m, grid, act, &mut words, pieces);
+                        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+                        return;
+                    }
                     self.round_rows(x, m, grid, &mut words);
                     pieces(&|piece| self.rounded_product(&words, piece));
                     *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;

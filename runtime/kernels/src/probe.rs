@@ -65,7 +65,7 @@ impl Kernels {
 
 impl Isa {
     fn has_many_registers(self) -> bool {
-        matches!(self, Self::Avx512 | Self::Avx512Vnni)
+        matches!(self, Self::Avx512 | Self::Avx512Vnni | Self::Amx)
     }
 }
 

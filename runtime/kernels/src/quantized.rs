@@ -32,17 +32,17 @@ const ROWS: usize = 6;
 /// How the panels of a matrix with `k` columns lie.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
-    scheme: Scheme,
-    k: usize,
+    pub(crate) scheme: Scheme,
+    pub(crate) k: usize,
 }
 
 /// A segment of a panel.
-struct Segment<'a> {
+pub(crate) struct Segment<'a> {
     scales: &'a [u8],
     /// If the scheme has zero points.
-    zeros: Option<&'a [u8; PANEL]>,
+    pub(crate) zeros: Option<&'a [u8; PANEL]>,
     /// Blocks of 4 bytes of each row.
-    codes: &'a [[u8; 4 * PANEL]],
+    pub(crate) codes: &'a [[u8; 4 * PANEL]],
 }
 
 impl Grid {
@@ -57,17 +57,17 @@ impl Grid {
 
     /// Columns of a segment that is not the last of its row.
     #[inline(always)]
-    fn segment_len(self) -> usize {
+    pub(crate) fn segment_len(self) -> usize {
         self.scheme.group_len(self.k).min(BLOCK)
     }
 
     #[inline(always)]
-    fn segments(self) -> usize {
+    pub(crate) fn segments(self) -> usize {
         self.k.div_ceil(self.segment_len())
     }
 
     #[inline(always)]
-    fn columns(self, segment: usize) -> Range<usize> {
+    pub(crate) fn columns(self, segment: usize) -> Range<usize> {
         let start = segment * self.segment_len();
         start..self.k.min(start + self.segment_len())
     }
@@ -80,7 +80,7 @@ impl Grid {
     }
 
     #[inline(always)]
-    fn segment<'a>(self, panel: &'a [u8], i: usize) -> Segment<'a> {
+    pub(crate) fn segment<'a>(self, panel: &'a [u8], i: usize) -> Segment<'a> {
         let (len, block) = (self.scheme.group_len(self.k), block_len(self.scheme));
         let scale_bytes = PANEL * self.scheme.scale_bytes();
         let head = scale_bytes + if self.scheme.zero_points { PANEL } else { 0 };
@@ -143,7 +143,7 @@ impl Segment<'_> {
     /// # Safety
     /// The CPU has the instruction set of `L`.
     #[inline(always)]
-    unsafe fn scales<L: Lanes>(&self) -> L {
+    pub(crate) unsafe fn scales<L: Lanes>(&self) -> L {
         // SAFETY: the caller's promise.
         unsafe {
             if let Ok(halves) = <&[u8; 2 * PANEL]>::try_from(self.scales) {
@@ -208,7 +208,14 @@ impl<const R: usize> Task for Round<'_, R> {
                 for (s, x) in x.chunks(grid.segment_len()).enumerate() {
                     let segment = g * segments_of_group + s;
                     let codes = &mut codes[segment * grid.segment_len() / WORD * R..];
-                    let sum = unsafe { round::<L, R>(x, inverse, r, codes) };
+                    let put = |at: usize, bytes: &[i8; N]| {
+                        // The last vectors of a row may not be there: their columns are not either.
+                        let to = codes[at / WORD * R..].chunks_mut(R);
+                        for (to, bytes) in to.zip(bytes.as_chunks::<WORD>().0) {
+                            to[r] = i32::from_le_bytes(bytes.map(|b| b as u8));
+                        }
+                    };
+                    let sum = unsafe { round_to::<L>(x, inverse, put) } as i32;
                     scales[segment * R + r] = scale.to_bits() as i32;
                     corrections[segment * R + r] = if grid.scheme.zero_points { -sum } else { -sum * i32::from(grid.scheme.middle()) };
                 }
@@ -222,7 +229,7 @@ impl<const R: usize> Task for Round<'_, R> {
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn steps<L: Lanes>(x: &[f32]) -> (f32, f32) {
+pub(crate) unsafe fn steps<L: Lanes>(x: &[f32]) -> (f32, f32) {
     let (chunks, tail) = x.as_chunks::<N>();
     // SAFETY: the caller's promise.
     let largest = unsafe {
@@ -267,12 +274,13 @@ impl Task for Keep<'_> {
     }
 }
 
-/// Rounds `x * inverse` to row `r` of `codes [vectors, R]`, and gives the sum.
+/// Rounds `x * inverse`, calls `put` with each 16 of them and the number of the first one, the last ones filled up with zeros, and
+/// gives the sum.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn round<L: Lanes, const R: usize>(x: &[f32], inverse: f32, r: usize, codes: &mut [i32]) -> i32 {
+pub(crate) unsafe fn round_to<L: Lanes>(x: &[f32], inverse: f32, mut put: impl FnMut(usize, &[i8; N])) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
         // Integers below 2^24: the sum is exact.
@@ -287,13 +295,9 @@ unsafe fn round<L: Lanes, const R: usize>(x: &[f32], inverse: f32, r: usize, cod
             sum = sum.add(v);
             let mut bytes = [0; N];
             v.store_i8(&mut bytes);
-            // The last vectors of a row may not be there: their columns are not either.
-            let to = codes[(c * N / WORD) * R..].chunks_mut(R);
-            for (to, bytes) in to.zip(bytes.as_chunks::<WORD>().0) {
-                to[r] = i32::from_le_bytes(bytes.map(|b| b as u8));
-            }
+            put(c * N, &bytes);
         }
-        sum.sum() as i32
+        sum.sum()
     }
 }
 
@@ -310,7 +314,7 @@ pub(crate) struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.grid.panel_bytes().unwrap_or(0).max(1)
     }
 }
@@ -708,7 +712,7 @@ mod tests {
     use crate::{BadIndex, Floats, Isa, Panels, Table};
     use proptest::prelude::*;
     use vlmc_artifact::{
-        program::Layout,
+        program::{Layout, Unary},
         quant::{Codes, Method, pack_panels},
     };
 
@@ -790,6 +794,37 @@ mod tests {
             for (plain, vnni) in [(Isa::Avx2, Isa::AvxVnni), (Isa::Avx512, Isa::Avx512Vnni)] {
                 if let (Some(plain), Some(vnni)) = (of(plain), of(vnni)) {
                     prop_assert_eq!(plain, vnni);
+                }
+            }
+        }
+
+        /// Many rows go through tiles where there are such, which round `x` to bytes or to bf16, and weights to bf16.
+        #[test]
+        fn products_of_many_rows_are_near_those_of_the_numbers(
+            scheme in scheme(), m in 32usize..600, n in 1usize..70, k in prop_oneof![1usize..100, 500usize..1100],
+            threads in 1usize..3, act: bool, mut seed: u32,
+        ) {
+            let (x, bias) = (floats(&mut seed, m * k), floats(&mut seed, n));
+            let codes = codes(&mut seed, n, k, scheme);
+            let bytes = pack_panels(&codes, k, scheme);
+            let w = Panels::new(Floats::Quant(&bytes, scheme), n, k).unwrap();
+            let act = act.then_some(Unary::Silu);
+            let product = |x: &[f32]| {
+                let mut out = vec![f32::NAN; m * n];
+                Kernels::with_isa(1, Isa::Scalar).unwrap().linear(x, &w, Some(&bias), act, false, &mut out);
+                out
+            };
+            let (exact, rounded) = (product(&x), product(&rounded(&x, k, scheme)));
+            let dense = codes.dequantize(k, scheme);
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let mut out = vec![f32::NAN; m * n];
+                Kernels::with_isa(threads, isa).unwrap().linear(&x, &w, Some(&bias), act, true, &mut out);
+                for (i, o) in out.iter().enumerate() {
+                    let terms = (0..k).map(|c| (x[i / n * k + c] * dense[i % n * k + c]).powi(2));
+                    let size = terms.sum::<f32>().sqrt() + 1e-3;
+                    // Either is near enough: errors of 2^-9 of each term add up as their squares do, 6 times that is never seen.
+                    let near = |e: f32, bound: f32| (o - e).abs() <= bound * size;
+                    prop_assert!(near(exact[i], 6.0 / 256.0) || near(rounded[i], 1e-4), "{isa:?}: {o}, not {} or {}", exact[i], rounded[i]);
                 }
             }
         }
