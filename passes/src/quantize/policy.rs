@@ -114,12 +114,14 @@ impl Policy {
             "none" => return Ok(Self::none()),
             "int8" => |part| match part {
                 Part::First | Part::Router => None,
-                Part::Table => Some(Choice::new(Scheme::INT8, false)),
+                // Of a table that is the head, too, activations are those of the head.
+                Part::Table => Some(Choice::new(Scheme::INT8, true)),
                 _ => Some(Choice::new(Scheme::INT8, true)),
             },
             "int4" => |part| match part {
                 Part::First | Part::Router => None,
-                Part::Table => Some(Choice::new(Scheme::INT8, false)),
+                // Of a table that is the head, too, activations are those of the head.
+                Part::Table => Some(Choice::new(Scheme::INT8, true)),
                 Part::Head | Part::Tower => Some(Choice::new(Scheme::INT8, true)),
                 Part::Decoder | Part::Experts => Some(Choice::new(Scheme::INT4, true)),
             },

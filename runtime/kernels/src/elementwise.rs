@@ -40,10 +40,24 @@ impl Task for Map<'_> {
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
 pub(crate) unsafe fn map<L: Lanes>(f: Unary, data: &mut [f32]) {
-    // SAFETY of all blocks: the caller's promise.
     let scalar = |data: &mut [f32], f: fn(f32) -> f32| data.iter_mut().for_each(|x| *x = f(*x));
-    let (one, half) = unsafe { (L::splat(1.0), L::splat(0.5)) };
-    let sigmoid = |x: L| unsafe { one.div(one.add(lanes::exp(L::splat(0.0).sub(x)))) };
+    // A macro, because what a closure calls is not compiled for the instruction set.
+    macro_rules! each {
+        ($x:ident => $f:expr) => {{
+            let (chunks, tail) = data.as_chunks_mut::<N>();
+            // The last vector is filled up with zeros.
+            let mut last = [0.0; N];
+            last[..tail.len()].copy_from_slice(tail);
+            // SAFETY: the caller's promise.
+            unsafe {
+                for c in chunks.iter_mut().chain((!tail.is_empty()).then_some(&mut last)) {
+                    let $x = L::load(c);
+                    $f.store(c);
+                }
+            }
+            tail.copy_from_slice(&last[..tail.len()]);
+        }};
+    }
     match f {
         Unary::Neg => scalar(data, |x| -x),
         Unary::Abs => scalar(data, f32::abs),
@@ -57,18 +71,27 @@ pub(crate) unsafe fn map<L: Lanes>(f: Unary, data: &mut [f32]) {
         Unary::Tanh => scalar(data, f32::tanh),
         // Booleans do not come here.
         Unary::Not => {}
-        Unary::Sigmoid => each(data, sigmoid),
-        Unary::Silu => each(data, |x: L| unsafe { x.mul(sigmoid(x)) }),
-        Unary::QuickGelu => each(data, |x: L| unsafe { x.mul(sigmoid(x.mul(L::splat(1.702)))) }),
-        Unary::Erf => each(data, |x: L| unsafe { erf(x) }),
-        Unary::Gelu => each(data, |x: L| unsafe { x.mul(half).mul(one.add(erf(x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2))))) }),
+        Unary::Sigmoid => each!(x => sigmoid(x)),
+        Unary::Silu => each!(x => x.mul(sigmoid(x))),
+        Unary::QuickGelu => each!(x => x.mul(sigmoid(x.mul(L::splat(1.702))))),
+        Unary::Erf => each!(x => erf(x)),
+        Unary::Gelu => each!(x => x.mul(L::splat(0.5)).mul(L::splat(1.0).add(erf(x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2)))))),
         // 1/2 (1 + tanh y) = sigmoid(2 y)
-        Unary::GeluTanh => each(data, |x: L| unsafe {
+        Unary::GeluTanh => each!(x => {
             let cube = x.mul(x).mul(x);
-            let y = cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_2));
-            x.mul(sigmoid(y))
+            x.mul(sigmoid(cube.mul_add(L::splat(0.044_715), x).mul(L::splat(1.595_769_2))))
         }),
     }
+}
+
+/// `1 / (1 + e^-x)`.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+unsafe fn sigmoid<L: Lanes>(x: L) -> L {
+    // SAFETY: the caller's promise.
+    unsafe { L::splat(1.0).div(L::splat(1.0).add(lanes::exp(L::splat(0.0).sub(x)))) }
 }
 
 /// `act(a) * b` of two slices.
@@ -88,24 +111,6 @@ impl Task for Gate<'_> {
         // SAFETY: the caller's promise.
         unsafe { map::<L>(self.f, self.out) };
         self.out.iter_mut().zip(self.b).for_each(|(o, b)| *o *= b);
-    }
-}
-
-/// `f` of each vector of 16; the last one is filled up with zeros.
-#[inline(always)]
-fn each<L: Lanes>(data: &mut [f32], f: impl Fn(L) -> L) {
-    let (chunks, tail) = data.as_chunks_mut::<N>();
-    // SAFETY: called only from a task, which runs only where the CPU has the instruction set.
-    unsafe {
-        for c in chunks {
-            f(L::load(c)).store(c);
-        }
-        if !tail.is_empty() {
-            let mut last = [0.0; N];
-            last[..tail.len()].copy_from_slice(tail);
-            f(L::load(&last)).store(&mut last);
-            tail.copy_from_slice(&last[..tail.len()]);
-        }
     }
 }
 
