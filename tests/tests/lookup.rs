@@ -104,18 +104,17 @@ fn answers_on_onnx_runtime_are_the_same() {
     }
 }
 
-/// A row's logits are the same alone and among as many as prompt lookup runs: to the last bit where few rows go through the kernels
-/// for one, and to rounding elsewhere. What is retracted leaves no trace.
+/// A row's logits are the same to the last bit alone and among as many as prompt lookup runs. What is retracted leaves no trace.
 #[test]
 fn rows_do_not_depend_on_their_number() {
     let dir = tempfile::tempdir().unwrap();
-    for (i, (name, policy, kv, exact)) in [
-        ("qwen2-vl", "none", DType::F32, 1),
-        ("qwen2-vl", "none", DType::I8, 1),
-        ("shapes-vl", "none", DType::BF16, 1),
-        ("shapes-vl", "int8", DType::F32, 3),
-        ("shapes-vl", "int4", DType::I8, 3),
-        ("deepseek-vl2-mla", "none", DType::F32, 1),
+    for (i, (name, policy, kv)) in [
+        ("qwen2-vl", "none", DType::F32),
+        ("qwen2-vl", "none", DType::I8),
+        ("shapes-vl", "none", DType::BF16),
+        ("shapes-vl", "int8", DType::F32),
+        ("shapes-vl", "int4", DType::I8),
+        ("deepseek-vl2-mla", "none", DType::F32),
     ]
     .into_iter()
     .enumerate()
@@ -140,10 +139,7 @@ fn rows_do_not_depend_on_their_number() {
             pipeline.retract(2).unwrap();
             let logits = pipeline.extend(&tensor(&ids[..rows])).unwrap();
             let (got, wanted) = (logits.f32().unwrap(), alone[..rows].concat());
-            let largest = wanted.iter().fold(0f32, |m, v| m.max(v.abs()));
-            let difference = got.iter().zip(&wanted).fold(0f32, |d, (a, b)| d.max((a - b).abs()));
-            let limit = if rows <= exact { 0.0 } else { 1e-5 * largest.max(1.0) };
-            assert!(got.len() == wanted.len() && difference <= limit, "{name} {policy} {kv}: {rows} rows differ by {difference}");
+            assert_eq!(got, wanted, "{name} {policy} {kv}: {rows} rows");
         }
     }
 }

@@ -197,7 +197,7 @@ impl<W: Element> Tile<'_, W> {
         unsafe {
             match self.rows {
                 0 => {}
-                1 => self.single::<L>(),
+                1 => self.block::<L, 1>(),
                 2..=4 => self.block::<L, 4>(),
                 5..=8 => self.block::<L, 8>(),
                 _ => self.block::<L, ROWS>(),
@@ -205,37 +205,7 @@ impl<W: Element> Tile<'_, W> {
         }
     }
 
-    /// One row: several sums in flight hide the latency of the additions.
-    #[inline(always)]
-    unsafe fn single<L: Lanes>(self) {
-        const SUMS: usize = 8;
-        let (panel, _) = self.panel.as_chunks::<N>();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut acc = [L::splat(0.0); SUMS];
-            let x = &self.x[..self.k];
-            let (xs, x_tail) = x.as_chunks::<SUMS>();
-            let (ws, w_tail) = panel.as_chunks::<SUMS>();
-            for (x, w) in xs.iter().zip(ws) {
-                for i in 0..SUMS {
-                    acc[i] = W::lanes::<L>(&w[i]).mul_add(L::splat(x[i]), acc[i]);
-                }
-            }
-            for (x, w) in x_tail.iter().zip(w_tail) {
-                acc[0] = W::lanes::<L>(w).mul_add(L::splat(*x), acc[0]);
-            }
-            let mut width = SUMS / 2;
-            while width > 0 {
-                for i in 0..width {
-                    acc[i] = acc[i].add(acc[i + width]);
-                }
-                width /= 2;
-            }
-            acc[0].store(&mut self.out[0]);
-        }
-    }
-
-    /// Up to `M` rows; rows beyond the last one repeat it.
+    /// Up to `M` rows; rows beyond the last one repeat it. Each is summed in one order, whatever their number.
     #[inline(always)]
     unsafe fn block<L: Lanes, const M: usize>(self) {
         let rows: [&[f32]; M] = std::array::from_fn(|r| &self.x[r.min(self.rows - 1) * self.x_stride..][..self.k]);
