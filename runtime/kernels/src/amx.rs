@@ -8,7 +8,8 @@ use crate::{
     Kernels, elementwise,
     isa::Task,
     lanes::{Avx512, Lanes, N},
-    quantized::{Grid, Piece, round_to, steps as steps_of},
+    quantized::{Grid, Piece},
+    round::{round_to, steps as steps_of},
 };
 use std::{arch::x86_64::*, sync::OnceLock};
 use vlmc_artifact::program::Unary;
@@ -79,6 +80,24 @@ static CONFIG: Config = {
 #[derive(Clone, Copy)]
 struct Sums([[u32; SIDE]; SIDE]);
 
+/// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
+///
+/// # Safety
+/// The CPU has AMX and the process may use it.
+unsafe fn configure() {
+    // SAFETY: the caller's promise; compiled code does not use tiles.
+    unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &CONFIG.0, options(nostack, readonly)) };
+}
+
+/// Ends what [`configure`] began: threads without tiles are cheaper to switch between.
+///
+/// # Safety
+/// As [`configure`].
+unsafe fn release() {
+    // SAFETY: as above.
+    unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
+}
+
 macro_rules! products {
     ($(#[$doc:meta])* $name:ident, $dot:literal) => {
         $(#[$doc])*
@@ -87,14 +106,13 @@ macro_rules! products {
         /// of `steps` tiles.
         ///
         /// # Safety
-        /// The CPU has AMX and the process may use it.
+        /// [`configure`] has been called on this thread.
         unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
             assert!(steps > 0 && [a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
             // SAFETY: the caller's promise; the tiles that are read are in `a` and `b`, and `sums` is 4 tiles with rows of 128
             // bytes.
             unsafe {
                 std::arch::asm!(
-                    "ldtilecfg [{config}]",
                     "test {fresh}, {fresh}",
                     "jnz 2f",
                     "tileloadd tmm0, [{c} + {cs}]",
@@ -126,7 +144,6 @@ macro_rules! products {
                     "tilestored [{c} + {cs} + 64], tmm1",
                     "tilestored [{d} + {cs}], tmm2",
                     "tilestored [{d} + {cs} + 64], tmm3",
-                    config = in(reg) &CONFIG.0,
                     fresh = in(reg) usize::from(fresh),
                     a0 = inout(reg) a[0].as_ptr() => _,
                     a1 = inout(reg) a[1].as_ptr() => _,
@@ -212,8 +229,7 @@ impl Pack<'_> {
     }
 }
 
-/// Columns `first..first + 32 * steps` of a panel to tiles of bf16: pairs of columns of each of 16 rows. What is beyond the last
-/// column stays as it is.
+/// Columns of a panel from `first` on to tiles of bf16: pairs of columns of each of 16 rows, zeros beyond the last column.
 ///
 /// # Safety
 /// The CPU has AVX-512 F, BW, DQ and VL.
@@ -259,6 +275,7 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
             segment += 1;
         }
     }
+    pairs.as_flattened_mut().fill(0);
 }
 
 /// Panels of one thread times a chunk of packed rows.
@@ -279,6 +296,20 @@ impl Task for Panels<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
+        // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
+        unsafe {
+            configure();
+            self.products::<L>();
+            release();
+        }
+    }
+}
+
+impl Panels<'_> {
+    /// # Safety
+    /// As [`Task::run`], after [`configure`].
+    #[inline(always)]
+    unsafe fn products<L: Lanes>(self) {
         let grid = self.piece.grid;
         let (steps, ints) = (steps(grid), in_integers(grid));
         let bytes = self.piece.bytes();
@@ -293,7 +324,7 @@ impl Task for Panels<'_> {
                 let mut multiply = |tiles: [&[u8]; 2], from: usize, count: usize| {
                     for (i, sums) in all.iter_mut().enumerate() {
                         let x = [0, 1].map(|half| &self.x[((2 * i + half) * steps + from) * TILE..][..count * TILE]);
-                        // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
+                        // SAFETY: the caller's promise.
                         unsafe {
                             if ints {
                                 int_products(x, tiles, count, from == 0, sums);
@@ -319,7 +350,6 @@ impl Task for Panels<'_> {
                     }
                 } else {
                     let (first, second) = widened.split_at_mut(STEPS * TILE);
-                    // Where there are no columns, `x` is 0, and what is left from another block is finite.
                     // SAFETY: the caller's promise.
                     unsafe {
                         widen(grid, both[0], block * SIDE, &mut first[..count * TILE]);
@@ -334,9 +364,7 @@ impl Task for Panels<'_> {
             }
         }
     }
-}
 
-impl Panels<'_> {
     /// Writes the results of 32 rows and 2 panels.
     ///
     /// # Safety

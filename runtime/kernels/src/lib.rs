@@ -24,6 +24,7 @@ mod pool;
 mod probe;
 mod quantize;
 mod quantized;
+mod round;
 
 pub use attention::{Attention, Kept, Keys, Seen, Strides, attention_scratch};
 pub use elementwise::Broadcast;

@@ -10,6 +10,7 @@ use crate::{
     isa::{IntTask, Task},
     lanes::{Lanes, N},
     linear::{self, OutColumns, Tile},
+    round::{round_to, steps},
 };
 use half::f16;
 use std::ops::Range;
@@ -221,83 +222,6 @@ impl<const R: usize> Task for Round<'_, R> {
                 }
             }
         }
-    }
-}
-
-/// Steps per 1 and 1 step of numbers that are rounded to 8 bits.
-///
-/// # Safety
-/// The CPU has the instruction set of `L`.
-#[inline(always)]
-pub(crate) unsafe fn steps<L: Lanes>(x: &[f32]) -> (f32, f32) {
-    let (chunks, tail) = x.as_chunks::<N>();
-    // SAFETY: the caller's promise.
-    let largest = unsafe {
-        let mut largest = L::splat(tail.iter().fold(0.0, |m, v| v.abs().max(m)));
-        for c in chunks {
-            let v = L::load(c);
-            largest = largest.max(v.max(L::splat(0.0).sub(v)));
-        }
-        largest.largest()
-    };
-    // Zeros have no largest number; any step serves them.
-    (127.0 / largest.max(1e-30), largest / 127.0)
-}
-
-/// Rows for a state: `[rows, width]` to 8 bits with a scale for each.
-struct Keep<'a> {
-    rows: &'a [f32],
-    width: usize,
-    codes: &'a mut [i8],
-    scales: &'a mut [f32],
-}
-
-impl Task for Keep<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let rows = self.rows.chunks_exact(self.width).zip(self.codes.chunks_exact_mut(self.width));
-        for ((x, codes), kept) in rows.zip(self.scales) {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (inverse, scale) = steps::<L>(x);
-                for (x, codes) in x.chunks(N).zip(codes.chunks_mut(N)) {
-                    let (mut padded, mut bytes) = ([0.0; N], [0; N]);
-                    padded[..x.len()].copy_from_slice(x);
-                    L::load(&padded).mul(L::splat(inverse)).store_i8(&mut bytes);
-                    codes.copy_from_slice(&bytes[..x.len()]);
-                }
-                *kept = scale;
-            }
-        }
-    }
-}
-
-/// Rounds `x * inverse`, calls `put` with each 16 of them and the number of the first one, the last ones filled up with zeros, and
-/// gives the sum.
-///
-/// # Safety
-/// The CPU has the instruction set of `L`.
-#[inline(always)]
-pub(crate) unsafe fn round_to<L: Lanes>(x: &[f32], inverse: f32, mut put: impl FnMut(usize, &[i8; N])) -> f32 {
-    // SAFETY: the caller's promise.
-    unsafe {
-        // Integers below 2^24: the sum is exact.
-        let mut sum = L::splat(0.0);
-        for (c, x) in x.chunks(N).enumerate() {
-            let mut padded = [0.0; N];
-            let x = x.as_array().unwrap_or_else(|| {
-                padded[..x.len()].copy_from_slice(x);
-                &padded
-            });
-            let v = L::load(x).mul(L::splat(inverse)).round();
-            sum = sum.add(v);
-            let mut bytes = [0; N];
-            v.store_i8(&mut bytes);
-            put(c * N, &bytes);
-        }
-        sum.sum()
     }
 }
 
@@ -674,17 +598,6 @@ unsafe fn widen_word<I: Ints>(codes: I, zeros: I, scales: I::Floats, out: &mut [
 }
 
 impl Kernels {
-    /// `rows [n, width]` rounded to -127..=127, `codes [n, width]`, in steps of max|row| / 127, `scales [n]`.
-    ///
-    /// # Panics
-    /// If the lengths do not fit.
-    pub fn round(&self, rows: &[f32], width: usize, codes: &mut [i8], scales: &mut [f32]) {
-        assert!(rows.len() == codes.len() && rows.len() == scales.len() * width, "codes must be [n, width] and scales [n]");
-        if width > 0 {
-            self.isa.run(Keep { rows, width, codes, scales });
-        }
-    }
-
     /// `x [m, k]` rounded to 8 bits, in blocks of 1 row or [`ROWS`], to `words`.
     pub(crate) fn round_rows(&self, x: &[f32], m: usize, grid: Grid, words: &mut Vec<i32>) {
         let rows = if m == 1 { 1 } else { ROWS };
@@ -890,19 +803,5 @@ mod tests {
         assert!(Panels::new(Floats::Quant(&bytes, scheme), 16, 64).is_none());
         assert!(Panels::new(Floats::Quant(&bytes[1..], scheme), 17, 64).is_none());
         assert!(Panels::new(Floats::Quant(&[], scheme), usize::MAX, usize::MAX).is_none());
-    }
-
-    proptest! {
-        #[test]
-        fn rows_of_states_are_rounded_as_x_is(n in 0usize..5, width in 1usize..70, mut seed: u32) {
-            let x = floats(&mut seed, n * width);
-            let expected = rounded(&x, width, Scheme::INT8);
-            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
-                let (mut codes, mut scales) = (vec![0; n * width], vec![0.0; n]);
-                Kernels::with_isa(1, isa).unwrap().round(&x, width, &mut codes, &mut scales);
-                let numbers = codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / width]).collect::<Vec<_>>();
-                prop_assert_eq!(&numbers, &expected);
-            }
-        }
     }
 }
