@@ -62,8 +62,8 @@ pub struct Lowered {
 
 /// What to compile, and how to tell of it.
 pub struct Options<'a> {
-    /// Target name.
-    pub target: &'a str,
+    /// Target.
+    pub target: &'a Target,
     /// Which weights are quantized, and how.
     pub policy: &'a Policy,
     /// Directory of the artifact.
@@ -244,7 +244,7 @@ impl Model {
     /// # Errors
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
-        let target = target::named(options.target)?;
+        let target = options.target;
         let mut passes = vec![];
         let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
@@ -283,10 +283,10 @@ impl Model {
             let writer = writer(program, &stored, &weights)?;
             (native_entries(program, &native), stored, writer)
         } else {
-            let stored = back::onnx::stored(program);
+            let stored = back::onnx::stored(target, program);
             let writer = writer(program, &stored, &weights)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(program, WEIGHTS, &place)? {
+            for (name, model) in back::onnx::emit(target, program, WEIGHTS, &place)? {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();

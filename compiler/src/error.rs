@@ -59,6 +59,9 @@ pub enum Error {
     /// `--target` names no target.
     #[error("target '{0}' is not supported; supported: {list}", list = crate::target::TARGETS.iter().map(|t| t.name).collect::<Vec<_>>().join(", "))]
     Target(String),
+    /// An option that the target does not have.
+    #[error("{0}")]
+    TargetOption(String),
     /// `--budget` is less than what the fewest bits take.
     #[error("a budget of {budget} bits per weight is too small: the least is {least:.3}")]
     Budget {

@@ -165,13 +165,28 @@ impl Graph {
     /// The type that a state is kept in: what its `append` says.
     pub fn kept(&self, state: &State) -> DType {
         let append = self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| &n.op);
-        if let Some(Op::Append(a)) = append { a.keep } else { self.ty(state.past).dtype }
+        match append {
+            Some(Op::Append(a)) if a.keep != DType::F32 => a.keep,
+            _ => self.ty(state.past).dtype,
+        }
     }
 
     /// Nodes whose results leave the graph: through outputs and states.
     pub fn roots(&self) -> impl Iterator<Item = NodeId> {
         let states = self.states.iter().filter_map(|s| self.present(s));
         self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
+    }
+
+    /// The graph with its float states of another float type. What reads them must follow.
+    pub fn with_states(&self, dtype: DType) -> Graph {
+        let mut graph = self.clone();
+        for s in &graph.states {
+            let ty = &mut graph.values[s.past.index()].0;
+            if ty.dtype.is_float() {
+                ty.dtype = dtype;
+            }
+        }
+        graph
     }
 
     /// Every use of a value replaced by the use of another one, of the same type and defined no later.

@@ -12,7 +12,7 @@ use std::{
 };
 use vlmc::compile::{Model, Options};
 use vlmc_ir::interp::Array;
-use vlmc_passes::quantize::Policy;
+use vlmc_passes::{Target, quantize::Policy};
 use vlmc_runtime::{Artifact, Part, artifact::Processor, open_engine, processor};
 
 /// A directory of `fixtures/`.
@@ -291,10 +291,15 @@ pub fn pictures_agree(name: &str) {
     pixels_agree(&processor, &pictures, &load(&dir.join("golden.safetensors")), "");
 }
 
+/// A target by its name.
+pub fn target(name: &str) -> &'static Target {
+    vlmc::target::named(name).unwrap_or_else(|e| panic!("{e}"))
+}
+
 /// Compiles a fixture.
 pub fn compile(fixture_dir: &Path, target: &str, out: &Path) {
     let model = Model::open(fixture_dir).unwrap_or_else(|e| panic!("{e}"));
-    model.compile(&Options { target, out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap_or_else(|e| panic!("{e}"));
+    model.compile(&Options { target: self::target(target), out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// Largest difference, and largest absolute value of the reference.

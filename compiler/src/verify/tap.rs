@@ -99,7 +99,11 @@ fn find(graph: &onnx::proto::GraphProto) -> Vec<Tap> {
         let data = if matches!(node.op_type(), "Reshape" | "Expand" | "Slice") { 1 } else { node.input.len() };
         let inputs: Vec<&str> = node.input.iter().take(data).map(String::as_str).filter(|n| !n.is_empty()).collect();
         let weights: Vec<String> = inputs.iter().filter_map(|n| constants.get(n)).flatten().cloned().collect();
-        let operands: Vec<String> = inputs.iter().filter(|n| !constants.contains_key(*n)).map(|n| (*n).to_string()).collect();
+        let operands: Vec<String> = match node.op_type() {
+            // What is normed is the sum, the last result.
+            "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => node.output.last().cloned().into_iter().collect(),
+            _ => inputs.iter().filter(|n| !constants.contains_key(*n)).map(|n| (*n).to_string()).collect(),
+        };
         if operands.is_empty() && !inputs.is_empty() {
             node.output.iter().for_each(|o| drop(constants.insert(o, weights.clone())));
             continue;
