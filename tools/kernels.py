@@ -78,7 +78,7 @@ for s in state.get_all_operator_schema():
     op = name(s.domain, s.name)
     if op in EMITTED and ("." in op or s.since_version <= NEWEST):
         def formal(f) -> str:
-            variadic = "..." if f.option == state.OpSchema.FormalParameterOption.Variadic else ""
+            variadic = "..." if f.option.name == "Variadic" else ""
             # A type instead of a parameter stands for itself.
             return f.typeStr + variadic
         fixed = {c.type_param_str: known(c.allowed_type_strs) for c in s.type_constraints}

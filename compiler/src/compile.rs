@@ -68,6 +68,8 @@ pub struct Options<'a> {
     pub policy: &'a Policy,
     /// Directory of the artifact.
     pub out: &'a Path,
+    /// Whether nodes that the target's provider does not run are told of rather than refused.
+    pub allow_fallback: bool,
     /// Called while weights are written, with the numbers done and in all. From any thread.
     pub progress: &'a (dyn Fn(u64, u64) + Sync),
 }
@@ -286,7 +288,13 @@ impl Model {
             let stored = back::onnx::stored(target, program);
             let writer = writer(program, &stored, &weights)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(target, program, WEIGHTS, &place)? {
+            let models = back::onnx::emit(target, program, WEIGHTS, &place)?;
+            let uncovered: Vec<_> = models.iter().flat_map(|(_, model)| back::onnx::uncovered(target, model)).collect();
+            if !uncovered.is_empty() && !options.allow_fallback {
+                return Err(Error::Uncovered { target: target.name, nodes: uncovered });
+            }
+            warnings.extend(uncovered.iter().map(|node| format!("target '{}' leaves a node to another provider: {node}", target.name)));
+            for (name, model) in models {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
             let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();

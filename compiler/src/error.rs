@@ -59,6 +59,17 @@ pub enum Error {
     /// `--target` names no target.
     #[error("target '{0}' is not supported; supported: {list}", list = crate::target::TARGETS.iter().map(|t| t.name).collect::<Vec<_>>().join(", "))]
     Target(String),
+    /// The provider of a target has no kernels for some nodes.
+    #[error(
+        "target '{target}' does not run {} nodes (--allow-fallback leaves them to another provider):{}",
+        .nodes.len(), .nodes.iter().map(|n| format!("\n  {n}")).collect::<String>()
+    )]
+    Uncovered {
+        /// Target name.
+        target: &'static str,
+        /// The nodes.
+        nodes: Vec<crate::back::onnx::Uncovered>,
+    },
     /// An option that the target does not have.
     #[error("{0}")]
     TargetOption(String),

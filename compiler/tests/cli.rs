@@ -268,7 +268,7 @@ fn bad_requests_are_refused() {
     exec("exec of more pictures than placeholders", &[("pixel_values", "two"), ("image_grid_thw", "two")], "");
     exec("exec of placeholders without pictures", &[("input_ids", "two"), ("attention_mask", "two")], "");
     exec("exec of a mask of another length", &[("attention_mask", "two")], "");
-    add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-cuda", "-o", text(&out)]));
+    add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-metal", "-o", text(&out)]));
     add("unknown policy", failure(dir.path(), &["compile", text(&model), "--quant", "int3", "-o", text(&out)]));
     add("unknown model", failure(dir.path(), &["compile", "qwen2-vl", "-o", text(&out)]));
     add("not a name", failure(dir.path(), &["compile", "no-such-model", "-o", text(&out)]));

@@ -1,6 +1,6 @@
 //! Attention masks.
 
-use crate::{Contract, Pass, map_graphs};
+use crate::{Contract, Pass, Support, map_graphs};
 use vlmc_ir::{
     Bindings, DType, Literal, Op,
     ops::{Attention, GroupQueryAttention, Mask, MultiHeadAttention, causal_mask, segment_mask},
@@ -9,14 +9,17 @@ use vlmc_ir::{
 
 /// Attention whose mask is known by kind gets it as a `bool` tensor, which [`crate::clean::CSE`] then shares among layers.
 pub(crate) const GIVEN: Pass =
-    Pass::new("given-masks", "attention masks as tensors, for targets that know no kinds of mask", Contract::Exact, |_, program| {
+    Pass::new("given-masks", "attention masks as tensors, where the target does not know their kind", Contract::Exact, |target, program| {
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
                 let mut op = node.op.clone();
                 let mask = mask_of(&mut op)?;
                 let queries = args[0].dim(args[0].ty().rank() - 2);
                 let (last, operands) = args.split_last()?;
+                let types: Vec<_> = args.iter().map(|a| a.ty()).collect();
+                let known = matches!(mask, Mask::Causal | Mask::Segments) && target.support(&node.op, &types) == Support::Native;
                 let given = match *mask {
+                    _ if known => return None,
                     Mask::Full => return None,
                     // One row for all queries: runtimes of other people want as many as there are.
                     Mask::Given => {

@@ -95,6 +95,17 @@ fn shape_of(v: &DynValue) -> Vec<usize> {
     v.shape().iter().map(|d| *d as usize).collect()
 }
 
+/// The kernels of attention on a GPU know the length of a row, and no mask.
+fn padding_is_last(inputs: &[(&str, &Tensor)]) -> Result<()> {
+    let Some((_, mask)) = inputs.iter().find(|(name, _)| *name == "attention_mask") else { return Ok(()) };
+    let Data::I64(live) = mask.data() else { return Ok(()) };
+    let width = mask.shape().last().copied().unwrap_or(1).max(1);
+    match live.chunks(width).position(|row| row.windows(2).any(|w| w[0] == 0 && w[1] != 0)) {
+        Some(row) => Err(Error::Unsupported(format!("attention_mask: row {row} has padding before tokens; for target 'onnx-cuda' it must stand at the end"))),
+        None => Ok(()),
+    }
+}
+
 /// A state without positions.
 fn empty(dtype: DType, shape: Vec<i64>) -> ort::Result<DynValue> {
     Ok(match dtype {
@@ -157,6 +168,10 @@ impl Engine for OrtEngine {
         let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
         let mut symbols = Bindings::default();
         let bound = binding::bind(&self.manifest.symbols, e, inputs, |i| loaded.states.get(i).map(shape_of), &mut symbols)?;
+        if self.manifest.target == "onnx-cuda" && !e.states.is_empty() && self.past() == 0 {
+            padding_is_last(inputs)?;
+        }
+        let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
         let bad = failed(entry);
 
         let mut feed: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = vec![];

@@ -95,7 +95,7 @@ impl Bench {
             }
         };
         let report = model
-            .compile(&Options { target: crate::target(&self.target), policy: &policy, out: &artifact, progress: &|_, _| {} })
+            .compile(&Options { target: crate::target(&self.target), policy: &policy, out: &artifact, allow_fallback: false, progress: &|_, _| {} })
             .unwrap_or_else(|e| panic!("{e}"));
         let artifact = Artifact::open(&artifact).unwrap_or_else(|e| panic!("{e}"));
         let score = Evaluated::open(&artifact, None).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));

@@ -48,7 +48,7 @@ fn decode(fixture: &str, quant: &str, threads: usize) {
     let out = dir.path().join("artifact");
     let model = Model::open(&vlmc_tests::fixture(fixture)).unwrap();
     let policy = Policy::named(quant).unwrap();
-    model.compile(&Options { target: vlmc_tests::target("cpu"), policy: &policy, out: &out, progress: &|_, _| {} }).unwrap();
+    model.compile(&Options { target: vlmc_tests::target("cpu"), policy: &policy, out: &out, allow_fallback: false, progress: &|_, _| {} }).unwrap();
     let mut engine = CpuEngine::open(&Artifact::open(&out).unwrap(), NonZero::new(threads)).unwrap();
     let entry = |name: &str| engine.manifest().entries.iter().find(|e| e.name == name).unwrap().clone();
     let (embed, decoder) = (entry("embed"), entry("decoder"));

@@ -147,6 +147,11 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// Compile even if the target's execution provider has no kernel for a node
+    ///
+    /// Such nodes are told of. They run on another provider (the CPU, for a GPU), with copies before and after.
+    #[arg(long)]
+    allow_fallback: bool,
     /// Print what each pass did: where rules fired and where they did not, and why
     #[arg(long, conflicts_with = "json")]
     trace_passes: bool,
@@ -348,12 +353,13 @@ fn checkpoint_dir(model: &str) -> Result<PathBuf> {
     Ok(dir?)
 }
 
-fn compile_to(model: &compile::Model, target: &Target, policy: &Policy, out: &Path) -> Result<compile::Report> {
+fn compile_to(model: &compile::Model, target: &Target, policy: &Policy, out: &Path, allow_fallback: bool) -> Result<compile::Report> {
     let bar = bytes_bar("writing weights");
     let report = model.compile(&compile::Options {
         target,
         policy,
         out,
+        allow_fallback,
         progress: &|done, total| {
             bar.set_length(total);
             bar.set_position(done);
@@ -431,7 +437,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
             print(&checked.iter().map(|c| format!("{c}\n")).collect::<String>())?;
         }
     }
-    let report = compile_to(&model, &target, &policy, &out)?;
+    let report = compile_to(&model, &target, &policy, &out, args.allow_fallback)?;
     if args.trace_passes {
         print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
     }

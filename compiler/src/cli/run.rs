@@ -263,7 +263,7 @@ pub(super) fn artifact(model: &str, args: &TargetArgs) -> Result<PathBuf> {
     // An artifact that another version made, or that is damaged, is made again.
     let usable = Artifact::open(&out).is_ok_and(|a| a.manifest().compiler == compile::COMPILER);
     if !usable {
-        compile_to(&model, &target, &policy, &out)?;
+        compile_to(&model, &target, &policy, &out, false)?;
     }
     Ok(out)
 }

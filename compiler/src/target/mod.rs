@@ -1,6 +1,7 @@
 //! Targets: what each can run, in one table per file. Adding a target is a file here and a backend that writes it down.
 
 mod cpu;
+pub(crate) mod kernels;
 pub(crate) mod onnx;
 mod onnx_cpu;
 mod onnx_cuda;

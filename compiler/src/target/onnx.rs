@@ -113,7 +113,7 @@ pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
         Op::MergedRotary(_) if dims(&args[0]) => Support::Native,
         // As many heads of keys as of queries.
         Op::MultiHeadAttention(o) if o.heads == o.kv_heads && matches!(o.mask, Mask::Full | Mask::Given) && dims(&args[0]) => Support::Native,
-        // Keys and values of one width.
+        // Keys and values of one width. Of a causal mask it takes the lengths of the rows.
         Op::GroupQueryAttention(o) if o.mask != Mask::Segments && args[3].shape == args[4].shape => Support::Native,
         _ => standard(target, op, args),
     }

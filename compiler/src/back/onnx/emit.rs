@@ -137,6 +137,11 @@ fn string(name: &str, v: &str) -> AttributeProto {
     }
 }
 
+/// A port that has this very dim, and which of its axes that is.
+fn axis_of<'p>(g: &Graph, d: &Dim, mut ports: impl Iterator<Item = (&'p String, ValueId)>) -> Option<(String, usize)> {
+    ports.find_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?)))
+}
+
 impl Emitter<'_> {
     fn run(&mut self) -> Emitted {
         let g = self.graph;
@@ -382,23 +387,29 @@ impl Emitter<'_> {
         if let Some(name) = self.dims.get(d) {
             return Ok(name.clone());
         }
-        let name = match self.axis_of(d) {
-            Some((port, axis)) => {
+        let g = self.graph;
+        let inputs = || g.inputs.iter().map(|p| (&p.name, p.value));
+        let dims = || inputs().flat_map(|(_, v)| &g.ty(v).shape);
+        let port = axis_of(g, d, inputs());
+        // A client may give a state more room than it has positions, so that its axes are asked last: `past` is `past + seq` less
+        // `seq`.
+        let sum = if port.is_none() { dims().find(|x| *x != d && dims().any(|y| *y == *x - d)) } else { None };
+        let states = g.states.iter().map(|s| (&s.past_name, s.past));
+        let name = match (sum, port.or_else(|| axis_of(g, d, states))) {
+            (Some(sum), _) => {
+                let (sum, rest) = (self.dim(sum)?, self.dim(&(sum - d))?);
+                self.helper("Sub", &[&sum, &rest], &format!("dim {d}"), vec![])
+            }
+            (None, Some((port, axis))) => {
                 let attributes = vec![int("start", axis as i64), int("end", axis as i64 + 1)];
                 self.helper("Shape", &[&port], &format!("dim {d}"), attributes)
             }
-            None => self.computed_dim(d)?,
+            (None, None) => self.computed_dim(d)?,
         };
         self.dims.insert(d.clone(), name.clone());
         Ok(name)
     }
 
-    /// An input that has this very dim.
-    fn axis_of(&self, d: &Dim) -> Option<(String, usize)> {
-        let g = self.graph;
-        let ports = g.inputs.iter().map(|p| (&p.name, p.value)).chain(g.states.iter().map(|s| (&s.past_name, s.past)));
-        ports.filter_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?))).next()
-    }
 
     fn computed_dim(&mut self, d: &Dim) -> Emitted<String> {
         let hint = format!("dim {d}");
@@ -586,7 +597,14 @@ impl Emitter<'_> {
             }
             Op::CumSum(o) => {
                 let axis = self.constant(&[], &[o.axis as i64]);
-                self.named("CumSum", &[x[0], &axis], &out, vec![]);
+                if self.target.own_operators || ty(0).dtype != DType::I64 {
+                    self.named("CumSum", &[x[0], &axis], &out, vec![]);
+                } else {
+                    // TensorRT sums floats only. These are counts, exact in f32 up to 16 million.
+                    let x = self.helper("Cast", &x, &out, vec![int("to", data_type(DType::F32).into())]);
+                    let sums = self.helper("CumSum", &[&x, &axis], &out, vec![]);
+                    self.named("Cast", &[&sums], &out, vec![int("to", data_type(DType::I64).into())]);
+                }
             }
             Op::MatMul(_) => self.named("MatMul", &x, &out, vec![]),
             Op::Linear(_) => self.product(&x[..2], x.get(2).copied(), &out),

@@ -1,10 +1,12 @@
 //! The `onnx-*` targets: one ONNX model per graph, weights as external data inside the artifact's safetensors file.
 
+mod coverage;
 mod emit;
 #[rustfmt::skip]
 pub mod proto;
 mod text;
 
+pub use coverage::{Uncovered, uncovered};
 pub use emit::emit;
 pub use text::to_text;
 
