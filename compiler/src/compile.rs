@@ -29,6 +29,8 @@ use vlmc_passes::{
 pub const COMPILER: &str = concat!("vlmc ", env!("CARGO_PKG_VERSION"));
 /// File name of the weights in an artifact.
 pub const WEIGHTS: &str = "weights.safetensors";
+/// File name of the commands that build TensorRT engines from an artifact's graphs.
+pub const TRTEXEC: &str = "trtexec.txt";
 /// Files that an artifact takes from the checkpoint as they are.
 pub const COPIED: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"];
 
@@ -297,7 +299,15 @@ impl Model {
             for (name, model) in models {
                 write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
             }
-            let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
+            let mut entries: Vec<Entry> = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
+            if target.name == "onnx-tensorrt" {
+                let mut commands = String::new();
+                for entry in &mut entries {
+                    entry.provider_options = back::onnx::provider_options(&program.symbols, entry)?;
+                    commands += &format!("{}\n", back::onnx::trtexec(&program.symbols, entry)?);
+                }
+                write_file(&dir.path().join(TRTEXEC), commands.as_bytes())?;
+            }
             (entries, stored, writer)
         };
         let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
@@ -480,6 +490,7 @@ pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) 
         outputs: g.outputs.iter().map(port).collect(),
         states: g.states.iter().map(state).collect(),
         arena,
+        provider_options: BTreeMap::new(),
     }
 }
 

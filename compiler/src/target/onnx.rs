@@ -87,6 +87,11 @@ fn known(target: &Target, d: DType) -> bool {
     d == target.float || matches!(d, DType::F32 | DType::I64 | DType::Bool)
 }
 
+/// Whether the last dim is a multiple of 8.
+fn in_eights(t: &Type) -> bool {
+    t.shape.last().and_then(vlmc_ir::Dim::as_const).is_some_and(|d| d % 8 == 0)
+}
+
 /// Those of the standard, and ONNX Runtime's own.
 pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
     match (op, args.iter().find_map(|t| t.dtype.scheme())) {
@@ -113,8 +118,8 @@ pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
         Op::MergedRotary(_) if dims(&args[0]) => Support::Native,
         // As many heads of keys as of queries.
         Op::MultiHeadAttention(o) if o.heads == o.kv_heads && matches!(o.mask, Mask::Full | Mask::Given) && dims(&args[0]) => Support::Native,
-        // Keys and values of one width. Of a causal mask it takes the lengths of the rows.
-        Op::GroupQueryAttention(o) if o.mask != Mask::Segments && args[3].shape == args[4].shape => Support::Native,
+        // Keys and values of one width, a multiple of 8. Of a causal mask it takes the lengths of the rows.
+        Op::GroupQueryAttention(o) if o.mask != Mask::Segments && args[3].shape == args[4].shape && in_eights(&args[3]) => Support::Native,
         _ => standard(target, op, args),
     }
 }

@@ -2,12 +2,14 @@
 
 mod coverage;
 mod emit;
+mod profiles;
 #[rustfmt::skip]
 pub mod proto;
 mod text;
 
 pub use coverage::{Uncovered, uncovered};
 pub use emit::emit;
+pub use profiles::{provider_options, trtexec};
 pub use text::to_text;
 
 use super::{Layout, Stored};
