@@ -25,10 +25,10 @@ const TILE: usize = 1024;
 /// Bytes of a row of a tile.
 const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
 /// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
 /// stay in the second cache.
-const GROUP: usize = 8;
+const GROUP: usize = 16;
 /// Longest row whose products fit 32 bits, whatever the codes: 255 * 127 * 2^16 < 2^31.
 const MAX_INT_COLUMNS: usize = 1 << 16;
 
@@ -88,18 +88,17 @@ struct Sums([[u32; SIDE]; SIDE]);
 #[derive(Clone)]
 struct Columns([[u8; STEPS * TILE]; 2]);
 
-/// What a thread works in.
+/// What a thread works in, made when it is first needed.
+#[derive(Default)]
 struct Work {
     /// For each pair of panels of a group, the sums of blocks of rows.
     sums: Vec<Sums>,
-    tiles: Box<Columns>,
+    /// One.
+    tiles: Vec<Columns>,
 }
 
 thread_local! {
-    static WORK: RefCell<Work> = RefCell::new(Work {
-        sums: vec![Sums([[0; SIDE]; SIDE]); GROUP * CHUNK / SIDE],
-        tiles: Box::new(Columns([[0; STEPS * TILE]; 2])),
-    });
+    static WORK: RefCell<Work> = RefCell::default();
 }
 
 /// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
@@ -348,9 +347,14 @@ impl Task for Panels<'_> {
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
         unsafe {
+            // Taken, since the products may not be in a closure: closures are not compiled for the instruction set.
+            let mut work = WORK.take();
+            work.sums.resize(GROUP * CHUNK / SIDE, Sums([[0; SIDE]; SIDE]));
+            work.tiles.resize(1, Columns([[0; STEPS * TILE]; 2]));
             configure();
-            WORK.with_borrow_mut(|work| self.products::<L>(work));
+            self.products::<L>(&mut work);
             release();
+            WORK.set(work);
         }
     }
 }
@@ -371,7 +375,7 @@ impl Panels<'_> {
                 let count = STEPS.min(steps - from);
                 for (sums, pair) in work.sums.chunks_exact_mut(CHUNK / SIDE).zip(pairs()) {
                     // SAFETY: the caller's promise.
-                    let columns = unsafe { work.tiles.columns(grid, pair, from, count) };
+                    let columns = unsafe { work.tiles[0].columns(grid, pair, from, count) };
                     for (i, sums) in sums.iter_mut().enumerate().take(blocks) {
                         let x = [0, 1].map(|half| &self.x[((2 * i + half) * steps + from) * TILE..][..count * TILE]);
                         // SAFETY: the caller's promise.
