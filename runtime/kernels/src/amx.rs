@@ -19,11 +19,11 @@ pub(crate) const MIN_ROWS: usize = 32;
 /// Rows whose `x` is packed at once: a block of their columns stays in the second cache.
 const CHUNK: usize = 512;
 /// Rows and columns that a step of the kernel makes: two by two tiles.
-const SIDE: usize = 32;
+pub(crate) const SIDE: usize = 32;
 /// Bytes of a tile.
-const TILE: usize = 1024;
+pub(crate) const TILE: usize = 1024;
 /// Bytes of a row of a tile.
-const ROW: usize = 64;
+pub(crate) const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
 const STEPS: usize = 8;
 /// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
@@ -81,7 +81,7 @@ static CONFIG: Config = {
 /// Sums of 32 rows and 32 columns, of 32 bits each.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Sums([[u32; SIDE]; SIDE]);
+pub(crate) struct Sums(pub(crate) [[u32; SIDE]; SIDE]);
 
 /// Columns of two panels in tiles, whose rows are cache lines.
 #[repr(align(64))]
@@ -105,7 +105,7 @@ thread_local! {
 ///
 /// # Safety
 /// The CPU has AMX and the process may use it.
-unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     // SAFETY: the caller's promise; compiled code does not use tiles.
     unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &CONFIG.0, options(nostack, readonly)) };
 }
@@ -114,7 +114,7 @@ unsafe fn configure() {
 ///
 /// # Safety
 /// As [`configure`].
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: as above.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
@@ -128,7 +128,7 @@ macro_rules! products {
         ///
         /// # Safety
         /// [`configure`] has been called on this thread.
-        unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        pub(crate) unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
             assert!(steps > 0 && [a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
             // SAFETY: the caller's promise; the tiles that are read are in `a` and `b`, and `sums` is 4 tiles with rows of 128
             // bytes.
