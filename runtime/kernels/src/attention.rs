@@ -170,7 +170,11 @@ impl Run {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn parts(&self, len: usize) -> impl Iterator<Item = Self> {
         let Self { queries, keys, dense } = self;
-        queries.clone().step_by(len).map(move |start| Self { queries: start..queries.end.min(start + len), keys: keys.clone(), dense: *dense })
+        queries.clone().step_by(len).map(move |start| Self {
+            queries: start..queries.end.min(start + len),
+            keys: keys.clone(),
+            dense: *dense,
+        })
     }
 }
 
@@ -505,7 +509,11 @@ impl Kernels {
         }
         let runs = a.runs();
         #[cfg(target_arch = "x86_64")]
-        if a.bf16 && self.isa == Isa::Amx && s >= PACK && (matches!(a.seen, Seen::Causal(_)) || runs.iter().all(|r| r.dense)) {
+        if a.bf16
+            && matches!(self.isa, Isa::Avx512Bf16 | Isa::Amx)
+            && s >= PACK
+            && (matches!(a.seen, Seen::Causal(_)) || runs.iter().all(|r| r.dense))
+        {
             self.tile_attention(a, &runs, out);
             return;
         }
