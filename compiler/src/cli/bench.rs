@@ -319,7 +319,7 @@ impl Ready {
         let positions = vec![last as i64; axes.iter().product()];
         let inputs = Tensors::from([
             ("input_ids".into(), Tensor::new([1, 1], vec![ids[last]])?),
-            ("position_ids".into(), Tensor::new(axes, positions)?),
+            ("position_ids".into(), Tensor::new(axes.to_vec(), positions)?),
         ]);
         Ok(pipeline.prefill(&inputs, &Features::default(), Scored::Last)?)
     }
