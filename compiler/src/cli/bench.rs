@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
-use vlmc_kernels::{Arithmetic, Kernels};
+use vlmc_kernels::{Arithmetic, Isa, Kernels};
 use vlmc_runtime::{
     Artifact, CpuEngine, Engine, Features, Pipeline, Request, Run, Scored, Tensor, Tensors,
     artifact::{PromptRules, Task, program::Program},
@@ -200,7 +200,7 @@ impl Total {
     fn of(program: &Program, runs: &[Run]) -> Result<Self> {
         let mut total = Self::default();
         for run in runs {
-            for work in work(program, &run.entry, &run.symbols)? {
+            for work in work(program, &run.entry, &run.symbols, Isa::detect())? {
                 total.weight_bytes += work.weight_bytes;
                 total.state_bytes += work.state_bytes;
                 *match work.arithmetic {

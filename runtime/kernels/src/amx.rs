@@ -106,7 +106,7 @@ thread_local! {
 ///
 /// # Safety
 /// The CPU has AMX and the process may use it.
-unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     // SAFETY: the caller's promise; compiled code does not use tiles.
     unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &CONFIG.0, options(nostack, readonly)) };
 }
@@ -115,7 +115,7 @@ unsafe fn configure() {
 ///
 /// # Safety
 /// As [`configure`].
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: as above.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
@@ -196,7 +196,7 @@ products!(
 );
 
 /// Whether a matrix is multiplied in integers.
-fn in_integers(grid: Grid) -> bool {
+pub(crate) fn in_integers(grid: Grid) -> bool {
     grid.scheme.bits == 8 && grid.scheme.group.is_none() && grid.k <= MAX_INT_COLUMNS
 }
 
