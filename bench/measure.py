@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import quoting
 import setup
 from commands import Failed, Finished, run
 from rows import BY_NAME
@@ -57,8 +58,8 @@ def llama_cpp(place: Place, vlmc: Path, model: Path, rows: list[str], threads: i
     common = ["--model", model, "--threads", str(threads)]
     if group in ("equal accuracy", "lookup"):
         (row,) = rows
-        new, before = (QUOTING_TOKENS, prompt_tokens(place, vlmc, QUOTING)) if group == "lookup" else (64, 0)
-        tests = llama_bench(place, [*common, "--n-prompt", "0", "--n-gen", str(new), "--n-depth", str(before)])
+        before = count_tokens(place, vlmc, quoting.PROMPT) if group == "lookup" else 0
+        tests = llama_bench(place, [*common, "--n-prompt", "0", "--n-gen", "64", "--n-depth", str(before)])
         return {row: tests[0]["avg_ts"]}
     if group == "text":
         prompts = [row.partition("-")[2] for row in rows if row.startswith("prefill")]
@@ -74,7 +75,7 @@ def llama_cpp(place: Place, vlmc: Path, model: Path, rows: list[str], threads: i
     side = 1344 if group == "large picture" else 448
     finished = run(
         [place.llama_tool("llama-mtmd-cli"), *common, "--mmproj", place.model("mmproj-bf16.gguf"), "--image", place.picture(side)]
-        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "8192", "--batch-size", "512", "--verbosity", "4"]
+        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "8192" if side == 1344 else "4096", "--batch-size", "512", "--verbosity", "4"]
     )
     encoded = re.search(r"encoding done in (\d+) ms", finished.output)
     if encoded is None:
@@ -130,16 +131,10 @@ def of_decode(decode: dict) -> dict:
     }
 
 
-# A prompt that quotes itself, and how many tokens are decoded after it.
-PASSAGE = "the quick brown fox jumps over the lazy dog, and then it sleeps. "
-QUOTING = PASSAGE * 4
-QUOTING_TOKENS = 256
-
-
 def lookup(place: Place, vlmc: Path, quant: str, threads: int) -> dict:
     """Tokens per second with prompt lookup, whose answer must be that without."""
-    command = [vlmc, "run", place.artifact(quant), "--prompt", QUOTING, "--max-new-tokens", str(QUOTING_TOKENS)]
-    command += ["--temperature", "0", "--repetition-penalty", "1", "--json", "--threads", str(threads)]
+    command = [vlmc, "run", place.artifact(quant), "--prompt", quoting.PROMPT, "--max-new-tokens", "64", "--temperature", "0"]
+    command += ["--repetition-penalty", "1", "--json", "--threads", str(threads)]
     plain, ahead = last_json(run(command)), last_json(run([*command, "--prompt-lookup"]))
     if plain["text"] != ahead["text"] or plain["finish"] != "length":
         raise Failed(f"prompt lookup changed the answer, or it ended early ({plain['finish']}): {plain['text']!r}, {ahead['text']!r}")
@@ -148,7 +143,7 @@ def lookup(place: Place, vlmc: Path, quant: str, threads: int) -> dict:
 
 def accuracy(place: Place, vlmc: Path) -> dict[str, dict]:
     """What policies of vlmc cost a small model that was trained: `vlmc eval` against the same model without quantization."""
-    artifacts = {quant: setup.compile(place, vlmc, setup.TRAINED, quant) for quant in ("none", "q4_0", "int4", "equal")}
+    artifacts = {quant: setup.compile(place, vlmc, setup.TRAINED, quant, f"trained-{quant}") for quant in ("none", "q4_0", "int4", "equal")}
     data = ["--reference", artifacts.pop("none"), "--data", setup.TRAINED / "heldout.jsonl", "--max-new-tokens", "16", "--json"]
     return {quant: last_json(run([vlmc, "eval", artifact, *data])) for quant, artifact in artifacts.items()}
 
@@ -162,7 +157,7 @@ def first(question: str) -> list[str]:
     return ["--prompt", question, "--max-new-tokens", "1", "--json"]
 
 
-def prompt_tokens(place: Place, vlmc: Path, question: str = SHORTEST) -> int:
+def count_tokens(place: Place, vlmc: Path, question: str = SHORTEST) -> int:
     """How many tokens vlmc's answer to a question follows on; the peers get as many."""
     return last_json(run([vlmc, "run", place.artifact("int4"), *first(question)]))["prompt_tokens"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import setup
 from commands import Failed, run
-from measure import PEERS, Peer, accuracy, measure_peer, measure_vlmc, prompt_tokens
+from measure import PEERS, Peer, accuracy, count_tokens, measure_peer, measure_vlmc
 from rows import BY_NAME, Row, chosen
 from setup import HERE, REPOSITORY, Place, log
 
@@ -84,7 +84,7 @@ def versions(place: Place, vlmc: Path) -> dict[str, str]:
 
 def measure(args: argparse.Namespace, place: Place, vlmc: Path, peers: list[Peer], results: dict, save) -> None:
     """Runs a peer, then vlmc, then the next peer, then vlmc, and so on, `--repeat` times."""
-    tokens = prompt_tokens(place, vlmc)
+    tokens = count_tokens(place, vlmc)
     failed: set[tuple[str, str, int]] = set()
 
     def pair(peer: Peer, rows: list[Row], threads: int) -> None:
@@ -138,9 +138,11 @@ def main() -> None:
     args = arguments()
     place = Place(args.work.resolve())
     place.root.mkdir(parents=True, exist_ok=True)
-    vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve())
-    not_set_up = setup.peers(place, args.peers)
     peers = [peer for peer in PEERS if peer.tool in args.peers]
+    # `int4` tells how many tokens a prompt has.
+    artifacts = {"int4"} | {row.artifact or peer.quant for peer in peers for row in args.rows if row.name in peer.rows}
+    vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve(), artifacts)
+    not_set_up = setup.peers(place, args.peers)
     file = place.root / "results.json"
     results = {
         "date": datetime.date.today().isoformat(),

@@ -303,12 +303,12 @@ mod tests {
         let data: Vec<u8> = (0..100_000).map(|i| i as u8).collect();
         for isa in Isa::ALL {
             let Some(kernels) = Kernels::with_isa(2, isa) else { continue };
-            assert!(kernels.read_bandwidth(&data) > 1e6, "{isa:?}");
+            assert!(kernels.read_bandwidth(&data) > 0.0, "{isa:?}");
             for arithmetic in [Arithmetic::Int8, Arithmetic::F32] {
-                assert!(kernels.peak(arithmetic).is_some_and(|p| p > 1e6 && p < 1e15), "{isa:?} {arithmetic:?}");
+                assert!(kernels.peak(arithmetic).is_some_and(|p| p > 0.0 && p.is_finite()), "{isa:?} {arithmetic:?}");
             }
             if let Some(peak) = kernels.peak(Arithmetic::Bf16) {
-                assert!(isa.has_many_registers() && peak > 1e6, "{isa:?}");
+                assert!(isa.has_many_registers() && peak > 0.0, "{isa:?}");
             }
         }
         assert_eq!(Kernels::new(1).read_bandwidth(&[0; 10]), 0.0, "less than a vector is not read");
