@@ -19,16 +19,16 @@ pub(crate) const MIN_ROWS: usize = 32;
 /// Rows whose `x` is packed at once: a block of their columns stays in the second cache.
 const CHUNK: usize = 512;
 /// Rows and columns that a step of the kernel makes: two by two tiles.
-const SIDE: usize = 32;
+pub(crate) const SIDE: usize = 32;
 /// Bytes of a tile.
-const TILE: usize = 1024;
+pub(crate) const TILE: usize = 1024;
 /// Bytes of a row of a tile.
-const ROW: usize = 64;
+pub(crate) const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
 /// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
 /// stay in the second cache.
-const GROUP: usize = 8;
+const GROUP: usize = 16;
 /// Longest row whose products fit 32 bits, whatever the codes: 255 * 127 * 2^16 < 2^31.
 const MAX_INT_COLUMNS: usize = 1 << 16;
 
@@ -81,25 +81,24 @@ static CONFIG: Config = {
 /// Sums of 32 rows and 32 columns, of 32 bits each.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Sums([[u32; SIDE]; SIDE]);
+pub(crate) struct Sums(pub(crate) [[u32; SIDE]; SIDE]);
 
 /// Columns of two panels in tiles, whose rows are cache lines.
 #[repr(align(64))]
 #[derive(Clone)]
 struct Columns([[u8; STEPS * TILE]; 2]);
 
-/// What a thread works in.
+/// What a thread works in, made when it is first needed.
+#[derive(Default)]
 struct Work {
     /// For each pair of panels of a group, the sums of blocks of rows.
     sums: Vec<Sums>,
-    tiles: Box<Columns>,
+    /// One.
+    tiles: Vec<Columns>,
 }
 
 thread_local! {
-    static WORK: RefCell<Work> = RefCell::new(Work {
-        sums: vec![Sums([[0; SIDE]; SIDE]); GROUP * CHUNK / SIDE],
-        tiles: Box::new(Columns([[0; STEPS * TILE]; 2])),
-    });
+    static WORK: RefCell<Work> = RefCell::default();
 }
 
 /// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
@@ -129,7 +128,7 @@ macro_rules! products {
         ///
         /// # Safety
         /// [`configure`] has been called on this thread.
-        unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        pub(crate) unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
             assert!(steps > 0 && [a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
             // SAFETY: the caller's promise; the tiles that are read are in `a` and `b`, and `sums` is 4 tiles with rows of 128
             // bytes.
@@ -348,9 +347,14 @@ impl Task for Panels<'_> {
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
         unsafe {
+            // Taken, since the products may not be in a closure: closures are not compiled for the instruction set.
+            let mut work = WORK.take();
+            work.sums.resize(GROUP * CHUNK / SIDE, Sums([[0; SIDE]; SIDE]));
+            work.tiles.resize(1, Columns([[0; STEPS * TILE]; 2]));
             configure();
-            WORK.with_borrow_mut(|work| self.products::<L>(work));
+            self.products::<L>(&mut work);
             release();
+            WORK.set(work);
         }
     }
 }
@@ -371,7 +375,7 @@ impl Panels<'_> {
                 let count = STEPS.min(steps - from);
                 for (sums, pair) in work.sums.chunks_exact_mut(CHUNK / SIDE).zip(pairs()) {
                     // SAFETY: the caller's promise.
-                    let columns = unsafe { work.tiles.columns(grid, pair, from, count) };
+                    let columns = unsafe { work.tiles[0].columns(grid, pair, from, count) };
                     for (i, sums) in sums.iter_mut().enumerate().take(blocks) {
                         let x = [0, 1].map(|half| &self.x[((2 * i + half) * steps + from) * TILE..][..count * TILE]);
                         // SAFETY: the caller's promise.

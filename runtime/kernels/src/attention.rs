@@ -3,6 +3,8 @@
 //! Many queries: keys and values of the range that a run of queries sees are packed into panels once, and both products go
 //! through the tile kernel of [`crate::linear`]. Few queries (decoding): keys are read where they lie.
 
+#[cfg(target_arch = "x86_64")]
+use crate::Isa;
 use crate::{
     Kernels,
     isa::Task,
@@ -50,7 +52,7 @@ impl<'a> Kept<'a> {
     }
 
     /// Rows from `first` on.
-    fn from(self, first: usize, width: usize) -> Self {
+    pub(crate) fn from(self, first: usize, width: usize) -> Self {
         match self {
             Self::F32(rows) => Kept::F32(&rows[first * width..]),
             Self::BF16(rows) => Kept::BF16(&rows[first * width..]),
@@ -60,7 +62,7 @@ impl<'a> Kept<'a> {
 
     /// Row `i` in `f32`.
     #[inline(always)]
-    fn widen(self, i: usize, out: &mut [f32]) {
+    pub(crate) fn widen(self, i: usize, out: &mut [f32]) {
         let place = i * out.len()..(i + 1) * out.len();
         match self {
             Self::F32(rows) => out.copy_from_slice(&rows[place]),
@@ -151,14 +153,25 @@ pub struct Attention<'a> {
     pub seen: Seen<'a>,
     /// cos and sin `[lead, s, d/2]` by which queries are rotated first.
     pub rotary: Option<[&'a [f32]; 2]>,
+    /// Whether operands of both products may be rounded to bf16, where the CPU multiplies that faster.
+    pub bf16: bool,
 }
 
 /// A run of queries and the range of keys outside of which they see nothing.
-struct Run {
-    queries: Range<usize>,
-    keys: Range<usize>,
+pub(crate) struct Run {
+    pub(crate) queries: Range<usize>,
+    pub(crate) keys: Range<usize>,
     /// Whether they see all keys of the range.
     dense: bool,
+}
+
+impl Run {
+    /// The same in runs of at most `len` queries.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn parts(&self, len: usize) -> impl Iterator<Item = Self> {
+        let Self { queries, keys, dense } = self;
+        queries.clone().step_by(len).map(move |start| Self { queries: start..queries.end.min(start + len), keys: keys.clone(), dense: *dense })
+    }
 }
 
 impl Attention<'_> {
@@ -491,6 +504,11 @@ impl Kernels {
             return;
         }
         let runs = a.runs();
+        #[cfg(target_arch = "x86_64")]
+        if a.bf16 && self.isa == Isa::Amx && s >= PACK && (matches!(a.seen, Seen::Causal(_)) || runs.iter().all(|r| r.dense)) {
+            self.tile_attention(a, &runs, out);
+            return;
+        }
         let pieces: Vec<_> = split(out, lead * heads, s * dv, &runs, dv);
         self.pool.run_with(pieces.len(), scratch, |i, scratch| {
             // Later runs of causal attention see more keys: start with the longest.
@@ -515,10 +533,10 @@ impl Kernels {
     }
 }
 
-type Piece<'a> = std::sync::Mutex<Option<&'a mut [f32]>>;
+pub(crate) type Piece<'a> = std::sync::Mutex<Option<&'a mut [f32]>>;
 
 /// The part of `out` of each head and run.
-fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<Piece<'a>> {
+pub(crate) fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<Piece<'a>> {
     let mut pieces = Vec::with_capacity(heads * runs.len());
     for mut head in out.chunks_exact_mut(head_len) {
         for run in runs {
@@ -567,7 +585,8 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(60))]
         #[test]
         fn attention_matches_its_formula(
-            lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..4, s in prop_oneof![9 => 0usize..60, 1 => 180usize..210], past in 0usize..20,
+            lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..4, s in prop_oneof![8 => 0usize..60, 1 => 180usize..210, 1 => 250usize..300],
+            past in prop_oneof![9 => 0usize..20, 1 => 250usize..300],
             d in 1usize..40, dv in 1usize..40, slack in 0usize..50, kind in 0usize..6, kept in 0usize..3, threads in 1usize..4, seed: u32,
         ) {
             let mut state = seed;
@@ -604,7 +623,7 @@ mod tests {
                 1 => (Kept::BF16(&k16), Kept::BF16(&v16)),
                 _ => (Kept::I8(&k8.0, &k8.1), Kept::I8(&v8.0, &v8.1)),
             };
-            let a = Attention { q: &q, k: keys(k), v: keys(v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None };
+            let a = Attention { q: &q, k: keys(k), v: keys(v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None, bf16: false };
             let expected = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
@@ -613,6 +632,12 @@ mod tests {
                 Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut scratch, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
+                }
+                // Scores of 40 products at most, each rounded by 2^-8.
+                let mut rounded = vec![f32::NAN; out.len()];
+                Kernels::with_isa(threads, isa).unwrap().attention(&Attention { bf16: true, ..a }, &mut scratch, &mut rounded);
+                for (o, e) in rounded.iter().zip(&expected) {
+                    prop_assert!((o - e).abs() <= 2e-2, "{isa:?}: {o} instead of {e}");
                 }
                 // Queries that are rotated here give what queries give that were rotated before.
                 if d.is_multiple_of(2) {

@@ -162,7 +162,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let (lead, last) = shape.split_at(shape.len() - 3);
             k.rotary(f32s(0)?, f32s(1)?, f32s(2)?, [lead.iter().product(), last[0], last[1], last[2]], out!(f32));
         }
-        Kernel::Attention { scale, mask } | Kernel::RotaryAttention { scale, mask } => {
+        Kernel::Attention { scale, mask, bf16 } | Kernel::RotaryAttention { scale, mask, bf16 } => {
             let (lead, last) = shape.split_at(shape.len() - 3);
             // Where keys and values are, which operand is the mask, and the angles.
             let (stored, mask_at, rotary) = match step.outs[..] {
@@ -195,6 +195,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
                     }
                 },
                 rotary,
+                bf16: *bf16,
             };
             k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }

@@ -225,7 +225,7 @@ mod tests {
                 steps: vec![
                     step(Kernel::Embedding, &[1, 0], 2),
                     step(Kernel::Linear { dynamic: true, act: None }, &[2, 3], 4),
-                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal }, &[5, 6, 7], 8),
+                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal, bf16: false }, &[5, 6, 7], 8),
                 ],
             }],
         };
