@@ -256,7 +256,7 @@ fn tile_products(isa: Isa, arithmetic: Arithmetic, rounds: usize) -> Option<usiz
                         "jnz 2b",
                         rounds = inout(reg) rounds.max(1) => _,
                         operand = in(reg) operand,
-                        row = in(reg) 64,
+                        row = in(reg) 64usize,
                         out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                         out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                         options(nostack, readonly),

@@ -125,6 +125,11 @@ impl Steps<'_> {
         match step.kernel {
             Kernel::Linear { dynamic, .. } => linear(1, dynamic, product(&shape(0)[..shape(0).len() - 1])),
             Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
+            // Segments are taken to lie together.
+            Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
+            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
+                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2])
+            }
             _ => Arithmetic::F32,
         }
     }
@@ -225,7 +230,7 @@ mod tests {
                 steps: vec![
                     step(Kernel::Embedding, &[1, 0], 2),
                     step(Kernel::Linear { dynamic: true, act: None }, &[2, 3], 4),
-                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal, bf16: false }, &[5, 6, 7], 8),
+                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal, bf16: true }, &[5, 6, 7], 8),
                 ],
             }],
         };
@@ -247,7 +252,8 @@ mod tests {
         // Many rows go to tiles, in which groups are widened.
         let many = if cfg!(target_arch = "x86_64") { Arithmetic::Bf16 } else { Arithmetic::Int8 };
         assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic), [Arithmetic::Int8, many]);
-        assert_eq!([Isa::Avx2, Isa::Amx].map(|isa| on(300, 7, isa)[2].arithmetic), [Arithmetic::F32; 2]);
+        let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic);
+        assert_eq!(attention, [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::F32]);
         let missing = work(&program, "vision", &Bindings::default(), Isa::Scalar).unwrap_err().to_string();
         assert!(missing.contains("no entry 'vision'"), "{missing}");
         assert!(work(&program, "decoder", &Bindings::default(), Isa::Scalar).is_err());
