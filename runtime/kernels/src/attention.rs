@@ -478,7 +478,7 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
 impl Isa {
     /// What [`Kernels::attention`] multiplies `s` queries of a head in, unless a mask is given for each query and key.
     pub fn attention_arithmetic(self, bf16: bool, s: usize) -> Arithmetic {
-        if bf16 && self == Self::Amx && s >= PACK { Arithmetic::Bf16 } else { Arithmetic::F32 }
+        if bf16 && matches!(self, Self::Avx512Bf16 | Self::Amx) && s >= PACK { Arithmetic::Bf16 } else { Arithmetic::F32 }
     }
 }
 

@@ -6,8 +6,8 @@
 //! all queries.
 
 use crate::{
-    Kernels,
-    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, release},
+    Isa, Kernels,
+    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, release},
     attention::{Attention, Kept, Run, Seen, split},
     lanes::N,
     norm::rotate,
@@ -251,6 +251,7 @@ unsafe fn transpose(tile: &mut [u8]) {
 
 /// Up to [`QUERIES`] queries of a head.
 struct Block<'a, 'b> {
+    isa: Isa,
     a: &'a Attention<'b>,
     tiling: Tiling,
     lead: usize,
@@ -265,7 +266,7 @@ struct Block<'a, 'b> {
 
 impl Block<'_, '_> {
     /// # Safety
-    /// The CPU has AMX, and so AVX-512 F, BW, DQ, VL and BF16; [`configure`] has been called on this thread.
+    /// The CPU has AVX-512 F, BW, DQ, VL and BF16; if it has AMX, [`configure`] has been called on this thread.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(mut self, work: &mut Work) {
         let Tiling { depth, across } = self.tiling;
@@ -361,7 +362,7 @@ impl Block<'_, '_> {
         for (step, scores) in steps.clone().zip(scores.iter_mut()) {
             let keys = [0, 1].map(|half| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE]);
             // SAFETY: the caller's promise.
-            unsafe { bf16_products(keys, queries, depth, true, scores) };
+            unsafe { self.products(keys, queries, depth, true, scores) };
         }
         self.hide(scores, group, block * KEYS + steps.start * SIDE, &keys);
         let state = &mut work.states[group];
@@ -408,8 +409,18 @@ impl Block<'_, '_> {
         for (i, out) in out.iter_mut().enumerate() {
             let values = [0, 1].map(|half| &value_tiles[((2 * i + half) * (KEYS / SIDE) + steps.start) * TILE..][..steps.len() * TILE]);
             // SAFETY: the caller's promise.
-            unsafe { bf16_products(values, weights, steps.len(), fresh, out) };
+            unsafe { self.products(values, weights, steps.len(), fresh, out) };
         }
+    }
+
+    /// [`bf16_products`].
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    unsafe fn products(&self, a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        // SAFETY: the caller's promise.
+        unsafe { if self.isa == Isa::Amx { bf16_products(a, b, steps, fresh, sums) } else { dot_products(a, b, steps, fresh, sums) } }
     }
 
     /// -inf for what queries do not see: `scores` are of keys from `first` on, of which there are those in `keys`.
@@ -465,7 +476,7 @@ impl Block<'_, '_> {
 }
 
 impl Kernels {
-    /// [`Kernels::attention`] in tiles, on a CPU with AMX. Each run sees keys of its range, all of them or as
+    /// [`Kernels::attention`] in tiles, with [`Isa::Avx512Bf16`] or [`Isa::Amx`]. Each run sees keys of its range, all of them or as
     /// [`Seen::Causal`] says.
     pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: &mut [f32]) {
         let tiling = Tiling::new(a);
@@ -487,7 +498,7 @@ impl Kernels {
                 let (k, v) = (a.k.data.from(of(&a.k, head, block), a.d), a.v.data.from(of(&a.v, head, block), a.dv));
                 let count = KEYS.min(a.t - block * KEYS);
                 let mut work = WORK.take();
-                // SAFETY: this is a CPU with AMX, and so with AVX-512 and BF16 (`Isa::is_supported`).
+                // SAFETY: this is a CPU with AVX-512 and BF16 (`Isa::is_supported`).
                 unsafe { Pack { tiling, k, v, d: a.d, dv: a.dv, count, tiles }.run(&mut work.row) };
                 WORK.set(work);
             });
@@ -504,9 +515,14 @@ impl Kernels {
                 let mut work = WORK.take();
                 // SAFETY: as above.
                 unsafe {
-                    configure();
-                    Block { a, tiling, lead, q, run, tiles, out }.run(&mut work);
-                    release();
+                    let amx = self.isa == Isa::Amx;
+                    if amx {
+                        configure();
+                    }
+                    Block { isa: self.isa, a, tiling, lead, q, run, tiles, out }.run(&mut work);
+                    if amx {
+                        release();
+                    }
                 }
                 WORK.set(work);
             });
