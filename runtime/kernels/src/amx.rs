@@ -230,7 +230,7 @@ pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fr
 }
 
 /// Whether a matrix is multiplied in integers.
-fn in_integers(grid: Grid) -> bool {
+pub(crate) fn in_integers(grid: Grid) -> bool {
     grid.scheme.bits == 8 && grid.scheme.group.is_none() && grid.k <= MAX_INT_COLUMNS
 }
 

@@ -3,10 +3,8 @@
 //! Many queries: keys and values of the range that a run of queries sees are packed into panels once, and both products go
 //! through the tile kernel of [`crate::linear`]. Few queries (decoding): keys are read where they lie.
 
-#[cfg(target_arch = "x86_64")]
-use crate::Isa;
 use crate::{
-    Kernels,
+    Arithmetic, Isa, Kernels,
     isa::Task,
     lanes::{self, Lanes, N},
     linear::{Element, ROWS, Tile},
@@ -480,6 +478,13 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
     scores.iter_mut().for_each(|s| *s *= scale);
 }
 
+impl Isa {
+    /// What [`Kernels::attention`] multiplies `s` queries of a head in, unless a mask is given for each query and key.
+    pub fn attention_arithmetic(self, bf16: bool, s: usize) -> Arithmetic {
+        if bf16 && matches!(self, Self::Avx512Bf16 | Self::Amx) && s >= PACK { Arithmetic::Bf16 } else { Arithmetic::F32 }
+    }
+}
+
 impl Kernels {
     /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros. `scratch` is of
     /// [`attention_scratch`] floats for each thread of the pool.
@@ -512,9 +517,7 @@ impl Kernels {
         }
         let runs = a.runs();
         #[cfg(target_arch = "x86_64")]
-        if a.bf16
-            && matches!(self.isa, Isa::Avx512Bf16 | Isa::Amx)
-            && s >= PACK
+        if self.isa.attention_arithmetic(a.bf16, s) == Arithmetic::Bf16
             && (matches!(a.seen, Seen::Causal(_)) || runs.iter().all(|r| r.dense))
         {
             self.tile_attention(a, &runs, out);
@@ -562,7 +565,6 @@ pub(crate) fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
     use proptest::prelude::*;
 
     fn naive(a: &Attention<'_>) -> Vec<f32> {

@@ -43,7 +43,7 @@ pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usi
         Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
         Kernel::Moe { .. } => {
             let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
-            moe_scratch(x[0], x[1], gate[1], chosen[1])
+            moe_scratch(x[0], x[1], gate[1], chosen[1], gate[0])
         }
         _ => 0,
     };
