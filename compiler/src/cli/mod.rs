@@ -478,7 +478,7 @@ fn targets(json: bool) -> Result<()> {
         let all: Vec<_> = target::TARGETS.iter().map(|t| serde_json::json!({"name": t.name, "summary": t.summary})).collect();
         return print_json(&all);
     }
-    print(&target::TARGETS.iter().map(|t| format!("{:10} {}\n", t.name, t.summary)).collect::<String>())
+    print(&target::TARGETS.iter().map(|t| format!("{:14} {}\n", t.name, t.summary)).collect::<String>())
 }
 
 fn synth_command(args: &SynthArgs) -> Result<()> {

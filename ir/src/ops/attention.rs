@@ -132,6 +132,9 @@ pub struct Attention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bf16: bool,
 }
 
 impl OpDef for Attention {
@@ -230,6 +233,9 @@ pub struct RotaryAttention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bf16: bool,
 }
 
 impl RotaryAttention {
@@ -249,7 +255,7 @@ impl RotaryAttention {
     }
 
     fn attention(&self) -> Attention {
-        Attention { scale: self.scale, mask: self.mask }
+        Attention { scale: self.scale, mask: self.mask, bf16: self.bf16 }
     }
 }
 
@@ -323,7 +329,7 @@ impl OpDef for MultiHeadAttention {
             split.extend(op.infer(std::slice::from_ref(x))?);
         }
         split.extend_from_slice(mask);
-        MergeHeads {}.infer(&Attention { scale: self.scale, mask: self.mask }.infer(&split)?)
+        MergeHeads {}.infer(&Attention { scale: self.scale, mask: self.mask, bf16: false }.infer(&split)?)
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
@@ -366,7 +372,7 @@ impl OpDef for GroupQueryAttention {
         }
         let keys = Self::APPEND.infer(&[past_k.clone(), split[1].clone()])?.remove(0);
         let values = Self::APPEND.infer(&[past_v.clone(), split[2].clone()])?.remove(0);
-        let attention = Attention { scale: self.scale, mask: self.mask };
+        let attention = Attention { scale: self.scale, mask: self.mask, bf16: false };
         let out = attention.infer(&[split[0].clone(), keys.clone(), values.clone(), mask.clone()])?;
         Ok([MergeHeads {}.infer(&out)?, vec![keys, values]].concat())
     }

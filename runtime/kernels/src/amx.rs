@@ -11,25 +11,28 @@ use crate::{
     quantized::{Grid, Piece},
     round::{round_to, steps as steps_of},
 };
-use std::{arch::x86_64::*, sync::OnceLock};
+use std::{arch::x86_64::*, cell::RefCell, sync::OnceLock};
 use vlmc_artifact::program::Unary;
 
 /// Rows from which tiles pay.
 pub(crate) const MIN_ROWS: usize = 32;
-/// Rows whose `x` is packed at once: they stay in the second cache.
+/// Rows whose `x` is packed at once: a block of their columns stays in the second cache.
 const CHUNK: usize = 512;
 /// Rows and columns that a step of the kernel makes: two by two tiles.
-const SIDE: usize = 32;
+pub(crate) const SIDE: usize = 32;
 /// Bytes of a tile.
-const TILE: usize = 1024;
+pub(crate) const TILE: usize = 1024;
 /// Bytes of a row of a tile.
-const ROW: usize = 64;
+pub(crate) const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
+/// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
+/// stay in the second cache.
+const GROUP: usize = 16;
 /// Longest row whose products fit 32 bits, whatever the codes: 255 * 127 * 2^16 < 2^31.
 const MAX_INT_COLUMNS: usize = 1 << 16;
 
-/// Whether this CPU has AMX for bytes and bf16 and the system lets this process use it, which is asked once.
+/// Whether this CPU multiplies tiles of bytes and bf16 and the system lets this process use it, which is asked once.
 pub(crate) fn is_supported() -> bool {
     static SUPPORTED: OnceLock<bool> = OnceLock::new();
     *SUPPORTED.get_or_init(|| {
@@ -37,10 +40,7 @@ pub(crate) fn is_supported() -> bool {
         const TILES: u32 = 1 << 24;
         const INT8: u32 = 1 << 25;
         let wanted = BF16 | TILES | INT8;
-        if !is_x86_feature_detected!("avx512bf16") || __cpuid_count(7, 0).edx & wanted != wanted {
-            return false;
-        }
-        request()
+        __cpuid_count(7, 0).edx & wanted == wanted && request()
     })
 }
 
@@ -78,13 +78,31 @@ static CONFIG: Config = {
 /// Sums of 32 rows and 32 columns, of 32 bits each.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Sums([[u32; SIDE]; SIDE]);
+pub(crate) struct Sums(pub(crate) [[u32; SIDE]; SIDE]);
+
+/// Columns of two panels in tiles, whose rows are cache lines.
+#[repr(align(64))]
+#[derive(Clone)]
+struct Columns([[u8; STEPS * TILE]; 2]);
+
+/// What a thread works in, made when it is first needed.
+#[derive(Default)]
+struct Work {
+    /// For each pair of panels of a group, the sums of blocks of rows.
+    sums: Vec<Sums>,
+    /// One.
+    tiles: Vec<Columns>,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
 
 /// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
 ///
 /// # Safety
 /// The CPU has AMX and the process may use it.
-unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     // SAFETY: the caller's promise; compiled code does not use tiles.
     unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &CONFIG.0, options(nostack, readonly)) };
 }
@@ -93,7 +111,7 @@ unsafe fn configure() {
 ///
 /// # Safety
 /// As [`configure`].
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: as above.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
@@ -107,7 +125,7 @@ macro_rules! products {
         ///
         /// # Safety
         /// [`configure`] has been called on this thread.
-        unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        pub(crate) unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
             assert!(steps > 0 && [a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
             // SAFETY: the caller's promise; the tiles that are read are in `a` and `b`, and `sums` is 4 tiles with rows of 128
             // bytes.
@@ -173,8 +191,46 @@ products!(
     "tdpbf16ps"
 );
 
+/// What [`bf16_products`] makes, on a CPU without tiles.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+    /// Rows at once: as many accumulators for two columns as half of the registers.
+    const ROWS: usize = 8;
+    assert!([a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
+    let pairs = |half: usize| b[half].as_chunks::<ROW>().0[..steps * N].iter();
+    for (r, sums) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let (tile, first) = (a[r * ROWS / N].as_ptr(), r * ROWS % N * ROW);
+        // SAFETY: the caller's promise; sums and pairs are of 64 bytes, and elements of rows lie within `steps` tiles.
+        unsafe {
+            let at = |row: &mut [u32; SIDE], half: usize| row.as_mut_ptr().add(half * N).cast::<f32>();
+            let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+            if !fresh {
+                for (acc, row) in acc.iter_mut().zip(sums.iter_mut()) {
+                    *acc = [_mm512_loadu_ps(at(row, 0)), _mm512_loadu_ps(at(row, 1))];
+                }
+            }
+            for (i, pair) in pairs(0).zip(pairs(1)).enumerate() {
+                let pair = [pair.0, pair.1].map(|p| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.as_ptr().cast())));
+                let element = tile.add(i / N * TILE + first + i % N * 4);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = _mm512_set1_epi32(element.add(r * ROW).cast::<i32>().read_unaligned());
+                    let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                    *acc = [_mm512_dpbf16_ps(acc[0], x, pair[0]), _mm512_dpbf16_ps(acc[1], x, pair[1])];
+                }
+            }
+            for (acc, row) in acc.iter().zip(sums.iter_mut()) {
+                _mm512_storeu_ps(at(row, 0), acc[0]);
+                _mm512_storeu_ps(at(row, 1), acc[1]);
+            }
+        }
+    }
+}
+
 /// Whether a matrix is multiplied in integers.
-fn in_integers(grid: Grid) -> bool {
+pub(crate) fn in_integers(grid: Grid) -> bool {
     grid.scheme.bits == 8 && grid.scheme.group.is_none() && grid.k <= MAX_INT_COLUMNS
 }
 
@@ -241,8 +297,10 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
     unsafe {
         let numbers = _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
         let (half, byte) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xff));
-        // Segments divide what is widened at once.
+        // Pairs of columns in a block of codes.
+        let count = if bits == 4 { 4 } else { 2 };
         let mut segment = first / grid.segment_len();
+        let mut skipped = first % grid.segment_len() / (2 * count);
         while !pairs.is_empty() && segment < grid.segments() {
             let s = grid.segment(panel, segment);
             let scale = s.scales::<Avx512>().0;
@@ -252,7 +310,7 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
             }
             // scale * code - scale * zero
             let offset = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(scale, _mm512_loadu_ps(zeros.as_ptr())));
-            for block in s.codes {
+            for block in s.codes.iter().skip(std::mem::take(&mut skipped)) {
                 let words = _mm512_loadu_si512(block.as_ptr().cast());
                 let number = |shift: u32| {
                     let code = _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
@@ -261,7 +319,6 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
                     // To bf16: the nearest one.
                     _mm512_add_epi32(_mm512_castps_si512(_mm512_fmadd_ps(value, scale, offset)), half)
                 };
-                let count = if bits == 4 { 4 } else { 2 };
                 let (now, rest) = pairs.split_at_mut(count.min(pairs.len()));
                 for (i, to) in now.iter_mut().enumerate() {
                     // Columns 0 to 3 are the bytes, or their low halves; 4 to 7 the high halves.
@@ -276,6 +333,34 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
         }
     }
     pairs.as_flattened_mut().fill(0);
+}
+
+impl Columns {
+    /// `count` tiles of a pair of panels from tile `from` on.
+    ///
+    /// # Safety
+    /// As [`widen`].
+    #[inline(always)]
+    unsafe fn columns<'a>(&'a mut self, grid: Grid, pair: [&'a [u8]; 2], from: usize, count: usize) -> [&'a [u8]; 2] {
+        if in_integers(grid) {
+            // Codes follow one segment's head, whatever the number of segments: there is one group.
+            let codes = pair.map(|panel| &panel[panel.len() - grid.k.div_ceil(4) * ROW + from * TILE..]);
+            if codes[0].len() >= count * TILE {
+                return codes;
+            }
+            // The last tile is not all there.
+            for (to, from) in self.0.iter_mut().zip(codes) {
+                to[..from.len()].copy_from_slice(from);
+                to[from.len()..count * TILE].fill(0);
+            }
+        } else {
+            for (to, panel) in self.0.iter_mut().zip(pair) {
+                // SAFETY: the caller's promise.
+                unsafe { widen(grid, panel, from * SIDE, &mut to[..count * TILE]) };
+            }
+        }
+        self.0.each_ref().map(|tiles| &tiles[..count * TILE])
+    }
 }
 
 /// Panels of one thread times a chunk of packed rows.
@@ -298,9 +383,14 @@ impl Task for Panels<'_> {
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
         unsafe {
+            // Taken, since the products may not be in a closure: closures are not compiled for the instruction set.
+            let mut work = WORK.take();
+            work.sums.resize(GROUP * CHUNK / SIDE, Sums([[0; SIDE]; SIDE]));
+            work.tiles.resize(1, Columns([[0; STEPS * TILE]; 2]));
             configure();
-            self.products::<L>();
+            self.products::<L>(&mut work);
             release();
+            WORK.set(work);
         }
     }
 }
@@ -309,58 +399,38 @@ impl Panels<'_> {
     /// # Safety
     /// As [`Task::run`], after [`configure`].
     #[inline(always)]
-    unsafe fn products<L: Lanes>(self) {
+    unsafe fn products<L: Lanes>(&self, work: &mut Work) {
         let grid = self.piece.grid;
-        let (steps, ints) = (steps(grid), in_integers(grid));
+        let steps = steps(grid);
         let bytes = self.piece.bytes();
-        let mut all = vec![Sums([[0; SIDE]; SIDE]); self.rows.div_ceil(SIDE)];
-        let mut widened = vec![0; if ints { TILE } else { 2 * STEPS * TILE }];
-        for (p, pair) in self.piece.panels.chunks(2 * bytes).enumerate() {
-            let column = (self.piece.first_panel + 2 * p) * N;
+        let blocks = self.rows.div_ceil(SIDE);
+        for (g, group) in self.piece.panels.chunks(GROUP * 2 * bytes).enumerate() {
             // Of an odd number the last one is its own second, whose sums nobody needs.
-            let both = [&pair[..bytes], &pair[pair.len() - bytes..]];
-            for block in (0..steps).step_by(STEPS) {
-                let count = STEPS.min(steps - block);
-                let mut multiply = |tiles: [&[u8]; 2], from: usize, count: usize| {
-                    for (i, sums) in all.iter_mut().enumerate() {
+            let pairs = || group.chunks(2 * bytes).map(|pair| [&pair[..bytes], &pair[pair.len() - bytes..]]);
+            for from in (0..steps).step_by(STEPS) {
+                let count = STEPS.min(steps - from);
+                for (sums, pair) in work.sums.chunks_exact_mut(CHUNK / SIDE).zip(pairs()) {
+                    // SAFETY: the caller's promise.
+                    let columns = unsafe { work.tiles[0].columns(grid, pair, from, count) };
+                    for (i, sums) in sums.iter_mut().enumerate().take(blocks) {
                         let x = [0, 1].map(|half| &self.x[((2 * i + half) * steps + from) * TILE..][..count * TILE]);
                         // SAFETY: the caller's promise.
                         unsafe {
-                            if ints {
-                                int_products(x, tiles, count, from == 0, sums);
+                            if in_integers(grid) {
+                                int_products(x, columns, count, from == 0, sums);
                             } else {
-                                bf16_products(x, tiles, count, from == 0, sums);
+                                bf16_products(x, columns, count, from == 0, sums);
                             }
                         }
                     }
-                };
-                if ints {
-                    // Codes follow one segment's head, whatever the number of segments: there is one group.
-                    let codes = both.map(|panel| &panel[bytes - grid.k.div_ceil(4) * ROW..]);
-                    let whole = count.min((grid.k.div_ceil(4) * ROW / TILE).saturating_sub(block));
-                    if whole > 0 {
-                        multiply(codes.map(|c| &c[block * TILE..]), block, whole);
-                    }
-                    if whole < count {
-                        // The last tile is not all there.
-                        let rest = codes.map(|c| &c[(block + whole) * TILE..]);
-                        let mut last = [[0; TILE]; 2];
-                        last.iter_mut().zip(rest).for_each(|(to, from)| to[..from.len()].copy_from_slice(from));
-                        multiply([&last[0], &last[1]], block + whole, 1);
-                    }
-                } else {
-                    let (first, second) = widened.split_at_mut(STEPS * TILE);
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        widen(grid, both[0], block * SIDE, &mut first[..count * TILE]);
-                        widen(grid, both[1], block * SIDE, &mut second[..count * TILE]);
-                    }
-                    multiply([first, second], block, count);
                 }
             }
-            for (i, sums) in all.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { self.finish::<L>(sums, i * SIDE, column, both) };
+            for (p, (sums, pair)) in work.sums.chunks_exact(CHUNK / SIDE).zip(pairs()).enumerate() {
+                let column = (self.piece.first_panel + 2 * (GROUP * g + p)) * N;
+                for (i, sums) in sums.iter().enumerate().take(blocks) {
+                    // SAFETY: the caller's promise.
+                    unsafe { self.finish::<L>(sums, i * SIDE, column, pair) };
+                }
             }
         }
     }
@@ -432,8 +502,10 @@ impl Kernels {
             // Tiles of 16 rows, then their scales and sums.
             let words = (steps * TILE) / 4 + 2 * N;
             packed.clear();
-            packed.resize(blocks * words, 0);
-            let (tiles, rest) = packed.split_at_mut(blocks * steps * TILE / 4);
+            packed.resize(blocks * words + ROW / 4, 0);
+            // Rows of tiles that are cache lines are loaded twice as fast.
+            let first = packed.as_ptr().align_offset(ROW).min(ROW / 4);
+            let (tiles, rest) = packed[first..].split_at_mut(blocks * steps * TILE / 4);
             let (scales, sums) = bytemuck::cast_slice_mut::<i32, f32>(rest).split_at_mut(blocks * N);
             let x = &x[first_row * grid.k..(first_row + rows) * grid.k];
             let parts = tiles.chunks_mut(steps * TILE / 4).zip(scales.chunks_mut(N)).zip(sums.chunks_mut(N));

@@ -13,6 +13,8 @@
 mod amx;
 mod attention;
 mod elementwise;
+#[cfg(target_arch = "x86_64")]
+mod flash;
 mod ints;
 pub mod isa;
 mod lanes;

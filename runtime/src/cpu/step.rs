@@ -43,7 +43,7 @@ pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usi
         Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
         Kernel::Moe { .. } => {
             let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
-            moe_scratch(x[0], x[1], gate[1], chosen[1])
+            moe_scratch(x[0], x[1], gate[1], chosen[1], gate[0])
         }
         _ => 0,
     };
@@ -162,7 +162,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let (lead, last) = shape.split_at(shape.len() - 3);
             k.rotary(f32s(0)?, f32s(1)?, f32s(2)?, [lead.iter().product(), last[0], last[1], last[2]], out!(f32));
         }
-        Kernel::Attention { scale, mask } | Kernel::RotaryAttention { scale, mask } => {
+        Kernel::Attention { scale, mask, bf16 } | Kernel::RotaryAttention { scale, mask, bf16 } => {
             let (lead, last) = shape.split_at(shape.len() - 3);
             // Where keys and values are, which operand is the mask, and the angles.
             let (stored, mask_at, rotary) = match step.outs[..] {
@@ -195,6 +195,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
                     }
                 },
                 rotary,
+                bf16: *bf16,
             };
             k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }

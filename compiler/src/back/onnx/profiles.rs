@@ -28,8 +28,13 @@ fn profiles(symbols: &[Symbol], entry: &Entry) -> Vec<Profile> {
         [s.min, usual.clamp(s.min, max), max]
     };
     let profile = |name: &str, values: [i64; 3]| -> Profile {
-        let part = |i: usize| symbols.iter().map(|s| (s.name.as_str(), if s.name == name { values[i] } else { range(s)[i] })).collect();
-        [part(0), part(1), part(2)]
+        let value = |s: &Symbol, i: usize| match s.name.as_str() {
+            n if n == name => values[i],
+            // No more positions than there are.
+            "scored" if name == "seq" => range(s)[i].min(values[i]),
+            _ => range(s)[i],
+        };
+        [0, 1, 2].map(|i| symbols.iter().map(|s| (s.name.as_str(), value(s, i))).collect())
     };
     let is = |d: &Dim, s: &Symbol| d.as_scaled_symbol().is_some_and(|(_, name)| name == s.name);
     let occurs = |s: &&Symbol| shapes(entry).any(|(_, shape)| shape.iter().any(|d| is(d, s)));
