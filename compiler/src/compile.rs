@@ -4,7 +4,7 @@ use crate::{
     Error, Result,
     arch::{Architecture, SideFiles},
     artifact_dir::ArtifactDir,
-    back::{self, Stored},
+    back::{self, Layout, Place, Stored},
     calibrate::Recipes,
     checkpoint::Checkpoint,
     loss, packed, target, tiktoken,
@@ -13,7 +13,7 @@ use crate::{
 use prost::Message;
 use serde_json::Value;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -288,9 +288,17 @@ impl Model {
             (native_entries(program, &native), stored, writer)
         } else {
             let stored = back::onnx::stored(target, program);
+            let linked = linked(program, &self.checkpoint, &stored);
+            let stored: Vec<Stored> = stored.into_iter().filter(|s| !linked.contains_key(&s.name)).collect();
+            for (file, from) in linked.values().map(|(place, from)| (&place.file, from)).collect::<BTreeMap<_, _>>() {
+                link(from, &dir.path().join(file))?;
+            }
             let writer = writer(program, &stored, &weights)?;
-            let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            let models = back::onnx::emit(target, program, WEIGHTS, &place)?;
+            let written = |name: &str| {
+                Some(Place { file: WEIGHTS.into(), offset: writer.offset_of(name).ok()?, bytes: writer.len_of(name).ok()? })
+            };
+            let place = |name: &str| linked.get(name).map(|(place, _)| place.clone()).or_else(|| written(name));
+            let models = back::onnx::emit(target, program, &place)?;
             let uncovered: Vec<_> = models.iter().flat_map(|(_, model)| back::onnx::uncovered(target, model)).collect();
             if !uncovered.is_empty() && !options.allow_fallback {
                 return Err(Error::Uncovered { target: target.name, nodes: uncovered });
@@ -458,6 +466,31 @@ fn refusals(outcomes: &BTreeMap<String, Outcome>) -> Vec<String> {
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
+}
+
+/// Weights that the checkpoint's files have as the artifact wants them, by their names in the artifact, each with the path of its
+/// file. All weights of such a file are used so.
+fn linked<'c>(program: &Verified, checkpoint: &'c Checkpoint, stored: &[Stored]) -> BTreeMap<String, (Place, &'c Path)> {
+    let (mut found, mut touched) = (BTreeMap::new(), BTreeSet::new());
+    for s in stored {
+        let Some(def) = program.weights.get(&s.weight) else { continue };
+        let same = |name: &&str| s.layout == Layout::Rows && checkpoint.tensor(name).is_some_and(|(dtype, _)| dtype == def.dtype);
+        match def.untouched().filter(same).and_then(|name| checkpoint.place(name)) {
+            Some((file, path, range)) if !file.contains('/') && file != WEIGHTS => {
+                let place = Place { file: file.into(), offset: range.start, bytes: range.end - range.start };
+                found.insert(s.name.clone(), (place, path));
+            }
+            _ => touched.extend(def.recipe.sources().into_iter().filter_map(|name| checkpoint.place(name).map(|(file, ..)| file.to_string()))),
+        }
+    }
+    found.retain(|_, (place, _)| !touched.contains(&place.file));
+    found
+}
+
+/// The same file under another name; where that cannot be, a copy.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let from = from.canonicalize().map_err(Error::io(from))?;
+    fs::hard_link(&from, to).or_else(|_| fs::copy(&from, to).map(|_| ())).map_err(Error::io(to))
 }
 
 fn specs(program: &Verified, stored: &[Stored]) -> Result<Vec<TensorSpec>> {
