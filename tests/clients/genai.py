@@ -1,7 +1,7 @@
 """Asks artifacts of the layout `genai` with onnxruntime-genai: the trained model about one picture, two pictures and none; tiny random
 models what the reference implementation generates.
 
-Usage: genai.py VLMC DIRECTORY-OF-ARTIFACTS REQUESTS.npz
+Usage: genai.py VLMC DIRECTORY-OF-ARTIFACTS PLAIN-ARTIFACT-OF-shapes-vl REQUESTS.npz
 
 Writes the tensors of its first questions and their answers to REQUESTS.npz, for clients that do not prepare pictures.
 """
@@ -15,7 +15,7 @@ import onnxruntime_genai as og
 
 from shared import golden, held_out, picture
 
-binary, directory, requests = sys.argv[1:]
+binary, directory, plain, requests = sys.argv[1:]
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -63,7 +63,7 @@ def trained():
 def vlmc(prompt, pictures):
     """What vlmc's own engine answers."""
     images = [part for path in pictures for part in ["--image", path]]
-    command = [binary, "run", os.path.join(directory, "..", "plain", "shapes-vl"), *images, "--prompt", prompt, "--temperature", "0"]
+    command = [binary, "run", plain, *images, "--prompt", prompt, "--temperature", "0"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
