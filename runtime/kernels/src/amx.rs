@@ -11,12 +11,12 @@ use crate::{
     quantized::{Grid, Piece},
     round::{round_to, steps as steps_of},
 };
-use std::{arch::x86_64::*, sync::OnceLock};
+use std::{arch::x86_64::*, cell::RefCell, sync::OnceLock};
 use vlmc_artifact::program::Unary;
 
 /// Rows from which tiles pay.
 pub(crate) const MIN_ROWS: usize = 32;
-/// Rows whose `x` is packed at once: they stay in the second cache.
+/// Rows whose `x` is packed at once: a block of their columns stays in the second cache.
 const CHUNK: usize = 512;
 /// Rows and columns that a step of the kernel makes: two by two tiles.
 const SIDE: usize = 32;
@@ -25,7 +25,10 @@ const TILE: usize = 1024;
 /// Bytes of a row of a tile.
 const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
+/// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
+/// stay in the second cache.
+const GROUP: usize = 16;
 /// Longest row whose products fit 32 bits, whatever the codes: 255 * 127 * 2^16 < 2^31.
 const MAX_INT_COLUMNS: usize = 1 << 16;
 
@@ -79,6 +82,24 @@ static CONFIG: Config = {
 #[repr(align(64))]
 #[derive(Clone, Copy)]
 struct Sums([[u32; SIDE]; SIDE]);
+
+/// Columns of two panels in tiles, whose rows are cache lines.
+#[repr(align(64))]
+#[derive(Clone)]
+struct Columns([[u8; STEPS * TILE]; 2]);
+
+/// What a thread works in, made when it is first needed.
+#[derive(Default)]
+struct Work {
+    /// For each pair of panels of a group, the sums of blocks of rows.
+    sums: Vec<Sums>,
+    /// One.
+    tiles: Vec<Columns>,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
 
 /// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
 ///
@@ -278,6 +299,34 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
     pairs.as_flattened_mut().fill(0);
 }
 
+impl Columns {
+    /// `count` tiles of a pair of panels from tile `from` on.
+    ///
+    /// # Safety
+    /// As [`widen`].
+    #[inline(always)]
+    unsafe fn columns<'a>(&'a mut self, grid: Grid, pair: [&'a [u8]; 2], from: usize, count: usize) -> [&'a [u8]; 2] {
+        if in_integers(grid) {
+            // Codes follow one segment's head, whatever the number of segments: there is one group.
+            let codes = pair.map(|panel| &panel[panel.len() - grid.k.div_ceil(4) * ROW + from * TILE..]);
+            if codes[0].len() >= count * TILE {
+                return codes;
+            }
+            // The last tile is not all there.
+            for (to, from) in self.0.iter_mut().zip(codes) {
+                to[..from.len()].copy_from_slice(from);
+                to[from.len()..count * TILE].fill(0);
+            }
+        } else {
+            for (to, panel) in self.0.iter_mut().zip(pair) {
+                // SAFETY: the caller's promise.
+                unsafe { widen(grid, panel, from * SIDE, &mut to[..count * TILE]) };
+            }
+        }
+        self.0.each_ref().map(|tiles| &tiles[..count * TILE])
+    }
+}
+
 /// Panels of one thread times a chunk of packed rows.
 struct Panels<'a> {
     piece: Piece<'a>,
@@ -298,9 +347,14 @@ impl Task for Panels<'_> {
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: the caller's promise: `Kernels::tile_product` is for CPUs with AMX only.
         unsafe {
+            // Taken, since the products may not be in a closure: closures are not compiled for the instruction set.
+            let mut work = WORK.take();
+            work.sums.resize(GROUP * CHUNK / SIDE, Sums([[0; SIDE]; SIDE]));
+            work.tiles.resize(1, Columns([[0; STEPS * TILE]; 2]));
             configure();
-            self.products::<L>();
+            self.products::<L>(&mut work);
             release();
+            WORK.set(work);
         }
     }
 }
@@ -309,58 +363,38 @@ impl Panels<'_> {
     /// # Safety
     /// As [`Task::run`], after [`configure`].
     #[inline(always)]
-    unsafe fn products<L: Lanes>(self) {
+    unsafe fn products<L: Lanes>(&self, work: &mut Work) {
         let grid = self.piece.grid;
-        let (steps, ints) = (steps(grid), in_integers(grid));
+        let steps = steps(grid);
         let bytes = self.piece.bytes();
-        let mut all = vec![Sums([[0; SIDE]; SIDE]); self.rows.div_ceil(SIDE)];
-        let mut widened = vec![0; if ints { TILE } else { 2 * STEPS * TILE }];
-        for (p, pair) in self.piece.panels.chunks(2 * bytes).enumerate() {
-            let column = (self.piece.first_panel + 2 * p) * N;
+        let blocks = self.rows.div_ceil(SIDE);
+        for (g, group) in self.piece.panels.chunks(GROUP * 2 * bytes).enumerate() {
             // Of an odd number the last one is its own second, whose sums nobody needs.
-            let both = [&pair[..bytes], &pair[pair.len() - bytes..]];
-            for block in (0..steps).step_by(STEPS) {
-                let count = STEPS.min(steps - block);
-                let mut multiply = |tiles: [&[u8]; 2], from: usize, count: usize| {
-                    for (i, sums) in all.iter_mut().enumerate() {
+            let pairs = || group.chunks(2 * bytes).map(|pair| [&pair[..bytes], &pair[pair.len() - bytes..]]);
+            for from in (0..steps).step_by(STEPS) {
+                let count = STEPS.min(steps - from);
+                for (sums, pair) in work.sums.chunks_exact_mut(CHUNK / SIDE).zip(pairs()) {
+                    // SAFETY: the caller's promise.
+                    let columns = unsafe { work.tiles[0].columns(grid, pair, from, count) };
+                    for (i, sums) in sums.iter_mut().enumerate().take(blocks) {
                         let x = [0, 1].map(|half| &self.x[((2 * i + half) * steps + from) * TILE..][..count * TILE]);
                         // SAFETY: the caller's promise.
                         unsafe {
-                            if ints {
-                                int_products(x, tiles, count, from == 0, sums);
+                            if in_integers(grid) {
+                                int_products(x, columns, count, from == 0, sums);
                             } else {
-                                bf16_products(x, tiles, count, from == 0, sums);
+                                bf16_products(x, columns, count, from == 0, sums);
                             }
                         }
                     }
-                };
-                if ints {
-                    // Codes follow one segment's head, whatever the number of segments: there is one group.
-                    let codes = both.map(|panel| &panel[bytes - grid.k.div_ceil(4) * ROW..]);
-                    let whole = count.min((grid.k.div_ceil(4) * ROW / TILE).saturating_sub(block));
-                    if whole > 0 {
-                        multiply(codes.map(|c| &c[block * TILE..]), block, whole);
-                    }
-                    if whole < count {
-                        // The last tile is not all there.
-                        let rest = codes.map(|c| &c[(block + whole) * TILE..]);
-                        let mut last = [[0; TILE]; 2];
-                        last.iter_mut().zip(rest).for_each(|(to, from)| to[..from.len()].copy_from_slice(from));
-                        multiply([&last[0], &last[1]], block + whole, 1);
-                    }
-                } else {
-                    let (first, second) = widened.split_at_mut(STEPS * TILE);
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        widen(grid, both[0], block * SIDE, &mut first[..count * TILE]);
-                        widen(grid, both[1], block * SIDE, &mut second[..count * TILE]);
-                    }
-                    multiply([first, second], block, count);
                 }
             }
-            for (i, sums) in all.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { self.finish::<L>(sums, i * SIDE, column, both) };
+            for (p, (sums, pair)) in work.sums.chunks_exact(CHUNK / SIDE).zip(pairs()).enumerate() {
+                let column = (self.piece.first_panel + 2 * (GROUP * g + p)) * N;
+                for (i, sums) in sums.iter().enumerate().take(blocks) {
+                    // SAFETY: the caller's promise.
+                    unsafe { self.finish::<L>(sums, i * SIDE, column, pair) };
+                }
             }
         }
     }
@@ -432,8 +466,10 @@ impl Kernels {
             // Tiles of 16 rows, then their scales and sums.
             let words = (steps * TILE) / 4 + 2 * N;
             packed.clear();
-            packed.resize(blocks * words, 0);
-            let (tiles, rest) = packed.split_at_mut(blocks * steps * TILE / 4);
+            packed.resize(blocks * words + ROW / 4, 0);
+            // Rows of tiles that are cache lines are loaded twice as fast.
+            let first = packed.as_ptr().align_offset(ROW).min(ROW / 4);
+            let (tiles, rest) = packed[first..].split_at_mut(blocks * steps * TILE / 4);
             let (scales, sums) = bytemuck::cast_slice_mut::<i32, f32>(rest).split_at_mut(blocks * N);
             let x = &x[first_row * grid.k..(first_row + rows) * grid.k];
             let parts = tiles.chunks_mut(steps * TILE / 4).zip(scales.chunks_mut(N)).zip(sums.chunks_mut(N));
