@@ -329,7 +329,7 @@ impl Model {
     }
 
     /// Writes the graphs as ONNX where the layout wants them, and begins their files of weights.
-    fn emit(&self, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Vec<(Vec<Stored>, WeightsWriter)>)> {
+    fn emit(&self, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Parts)> {
         let places: Vec<Place> = program.graphs.iter().map(|g| self.layout.place(g)).collect();
         let mut files: Vec<&str> = places.iter().map(|p| p.weights.as_str()).collect();
         files.sort_unstable();
@@ -466,6 +466,9 @@ impl Model {
         })
     }
 }
+
+/// Files of weights that are begun, and what goes into each.
+type Parts = Vec<(Vec<Stored>, WeightsWriter)>;
 
 fn verified(program: Program) -> Result<Verified> {
     verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))

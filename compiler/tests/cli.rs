@@ -474,7 +474,7 @@ fn verifies_artifacts() {
 fn layouts() {
     let cases = [
         ("genai", "qwen2-vl"),
-        ("genai", "deepseek-vl2-mha"),
+        ("genai", "deepseek-vl2-mla"),
         ("transformers-js", "qwen2.5-vl"),
         ("transformers-js", "llava-1.5"),
         ("transformers-js", "siglip"),
@@ -485,12 +485,15 @@ fn layouts() {
         let dir = TempDir::new().unwrap();
         let artifact = dir.path().join("artifact");
         stdout(&vlmc(&["compile", text(&fixture(name)), "--target", "onnx-cpu", "--layout", layout, "-o", text(&artifact)]));
-        let mut all = stdout(&vlmc(&["inspect", text(&artifact), "--verify"]));
+        let shown = stdout(&vlmc(&["inspect", text(&artifact), "--verify"]));
+        // Sizes change with every op.
+        let mut all = shown.lines().next().unwrap().to_string() + &shown[shown.find("\n\ngraph").unwrap()..];
         let manifest: serde_json::Value = serde_json::from_slice(&fs::read(artifact.join("manifest.json")).unwrap()).unwrap();
         for file in manifest["files"].as_object().unwrap().keys() {
+            all += &format!("\n==== {file}\n");
             let read = ["json", "pbtxt", "md"].iter().any(|end| file.ends_with(&format!(".{end}")));
             if read && file != "tokenizer.json" && file != "tokenizer_config.json" {
-                all += &format!("\n==== {file}\n{}", fs::read_to_string(artifact.join(file)).unwrap());
+                all += &fs::read_to_string(artifact.join(file)).unwrap();
             }
         }
         insta::assert_snapshot!(format!("layout_{layout}_{name}"), all);
@@ -512,8 +515,6 @@ fn layouts_refuse() {
     for layout in ["genai", "transformers-js", "triton"] {
         add("architecture", &["compile", text(&mllama), "--target", "onnx-cpu", "--layout", layout, "-o", text(&other)]);
     }
-    let mla = fixture("deepseek-vl2-mla");
-    add("two widths of the cache", &["compile", text(&mla), "--target", "onnx-cpu", "--layout", "genai", "-o", text(&other)]);
     add("run", &["run", text(&artifact), "--prompt", "x"]);
     add("exec", &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&dir.path().join("out"))]);
     add("verify", &["verify", text(&artifact), "--checkpoint", checkpoint]);

@@ -96,7 +96,7 @@ for fixture in ["qwen2-vl", "qwen2.5-vl"]:
 for fixture in ["llava-1.5", "llava-llama3-gqa", "deepseek-vl"]:
     for case in ["chat", "two", "text"]:
         random(fixture, case)
-for fixture in ["deepseek-vl-hf", "deepseek-vl-hybrid-hf", "deepseek-vl2-mha"]:
+for fixture in ["deepseek-vl-hf", "deepseek-vl-hybrid-hf", "deepseek-vl2-mha", "deepseek-vl2-mla"]:
     random(fixture, "chat")
 random("deepseek-vl2-mha", "text")
 random("qwen-vl", "text")

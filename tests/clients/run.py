@@ -25,7 +25,7 @@ NOT_USED = ["onnxruntime-web", *(f"onnxruntime-node/bin/napi-v6/{system}" for sy
 ARTIFACTS = {
     "plain": (["--target", "onnx-cpu"], ["shapes-vl", "qwen2-vl", "qwen2.5-vl", "llava-1.5"]),
     "genai": (["--target", "onnx-cpu", "--layout", "genai"],
-              ["shapes-vl", "qwen2-vl", "qwen2.5-vl", "llava-1.5", "llava-llama3-gqa", "deepseek-vl", "deepseek-vl-hf", "deepseek-vl-hybrid-hf", "deepseek-vl2-mha",
+              ["shapes-vl", "qwen2-vl", "qwen2.5-vl", "llava-1.5", "llava-llama3-gqa", "deepseek-vl", "deepseek-vl-hf", "deepseek-vl-hybrid-hf", "deepseek-vl2-mha", "deepseek-vl2-mla",
                "qwen-vl"]),
     "transformers-js": (["--target", "onnx-cpu", "--layout", "transformers-js"],
                         ["shapes-vl", "qwen2-vl", "qwen2.5-vl", "llava-1.5", "llava-llama3-gqa", "clip", "siglip", "vit"]),

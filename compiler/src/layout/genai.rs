@@ -4,7 +4,7 @@
 //!
 //! Source of names and types: onnxruntime-genai `src/config.h`, `src/models/multi_modal.cpp`, `src/models/position_inputs.cpp`.
 
-use super::{Cache, Layout, flat, interface, pretty, text_config, tokenizer_config};
+use super::{Cache, Files, Layout, decimals, flat, interface, pretty, text_config, tokenizer_config};
 use crate::{Error, Result, compile::Model};
 use serde_json::{Value, json};
 use vlmc_artifact::{Entry, Manifest, Positions, Processor, PromptRules, Qwen2VlProcessor, Resample, Task};
@@ -30,13 +30,13 @@ fn adapt(program: Program, task: &Task) -> Result<Program, BuildError> {
         // The client knows pictures by this name; other inputs it passes on under theirs.
         "vision" => interface::vision(g, |name| if name == "images" { "pixel_values" } else { name }),
         "embed" => interface::embed(g, token),
-        _ => interface::decoder(g),
+        _ => interface::values_as_wide_as_keys(&interface::decoder(g)?),
     });
     let graphs = graphs.collect::<Result<_, _>>()?;
     Ok(interface::with_graphs(program, graphs))
 }
 
-fn files(model: &Model, manifest: &Manifest) -> Result<Vec<(String, Vec<u8>)>> {
+fn files(model: &Model, manifest: &Manifest) -> Result<Files> {
     let rules = manifest.task.prompt().ok_or_else(|| refused("a model without prompts"))?;
     let native = matches!(rules.positions, Positions::Mrope { .. });
     let mut files = vec![
@@ -68,13 +68,9 @@ fn config(model: &Model, manifest: &Manifest, rules: &PromptRules) -> Result<Val
     let config = model.checkpoint().config();
     let text = text_config(config);
     let cache = Cache::of(manifest, "decoder").ok_or_else(|| refused("a decoder without a cache"))?;
-    if cache.key != cache.value {
-        let what = format!("a cache of keys of {} and values of {} numbers a head", cache.key, cache.value);
-        return Err(Error::Layout { layout: LAYOUT.name, what, supported: "keys and values of one width".into() });
-    }
     let token = |name: &str| config.get(name).or_else(|| text.get(name)).and_then(Value::as_i64);
     let options = json!({"log_id": "onnxruntime-genai", "provider_options": providers(&manifest.target)});
-    let heads = text.get("num_attention_heads").and_then(Value::as_i64).unwrap_or(rules.hidden_size as i64 / cache.key.max(1));
+    let heads = text.get("num_attention_heads").and_then(Value::as_i64).unwrap_or(rules.hidden_size as i64 / cache.width.max(1));
     let inputs =
         |name: &str| entry(manifest, name).into_iter().flat_map(|e| &e.inputs).map(|p| (p.name.clone(), Value::from(p.name.clone())));
     let mut decoder_inputs: serde_json::Map<String, Value> = inputs("decoder").collect();
@@ -119,7 +115,7 @@ fn config(model: &Model, manifest: &Manifest, rules: &PromptRules) -> Result<Val
             "decoder": {
                 "filename": "decoder.onnx",
                 "session_options": options,
-                "head_size": cache.key,
+                "head_size": cache.width,
                 "hidden_size": rules.hidden_size,
                 "num_attention_heads": heads,
                 "num_hidden_layers": cache.layers,
@@ -205,7 +201,7 @@ fn processor(p: &Qwen2VlProcessor) -> Result<Value> {
         step("ConvertRGB", json!({})),
         step("Resize", resize),
         step("Rescale", json!({"rescale_factor": p.rescale_factor})),
-        step("Normalize", json!({"mean": p.image_mean, "std": p.image_std, "qwen2_5_vl": 1})),
+        step("Normalize", json!({"mean": decimals(&p.image_mean), "std": decimals(&p.image_std), "qwen2_5_vl": 1})),
         step("PatchImage", patches),
     ]}}))
 }
@@ -251,7 +247,7 @@ while not generator.is_done():
 ```
 
 The client has no preprocessing of this model: the caller prepares pictures and tokens. Inputs of the vision graph, all of which go
-into `NamedTensors` under these names:
+into `NamedTensors` under these names (`feature_positions`, if it is among them: 0, 1, 2, one for each feature):
 
 {inputs}"
         )

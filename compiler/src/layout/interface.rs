@@ -56,6 +56,24 @@ pub(super) fn decoder(graph: &Graph) -> Result<Graph, BuildError> {
     })
 }
 
+/// A decoder that keeps the values of attention as wide as the keys, with zeros behind them.
+pub(super) fn values_as_wide_as_keys(graph: &Graph) -> Result<Graph, BuildError> {
+    let key = |value: &str| graph.states.iter().find(|s| s.past_name == value.replace(".value", ".key")).map(|s| graph.ty(s.past).clone());
+    let wide = graph.with_state_types(|s, ty| key(&s.past_name).unwrap_or_else(|| ty.clone()));
+    rewrite(&wide, |g, node, args| {
+        let Op::Append(_) = node.op else { return None };
+        let (last, mut gap) = (args[1].ty().rank().checked_sub(1)?, args[1].ty());
+        let (kept, width) = (args[0].dim(last).as_const()?, args[1].dim(last).as_const()?);
+        if kept <= width {
+            return None;
+        }
+        gap.shape[last] = (kept - width).into();
+        let zeros = g.broadcast(g.literal(Literal::scalar(gap.dtype, 0.0)), gap.shape);
+        let [all] = g.apply(node.op.clone(), &[args[0], g.concat(&[args[1], zeros], last)]);
+        Some(vec![g.slice(all, last, 0, width)])
+    })
+}
+
 /// Several graphs as one: what one gives under a name, a later one takes under that name.
 pub(super) fn joined(name: &str, graphs: &[&Graph]) -> Result<Graph, BuildError> {
     build(name, |g| {

@@ -28,8 +28,11 @@ pub struct Layout {
     /// Where a graph of the program and its weights lie in the artifact.
     place: fn(&Graph) -> Place,
     /// The other files, by path, but for those that come from the checkpoint as they are.
-    files: fn(&Model, &Manifest) -> Result<Vec<(String, Vec<u8>)>>,
+    files: fn(&Model, &Manifest) -> Result<Files>,
 }
+
+/// Contents of files by path.
+pub(crate) type Files = Vec<(String, Vec<u8>)>;
 
 /// Paths in an artifact.
 pub(crate) struct Place {
@@ -93,7 +96,7 @@ impl Layout {
         (self.place)(graph)
     }
 
-    pub(crate) fn files(&self, model: &Model, manifest: &Manifest) -> Result<Vec<(String, Vec<u8>)>> {
+    pub(crate) fn files(&self, model: &Model, manifest: &Manifest) -> Result<Files> {
         (self.files)(model, manifest)
     }
 }
@@ -111,6 +114,11 @@ pub fn named(name: &str) -> Result<&'static Layout> {
 
 fn pretty(json: &Value) -> Vec<u8> {
     format!("{json:#}\n").into_bytes()
+}
+
+/// With the digits of the checkpoint's files, rather than those of the nearest `f64`.
+fn decimals(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().map(|n| n.to_string().parse().unwrap_or(f64::from(*n))).collect()
 }
 
 /// `tokenizer_config.json` of the checkpoint with the chat template inside, where clients look for it.
@@ -139,19 +147,18 @@ fn text_config(config: &Value) -> &Value {
     ["text_config", "language_config"].iter().find_map(|part| config.get(part)).unwrap_or(config)
 }
 
-/// Number of layers, of heads of keys and values, and widths of a key and a value, as the states of `decoder` have them.
+/// Number of layers, of heads of keys and values, and width of a key, as the states of `decoder` have them.
 struct Cache {
     layers: usize,
     heads: i64,
-    key: i64,
-    value: i64,
+    width: i64,
 }
 
 impl Cache {
     /// `decoder` is the entry that has the states.
     fn of(manifest: &Manifest, decoder: &str) -> Option<Self> {
         let states = &manifest.entries.iter().find(|e| e.name == decoder)?.states;
-        let dim = |state: usize, axis: usize| states.get(state)?.shape.get(axis)?.as_const();
-        Some(Self { layers: states.len() / 2, heads: dim(0, 1)?, key: dim(0, 3)?, value: dim(1, 3)? })
+        let dim = |axis: usize| states.first()?.shape.get(axis)?.as_const();
+        Some(Self { layers: states.len() / 2, heads: dim(1)?, width: dim(3)? })
     }
 }

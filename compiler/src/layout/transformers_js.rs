@@ -3,7 +3,7 @@
 //! Source of names: `src/models/session_config.js`, `src/utils/dtypes.js`, `src/utils/model-loader.js` and `src/models/*` of
 //! `@huggingface/transformers`.
 
-use super::{Cache, Layout, Place, interface, pretty, text_config, tokenizer_config};
+use super::{Cache, Files, Layout, Place, decimals, interface, pretty, text_config, tokenizer_config};
 use crate::{Error, Result, compile::Model};
 use serde_json::{Map, Value, json};
 use vlmc_artifact::{Manifest, Processor, Resample, Resize, Task};
@@ -85,7 +85,7 @@ fn suffix(graph: &Graph) -> &'static str {
     DTYPES.iter().find(|(name, _)| *name == dtype).map_or("", |(_, suffix)| suffix)
 }
 
-fn files(model: &Model, manifest: &Manifest) -> Result<Vec<(String, Vec<u8>)>> {
+fn files(model: &Model, manifest: &Manifest) -> Result<Files> {
     let mut files = vec![("config.json".into(), pretty(&config(model, manifest))), ("README.md".into(), readme(manifest).into_bytes())];
     if let Some(preprocessor) = preprocessor(manifest)? {
         files.push(("preprocessor_config.json".into(), pretty(&preprocessor)));
@@ -124,9 +124,9 @@ fn config(model: &Model, manifest: &Manifest) -> Value {
         let sizes = [
             ("num_hidden_layers", cache.layers as i64),
             ("num_key_value_heads", cache.heads),
-            ("num_attention_heads", rules.hidden_size as i64 / cache.key.max(1)),
+            ("num_attention_heads", rules.hidden_size as i64 / cache.width.max(1)),
             ("hidden_size", rules.hidden_size as i64),
-            ("head_dim", cache.key),
+            ("head_dim", cache.width),
         ];
         for (field, size) in sizes {
             text.entry(field).or_insert(size.into());
@@ -194,8 +194,8 @@ fn preprocessor(manifest: &Manifest) -> Result<Option<Value>> {
             "patch_size": p.patch_size,
             "temporal_patch_size": p.temporal_patch_size,
             "merge_size": p.merge_size,
-            "image_mean": p.image_mean,
-            "image_std": p.image_std,
+            "image_mean": decimals(&p.image_mean),
+            "image_std": decimals(&p.image_std),
             "rescale_factor": p.rescale_factor,
             "resample": filter(p.resample),
         }),
@@ -203,8 +203,8 @@ fn preprocessor(manifest: &Manifest) -> Result<Option<Value>> {
             let mut out = json!({
                 "do_resize": p.resize.is_some(),
                 "do_center_crop": p.crop.is_some(),
-                "image_mean": p.image_mean,
-                "image_std": p.image_std,
+                "image_mean": decimals(&p.image_mean),
+                "image_std": decimals(&p.image_std),
                 "rescale_factor": p.rescale_factor,
                 "resample": filter(p.resample),
             });

@@ -39,7 +39,6 @@ impl Tapped {
     /// # Errors
     /// A graph cannot be read, the temporary files cannot be written, or no engine runs it.
     pub(super) fn open(artifact: &Artifact, threads: Option<NonZero<usize>>, observer: Observer) -> Result<Self> {
-        artifact.check_layout()?;
         let manifest = artifact.manifest().clone();
         let dir = near(artifact.dir())?;
         let mut tapped = manifest.clone();

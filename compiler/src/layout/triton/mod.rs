@@ -3,7 +3,7 @@
 //! itself, because a cache that grows with each token should not travel through the server; so it also runs in servers that have no
 //! onnxruntime backend.
 
-use super::{Layout, Place, interface, pretty};
+use super::{Files, Layout, Place, interface, pretty};
 use crate::{Result, compile::Model};
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -51,8 +51,8 @@ fn adapt(program: Program, task: &Task) -> Result<Program, BuildError> {
     Ok(interface::with_graphs(program, graphs))
 }
 
-fn files(_: &Model, manifest: &Manifest) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut files: Vec<(String, Vec<u8>)> =
+fn files(_: &Model, manifest: &Manifest) -> Result<Files> {
+    let mut files: Files =
         manifest.entries.iter().map(|e| (format!("{}/config.pbtxt", e.name), graph_config(e, &manifest.target).into_bytes())).collect();
     if let Some(rules) = manifest.task.prompt() {
         files.push((format!("{GENERATE}/config.pbtxt"), generate_config(manifest).into_bytes()));
