@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import quoting
+import setup
 from commands import Failed, Finished, run
 from rows import BY_NAME
 from setup import HERE, Place
@@ -28,36 +30,40 @@ class Peer:
 
 
 TEXT = ("decode", "prefill-512", "prefill-733", "first-token", "memory-text")
-ALL = tuple(BY_NAME)
+ALL = (*TEXT, "encode-448", "encode-1344", "memory")
 PEERS = [
-    Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "int4", ALL),
+    Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "int4", (*ALL, "equal-accuracy", "lookup")),
     Peer("llama.cpp Q8_0", "llama.cpp", "8-bit text in groups of 32", "int8", TEXT),
     Peer("OpenVINO GenAI", "openvino", "4-bit text in groups of 128, 8-bit head and tower", "int4", ALL),
     Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", TEXT),
     Peer("torch", "torch", "bf16", "int4", ALL),
+    Peer("vlmc int4", "vlmc", "as vlmc's", "int4", ("context",)),
 ]
 
 
-def measure_peer(place: Place, peer: Peer, rows: list[str], threads: int, prompt_tokens: int) -> dict[str, float]:
+def measure_peer(place: Place, vlmc: Path, peer: Peer, rows: list[str], threads: int, prompt_tokens: int) -> dict[str, float]:
     """Numbers of the rows, which are of one group, in the units of rows.py."""
+    if peer.tool == "vlmc":
+        return {"context": bench(place, vlmc, peer.quant, threads, ["--context", "128", "--new-tokens", "64"])["decode"]["gb_s"]["median"]}
     if peer.tool == "llama.cpp":
-        return llama_cpp(place, place.model(f"{peer.name.split()[1]}.gguf"), rows, threads, prompt_tokens)
+        return llama_cpp(place, vlmc, place.model(f"{peer.name.split()[1]}.gguf"), rows, threads, prompt_tokens)
     model = place.peers_checkpoint if peer.tool == "torch" else place.model(peer.tool)
     finished = run([place.python(peer.tool), HERE / "worker.py", peer.tool, model, str(threads), str(prompt_tokens), *rows])
     measured = last_json(finished)
     return measured | {row: finished.peak_bytes / GB for row in rows if row.startswith("memory")}
 
 
-def llama_cpp(place: Place, model: Path, rows: list[str], threads: int, prompt_tokens: int) -> dict[str, float]:
+def llama_cpp(place: Place, vlmc: Path, model: Path, rows: list[str], threads: int, prompt_tokens: int) -> dict[str, float]:
     group = BY_NAME[rows[0]].group
     common = ["--model", model, "--threads", str(threads)]
+    if group in ("equal accuracy", "lookup"):
+        (row,) = rows
+        before = count_tokens(place, vlmc, quoting.PROMPT) if group == "lookup" else 0
+        tests = llama_bench(place, [*common, "--n-prompt", "0", "--n-gen", "64", "--n-depth", str(before)])
+        return {row: tests[0]["avg_ts"]}
     if group == "text":
         prompts = [row.partition("-")[2] for row in rows if row.startswith("prefill")]
-        finished = run(
-            [place.llama_tool("llama-bench"), *common, "--output", "json", "--repetitions", "1"]
-            + ["--n-prompt", ",".join(prompts) or "0", "--n-gen", "64" if "decode" in rows else "0"]
-        )
-        tests = json.loads(finished.output[finished.output.index("[\n") :])
+        tests = llama_bench(place, [*common, "--n-prompt", ",".join(prompts) or "0", "--n-gen", "64" if "decode" in rows else "0"])
         return {f"prefill-{t['n_prompt']}" if t["n_prompt"] else "decode": t["avg_ts"] for t in tests}
     if group == "start":
         # Its run before the first is left out: it costs time here.
@@ -69,7 +75,7 @@ def llama_cpp(place: Place, model: Path, rows: list[str], threads: int, prompt_t
     side = 1344 if group == "large picture" else 448
     finished = run(
         [place.llama_tool("llama-mtmd-cli"), *common, "--mmproj", place.model("mmproj-bf16.gguf"), "--image", place.picture(side)]
-        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "4096", "--batch-size", "512", "--verbosity", "4"]
+        + ["--prompt", "a", "--n-predict", "1", "--ctx-size", "8192" if side == 1344 else "4096", "--batch-size", "512", "--verbosity", "4"]
     )
     encoded = re.search(r"encoding done in (\d+) ms", finished.output)
     if encoded is None:
@@ -77,41 +83,83 @@ def llama_cpp(place: Place, model: Path, rows: list[str], threads: int, prompt_t
     return {f"encode-{side}": int(encoded[1]) / 1e3, "memory": finished.peak_bytes / GB}
 
 
-def measure_vlmc(place: Place, vlmc: Path, quant: str, rows: list[str], threads: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Numbers as of `measure_peer`, and what part of the machine's limit (bandwidth or arithmetic) they are."""
-    artifact = place.model(f"vlmc-{quant}")
+def llama_bench(place: Place, options: list[str | Path]) -> list[dict]:
+    finished = run([place.llama_tool("llama-bench"), "--output", "json", "--repetitions", "1", *options])
+    return json.loads(finished.output[finished.output.index("[\n") :])
+
+
+def measure_vlmc(place: Place, vlmc: Path, quant: str, rows: list[str], threads: int) -> dict[str, dict]:
+    """Of each row its number, `value`, as of `measure_peer`, and what else is to be told of it: `of_limit`, its part of the machine's
+    limit (bandwidth or arithmetic); `bytes_per_token`; `acceptance`."""
     group = BY_NAME[rows[0]].group
     if group in ("start", "memory"):
         picture = ["--image", place.picture(448)] if group == "memory" else []
-        finished = run([vlmc, "run", artifact, *picture, *FIRST, "--threads", str(threads)])
+        finished = run([vlmc, "run", place.artifact(quant), *picture, *first(SHORTEST), "--threads", str(threads)])
         memory = "memory" if group == "memory" else "memory-text"
-        return {"first-token": finished.seconds, memory: finished.peak_bytes / GB}, {}
-    sides = [row.partition("-")[2] for row in rows if row.startswith("encode")]
-    prompts = [row.partition("-")[2] for row in rows if row.startswith("prefill")]
+        return {"first-token": {"value": finished.seconds}, memory: {"value": finished.peak_bytes / GB}}
+    if group == "lookup":
+        return {"lookup": lookup(place, vlmc, quant, threads)}
+    if group == "context":
+        decode = bench(place, vlmc, quant, threads, ["--context", "4096", "--new-tokens", "64"])["decode"]
+        return {"context": of_decode(decode) | {"value": decode["gb_s"]["median"]}}
+    decodes = "decode" in rows or group == "equal accuracy"
     # What is not asked for is made as small as can be.
-    options = ["--repeat", "1", "--context", "1", "--new-tokens", "64" if "decode" in rows else "1"]
-    options += [word for side in sides or ["56"] for word in ("--picture", f"{side}x{side}")]
-    options += [word for tokens in prompts or ["1"] for word in ("--prompt-tokens", tokens)]
-    report = last_json(run([vlmc, "bench", artifact, "--json", "--threads", str(threads), *options]))
-    numbers, limits = {}, {}
+    options = ["--context", "1", "--new-tokens", "64" if decodes else "1"]
+    options += [word for row in rows if row.startswith("encode") for side in [row.partition("-")[2]] for word in ("--picture", f"{side}x{side}")]
+    options += [word for row in rows if row.startswith("prefill") for word in ("--prompt-tokens", row.partition("-")[2])]
+    report = bench(place, vlmc, quant, threads, options)
+    numbers = {"equal-accuracy" if group == "equal accuracy" else "decode": of_decode(report["decode"])}
     for encode in report["encode"]:
-        row = f"encode-{encode['picture'].partition('x')[0]}"
-        numbers[row], limits[row] = encode["seconds"]["median"], encode["fraction_of_peak"]
+        numbers[f"encode-{encode['picture'].partition('x')[0]}"] = {"value": encode["seconds"]["median"], "of_limit": encode["fraction_of_peak"]["median"]}
     for prefill in report["prefill"]:
-        row = f"prefill-{prefill['tokens']}"
-        numbers[row], limits[row] = prefill["tokens_per_s"]["median"], prefill["fraction_of_peak"]
-    decode = report["decode"]
-    numbers["decode"], limits["decode"] = decode["tokens_per_s"]["median"], decode["fraction_of_bandwidth"]
-    return numbers, {row: of["median"] for row, of in limits.items() if of}
+        numbers[f"prefill-{prefill['tokens']}"] = {"value": prefill["tokens_per_s"]["median"], "of_limit": prefill["fraction_of_peak"]["median"]}
+    return numbers
 
 
-# The shortest question; the template makes more tokens of it.
-FIRST = ["--prompt", "a", "--max-new-tokens", "1", "--json"]
+def bench(place: Place, vlmc: Path, quant: str, threads: int, options: list[str]) -> dict:
+    """What `vlmc bench` reports; what is not among `options` is small."""
+    small = {"--picture": "56x56", "--prompt-tokens": "1"}
+    options = [*options, *(word for option, value in small.items() if option not in options for word in (option, value))]
+    return last_json(run([vlmc, "bench", place.artifact(quant), "--json", "--threads", str(threads), "--repeat", "1", *options]))
 
 
-def prompt_tokens(place: Place, vlmc: Path) -> int:
-    """How many tokens vlmc's first answer follows on; the peers get as many."""
-    return last_json(run([vlmc, "run", place.model("vlmc-int4"), *FIRST]))["prompt_tokens"]
+def of_decode(decode: dict) -> dict:
+    return {
+        "value": decode["tokens_per_s"]["median"],
+        "of_limit": decode["fraction_of_bandwidth"]["median"],
+        "bytes_per_token": decode["bytes_per_token"],
+    }
+
+
+def lookup(place: Place, vlmc: Path, quant: str, threads: int) -> dict:
+    """Tokens per second with prompt lookup, whose answer must be that without."""
+    command = [vlmc, "run", place.artifact(quant), "--prompt", quoting.PROMPT, "--max-new-tokens", "64", "--temperature", "0"]
+    command += ["--repetition-penalty", "1", "--json", "--threads", str(threads)]
+    plain, ahead = last_json(run(command)), last_json(run([*command, "--prompt-lookup"]))
+    if plain["text"] != ahead["text"] or plain["finish"] != "length":
+        raise Failed(f"prompt lookup changed the answer, or it ended early ({plain['finish']}): {plain['text']!r}, {ahead['text']!r}")
+    return {"value": ahead["decode_tokens_per_second"], "acceptance": ahead["prompt_lookup"]["acceptance"], "per_pass": ahead["prompt_lookup"]["tokens_per_pass"]}
+
+
+def accuracy(place: Place, vlmc: Path) -> dict[str, dict]:
+    """What policies of vlmc cost a small model that was trained: `vlmc eval` against the same model without quantization."""
+    artifacts = {quant: setup.compile(place, vlmc, setup.TRAINED, quant, f"trained-{quant}") for quant in ("none", "q4_0", "int4", "equal")}
+    data = ["--reference", artifacts.pop("none"), "--data", setup.TRAINED / "heldout.jsonl", "--max-new-tokens", "16", "--json"]
+    return {quant: last_json(run([vlmc, "eval", artifact, *data])) for quant, artifact in artifacts.items()}
+
+
+# The template makes more tokens of it.
+SHORTEST = "a"
+
+
+def first(question: str) -> list[str]:
+    """Asks `vlmc run` for the first token of an answer."""
+    return ["--prompt", question, "--max-new-tokens", "1", "--json"]
+
+
+def count_tokens(place: Place, vlmc: Path, question: str = SHORTEST) -> int:
+    """How many tokens vlmc's answer to a question follows on; the peers get as many."""
+    return last_json(run([vlmc, "run", place.artifact("int4"), *first(question)]))["prompt_tokens"]
 
 
 def last_json(finished: Finished) -> dict:

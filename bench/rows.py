@@ -16,10 +16,15 @@ class Row:
     rate: bool = False
     # Takes minutes, or hardly varies: `--repeat-long`.
     long: bool = False
+    # The artifact of vlmc, if it is not the one that stands beside the peer's weights.
+    artifact: str | None = None
 
 
 ROWS = [
     Row("decode", "decode 64 tokens", "tok/s", "text", rate=True),
+    Row("equal-accuracy", "decode 64 tokens, no less accurate", "tok/s", "equal accuracy", rate=True, artifact="equal"),
+    Row("lookup", "decode 64 tokens that quote, prompt lookup beside none", "tok/s", "lookup", rate=True, artifact="quoting"),
+    Row("context", "weights and cache read, decoding after 4096 tokens beside after 128", "GB/s", "context", rate=True),
     Row("prefill-512", "prefill 512 tokens", "tok/s", "text", rate=True),
     Row("prefill-733", "prefill 733 tokens", "tok/s", "text", rate=True),
     Row("encode-448", "encode a 448x448 picture", "s", "picture"),

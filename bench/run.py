@@ -9,25 +9,27 @@ import json
 import os
 import platform
 import subprocess
+import time
 from itertools import groupby
 from pathlib import Path
 
 import setup
 from commands import Failed, run
-from measure import PEERS, Peer, measure_peer, measure_vlmc, prompt_tokens
+from measure import PEERS, Peer, accuracy, count_tokens, measure_peer, measure_vlmc
 from rows import BY_NAME, Row, chosen
 from setup import HERE, REPOSITORY, Place, log
 
 
 def arguments() -> argparse.Namespace:
     words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
-    tools = list(setup.PACKAGES)
+    tools = list(dict.fromkeys(peer.tool for peer in PEERS))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", type=words, default=tools, metavar="A,B", help=f"of {', '.join(tools)} [default: all]")
     parser.add_argument("--threads", type=words, default=["2", "1"], metavar="N,M", help="[default: 2,1]")
     parser.add_argument("--rows", type=words, default=list(BY_NAME), metavar="A,B", help=f"of {', '.join(BY_NAME)}, or the beginning of a name up to '-' [default: all]")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each [default: 5]")
     parser.add_argument("--repeat-long", type=int, default=1, metavar="N", help="measurements of the largest picture, which takes minutes, and of memory with a picture [default: 1]")
+    parser.add_argument("--add", action="store_true", help="to what results.json has of this machine; measurements of the same row, peer and threads are replaced")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "target/bench", metavar="DIR", help="where peers and models are made and kept: 25 GB [default: target/bench]")
     parser.add_argument("--vlmc", type=Path, metavar="PATH", help="binary to measure [default: built from this repository]")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR", help="where benchmarks.md and benchmarks.svg go [default: docs]")
@@ -82,17 +84,20 @@ def versions(place: Place, vlmc: Path) -> dict[str, str]:
 
 def measure(args: argparse.Namespace, place: Place, vlmc: Path, peers: list[Peer], results: dict, save) -> None:
     """Runs a peer, then vlmc, then the next peer, then vlmc, and so on, `--repeat` times."""
-    tokens = prompt_tokens(place, vlmc)
+    tokens = count_tokens(place, vlmc)
     failed: set[tuple[str, str, int]] = set()
 
     def pair(peer: Peer, rows: list[Row], threads: int) -> None:
         names = [row.name for row in rows]
-        theirs = measure_peer(place, peer, names, threads, tokens)
-        ours, limits = measure_vlmc(place, vlmc, peer.quant, names, threads)
+        quant = rows[0].artifact or peer.quant
+        start = time.monotonic()
+        theirs = measure_peer(place, vlmc, peer, names, threads, tokens)
+        ours = measure_vlmc(place, vlmc, quant, names, threads)
         for name in names:
-            sample = {"peer": peer.name, "row": name, "threads": threads, "theirs": theirs[name], "ours": ours[name]}
-            results["samples"].append(sample | ({"of_limit": limits[name]} if name in limits else {}))
-            log(f"{threads} threads, {name}: {peer.name} {theirs[name]:.3g}, vlmc {ours[name]:.3g} {BY_NAME[name].unit}")
+            sample = {"peer": peer.name, "row": name, "threads": threads, "quant": quant, "theirs": theirs[name], "ours": ours[name].pop("value")}
+            results["samples"].append(sample | ours[name])
+            log(f"{threads} threads, {name}: {peer.name} {theirs[name]:.3g}, vlmc {sample['ours']:.3g} {BY_NAME[name].unit}")
+        log(f"that took {time.monotonic() - start:.0f} s")
 
     for threads in map(int, args.threads):
         for i in range(max(args.repeat, args.repeat_long)):
@@ -110,22 +115,46 @@ def measure(args: argparse.Namespace, place: Place, vlmc: Path, peers: list[Peer
                     save()
 
 
+def added(before: dict, now: dict, args: argparse.Namespace) -> dict:
+    """What was measured before, but for what is to be measured again, with the versions of both."""
+    if before["machine"] != now["machine"]:
+        raise Failed(f"--add: results.json is of another machine: {before['machine']}")
+    again = {(peer, row.name, threads) for peer in now["peers"] for row in args.rows for threads in map(int, args.threads)}
+    groups = {(peer, BY_NAME[row].group, threads) for peer, row, threads in again}
+    versions = {name: before["versions"].get(name, []) for name in before["versions"] | now["versions"]}
+    for name, new in now["versions"].items():
+        versions[name] += [version for version in new if version not in versions[name]]
+    peers = before["peers"] | now["peers"]
+    stale = lambda f: (f["peer"], f["group"], f["threads"]) in groups if "group" in f else f["peer"] in now["peers"]  # noqa: E731
+    return now | {
+        "versions": versions,
+        "peers": {peer.name: peers[peer.name] for peer in PEERS if peer.name in peers},
+        "failures": [f for f in before["failures"] if not stale(f)] + now["failures"],
+        "samples": [s for s in before["samples"] if (s["peer"], s["row"], s["threads"]) not in again],
+    }
+
+
 def main() -> None:
     args = arguments()
     place = Place(args.work.resolve())
     place.root.mkdir(parents=True, exist_ok=True)
-    vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve())
-    not_set_up = setup.peers(place, args.peers)
     peers = [peer for peer in PEERS if peer.tool in args.peers]
+    # `int4` tells how many tokens a prompt has.
+    artifacts = {"int4"} | {row.artifact or peer.quant for peer in peers for row in args.rows if row.name in peer.rows}
+    vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve(), artifacts)
+    not_set_up = setup.peers(place, args.peers)
+    file = place.root / "results.json"
     results = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": versions(place, vlmc),
+        "versions": {name: [version] for name, version in versions(place, vlmc).items()},
         "peers": {peer.name: {"weights": peer.weights, "quant": peer.quant} for peer in peers},
+        "accuracy": accuracy(place, vlmc),
         "failures": [{"peer": peer.name, "reason": not_set_up[peer.tool]} for peer in peers if peer.tool in not_set_up],
         "samples": [],
     }
-    file = place.root / "results.json"
+    if args.add and file.exists():
+        results = added(json.loads(file.read_text()), results, args)
     save = lambda: file.write_text(json.dumps(results, indent=1))  # noqa: E731
     measure(args, place, vlmc, [peer for peer in peers if peer.tool not in not_set_up], results, save)
     save()

@@ -85,7 +85,7 @@ impl Evaluated {
             if at + 1 >= limit.max(given.len()) || (at + 1 >= given.len() && ends.contains(&id)) {
                 break;
             }
-            row = self.pipeline.step(&[id]).map_err(failed)?.f32()?.to_vec();
+            row = self.pipeline.extend(&[id]).map_err(failed)?.f32()?.to_vec();
         }
         let said = if answer.ids.last().is_some_and(|id| ends.contains(id)) { answer.ids.len() - 1 } else { answer.ids.len() };
         answer.text = self.tokenizer.decode(&answer.ids[..said])?;

@@ -548,7 +548,7 @@ impl<'g> Builder<'g> {
     /// See [`Attention`]; `mask` is the operand that the kind asks for.
     #[track_caller]
     pub fn attention(&'g self, q: Val<'g>, k: Val<'g>, v: Val<'g>, scale: f64, kind: Mask, mask: Option<Val<'g>>) -> Val<'g> {
-        self.one(Attention { scale, mask: kind }, &[q, k, v].into_iter().chain(mask).collect::<Vec<_>>())
+        self.one(Attention { scale, mask: kind, bf16: false }, &[q, k, v].into_iter().chain(mask).collect::<Vec<_>>())
     }
 
     /// See [`GridPositions`]: row, column and segment of each of `rows` patches.

@@ -12,9 +12,9 @@ pub(crate) const GIVEN: Pass =
     Pass::new("given-masks", "attention masks as tensors, for targets that know no kinds of mask", Contract::Exact, |_, program| {
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
-                let Op::Attention(Attention { scale, mask }) = &node.op else { return None };
+                let Op::Attention(op) = &node.op else { return None };
                 let queries = args[0].dim(args[0].ty().rank() - 2);
-                let given = match mask {
+                let given = match op.mask {
                     Mask::Full => return None,
                     // One row for all queries: runtimes of other people want as many as there are.
                     Mask::Given => {
@@ -29,7 +29,8 @@ pub(crate) const GIVEN: Pass =
                     Mask::Causal => causal_mask(g, args[3], &queries),
                     Mask::Segments => segment_mask(g, args[3]),
                 };
-                Some(vec![g.attention(args[0], args[1], args[2], *scale, Mask::Given, Some(given))])
+                let op = Attention { mask: Mask::Given, ..op.clone() };
+                Some(g.apply_op(op.into(), &[args[0], args[1], args[2], given]))
             })
             .map_err(Into::into)
         })
@@ -42,7 +43,7 @@ pub(crate) const ONE_KEY: Pass =
         let least: Bindings = program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect();
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
-                let Op::Attention(Attention { scale, mask: Mask::Given }) = &node.op else { return None };
+                let Op::Attention(op @ Attention { mask: Mask::Given, .. }) = &node.op else { return None };
                 let axis = args[1].ty().rank() - 2;
                 let t = args[1].dim(axis);
                 let last = args[3].ty().rank() - 1;
@@ -55,7 +56,7 @@ pub(crate) const ONE_KEY: Pass =
                     one.shape[axis] = 1.into();
                     g.concat(&[x, g.broadcast(g.literal(Literal::scalar(one.dtype, fill)), one.shape)], axis)
                 });
-                Some(vec![g.attention(args[0], longer[0], longer[1], *scale, Mask::Given, Some(longer[2]))])
+                Some(g.apply_op(op.clone().into(), &[args[0], longer[0], longer[1], longer[2]]))
             })
             .map_err(Into::into)
         })

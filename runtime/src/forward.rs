@@ -1,6 +1,7 @@
 //! Entries run on tensors by name.
 
 use crate::{Engine, Error, Result, Tensor};
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use vlmc_artifact::{DType, Entry, Port};
 
@@ -35,17 +36,17 @@ pub(crate) fn fit(t: &Tensor, port: &Port) -> Result<Tensor> {
     }
 }
 
-/// A tensor without elements: symbols are 0.
+/// Makes `to` a tensor without elements, as a port takes it: symbols are 0.
 ///
 /// # Errors
 /// The port has no symbol.
-pub(crate) fn empty(port: &Port) -> Result<Tensor> {
-    let shape: Vec<usize> = port.shape.iter().map(|d| d.as_const().unwrap_or(0) as usize).collect();
+pub(crate) fn empty(port: &Port, to: &mut Tensor) -> Result<()> {
+    let shape: SmallVec<[usize; 8]> = port.shape.iter().map(|d| d.as_const().unwrap_or(0) as usize).collect();
     let missing = |_| Error::Input(format!("input '{}' is missing", port.name));
     match port.dtype {
-        DType::I64 => Tensor::new(shape, Vec::<i64>::new()),
-        DType::Bool => Tensor::new(shape, Vec::<bool>::new()),
-        _ => Tensor::new(shape, Vec::<f32>::new()),
+        DType::I64 => to.fill(&shape, std::iter::empty::<i64>()),
+        DType::Bool => to.fill(&shape, std::iter::empty::<bool>()),
+        _ => to.fill(&shape, std::iter::empty::<f32>()),
     }
     .map_err(missing)
 }

@@ -1,7 +1,7 @@
 //! Answers, token by token.
 
 use crate::{
-    Error, Result, Tensor,
+    Error, Result,
     lookup::{Lookup, LookupReport},
     pipeline::Pipeline,
     sample::{Sampler, Sampling},
@@ -87,8 +87,6 @@ pub struct Reply {
 
 /// What an answer starts from.
 pub(crate) struct Start {
-    /// Logits of the prompt's last position, `f32[1, 1, vocab]`.
-    pub(crate) logits: Tensor,
     /// Tokens so far.
     pub(crate) history: Vec<i64>,
     /// Tokens that were run for it.
@@ -103,7 +101,7 @@ pub(crate) struct Start {
     pub(crate) since: Instant,
 }
 
-/// Generates an answer and gives out its text as it comes. What the pipeline's cache holds afterwards is the prompt and all
+/// Generates an answer to the prompt that `pipeline` ran last, and gives out its text as it comes. What the pipeline's cache holds afterwards is the prompt and all
 /// tokens of the answer but the last.
 pub(crate) fn generate(
     pipeline: &mut Pipeline,
@@ -113,14 +111,14 @@ pub(crate) fn generate(
     start: Start,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Reply> {
-    let Start { logits, mut history, prompt_tokens, cached_tokens, images_encoded, mut sampler, since } = start;
+    let Start { mut history, prompt_tokens, cached_tokens, images_encoded, mut sampler, since } = start;
     let room = pipeline.rules().max_positions - pipeline.past();
     let limit = options.max_new_tokens.min(room + 1);
     let mut text = Stopper::new(&options.stop);
     let mut stream = tokenizer.stream();
     let mut ids = vec![];
     let mut finish = Finish::Length;
-    let mut steps = Steps::new(pipeline, logits, options.prompt_lookup);
+    let mut steps = Steps::new(pipeline, options.prompt_lookup);
     let mut first = None;
     while ids.len() < limit {
         let id = sampler.next(steps.logits()?, &history);
@@ -169,47 +167,46 @@ pub(crate) fn generate(
 /// The logits after each token of an answer, which may have been run before it was chosen.
 struct Steps<'p> {
     pipeline: &'p mut Pipeline,
-    /// Of the last run, `f32[1, rows, vocab]`.
-    logits: Tensor,
+    /// Tokens of the last run: the last one chosen then, and those that were run ahead. The one at `i` leads to row `i` of the logits.
+    ran: Vec<i64>,
     /// The row that follows the last token.
     row: usize,
-    /// Tokens that were run ahead: the one at `i` leads to row `i + 1`.
-    ahead: Vec<i64>,
     lookup: Option<(Lookup, LookupReport)>,
 }
 
 impl<'p> Steps<'p> {
-    fn new(pipeline: &'p mut Pipeline, logits: Tensor, prompt_lookup: bool) -> Self {
+    fn new(pipeline: &'p mut Pipeline, prompt_lookup: bool) -> Self {
         let lookup = prompt_lookup.then(|| (Lookup::new(), LookupReport::default()));
-        Self { pipeline, logits, row: 0, ahead: vec![], lookup }
+        Self { pipeline, ran: vec![], row: 0, lookup }
     }
 
     /// Of the next token, `[vocab]`.
     fn logits(&self) -> Result<&[f32]> {
-        let vocab = self.logits.shape().last().copied().unwrap_or(0);
-        Ok(&self.logits.f32()?[self.row * vocab..][..vocab])
+        let logits = self.pipeline.logits()?;
+        let vocab = logits.shape().last().copied().unwrap_or(0);
+        Ok(&logits.f32()?[self.row * vocab..][..vocab])
     }
 
     /// Runs the last of `tokens`, if it has not been run, and with it at most `room` others.
     fn advance(&mut self, tokens: &[i64], room: usize) -> Result<()> {
         let Some(last) = tokens.last() else { return Ok(()) };
-        if self.ahead.get(self.row) == Some(last) {
+        if self.ran.get(self.row + 1) == Some(last) {
             self.row += 1;
             return Ok(());
         }
         self.settle()?;
+        self.ran.push(*last);
         if let Some((lookup, report)) = &mut self.lookup {
-            self.ahead = lookup.propose(tokens, room);
+            self.ran.extend(lookup.propose(tokens, room));
             report.passes += 1;
         }
-        let ids = [&[*last], &self.ahead[..]].concat();
-        self.logits = self.pipeline.extend(&Tensor::new([1, ids.len()], ids)?)?;
-        Ok(())
+        self.pipeline.extend(&self.ran).map(drop)
     }
 
     /// Forgets the tokens that were run ahead and not chosen.
     fn settle(&mut self) -> Result<()> {
-        let (proposed, accepted) = (std::mem::take(&mut self.ahead).len(), std::mem::take(&mut self.row));
+        let (proposed, accepted) = (self.ran.len().saturating_sub(1), std::mem::take(&mut self.row));
+        self.ran.clear();
         if let Some((lookup, report)) = &mut self.lookup {
             report.proposed += proposed;
             report.accepted += accepted;

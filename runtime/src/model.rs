@@ -252,17 +252,16 @@ impl Conversation<'_> {
         let axes = self.pipeline.position_axes(1, fresh.len());
         let mut inputs = Tensors::from([
             ("input_ids".into(), Tensor::new([1, fresh.len()], fresh.to_vec())?),
-            ("position_ids".into(), Tensor::new(axes, columns)?),
+            ("position_ids".into(), Tensor::new(axes.to_vec(), columns)?),
         ]);
         if self.pipeline.attends_to_pictures() {
             inputs.insert(cross::MASK.into(), self.cross_mask(&ids, keep, &rules)?);
         }
-        let logits = self.pipeline.prefill(&inputs, &features, Scored::Last)?;
+        self.pipeline.prefill(&inputs, &features, Scored::Last)?;
         // They are in the cache now, and the answer needs memory of its own.
         drop((inputs, features));
         let eos = self.pipeline.engine().manifest().generation.eos_token_ids.clone();
         let start = Start {
-            logits,
             history: ids.clone(),
             prompt_tokens: fresh.len(),
             cached_tokens: keep,

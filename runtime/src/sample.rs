@@ -4,6 +4,7 @@
 use crate::pipeline::argmax;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha12Rng;
+use std::borrow::Cow;
 
 /// How tokens are chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,12 +48,11 @@ impl Sampler {
 
     /// The next token after `history`, from its `logits [vocab]`.
     pub fn next(&mut self, logits: &[f32], history: &[i64]) -> i64 {
-        let mut logits = logits.to_vec();
-        self.penalize(&mut logits, history);
+        let logits = self.penalized(logits, history);
         if !self.settings.do_sample {
             return argmax(&logits);
         }
-        let p = self.probabilities(logits);
+        let p = self.probabilities(logits.into_owned());
         let mut left = self.rng.random::<f64>() * p.iter().map(|v| f64::from(*v)).sum::<f64>();
         for (i, p) in p.iter().enumerate() {
             left -= f64::from(*p);
@@ -63,16 +63,18 @@ impl Sampler {
         argmax(&p)
     }
 
-    fn penalize(&self, logits: &mut [f32], history: &[i64]) {
+    fn penalized<'a>(&self, logits: &'a [f32], history: &[i64]) -> Cow<'a, [f32]> {
         let penalty = self.settings.repetition_penalty;
         if penalty == 1.0 {
-            return;
+            return logits.into();
         }
+        let mut logits = logits.to_vec();
         let seen: std::collections::BTreeSet<_> =
             history.iter().filter_map(|i| usize::try_from(*i).ok()).filter(|i| *i < logits.len()).collect();
         for i in seen {
             logits[i] = if logits[i] < 0.0 { logits[i] * penalty } else { logits[i] / penalty };
         }
+        logits.into()
     }
 
     /// Probabilities that are drawn from.

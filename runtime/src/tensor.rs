@@ -90,11 +90,10 @@ impl Tensor {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub(crate) fn fill<T: Element>(&mut self, shape: &[usize], values: impl ExactSizeIterator<Item = T>) -> Result<()>
+    pub(crate) fn fill<T: Element>(&mut self, shape: &[usize], values: impl Iterator<Item = T>) -> Result<()>
     where
         Data: From<Vec<T>>,
     {
-        let count = values.len();
         match Arc::get_mut(&mut self.data).and_then(T::elements) {
             Some(elements) => {
                 elements.clear();
@@ -104,7 +103,7 @@ impl Tensor {
         }
         self.shape.clear();
         self.shape.extend_from_slice(shape);
-        check(shape, count)
+        check(shape, self.data.len())
     }
 
     fn checked(shape: Vec<usize>, data: Arc<Data>) -> Result<Self> {

@@ -69,7 +69,7 @@ fn decoding_agrees_with_one_prompt() {
         pipeline.clear().unwrap();
         prefill(&mut pipeline, 0, half);
         for (i, id) in ids.iter().enumerate().skip(half) {
-            let logits = pipeline.step(&[*id]).unwrap();
+            let logits = pipeline.extend(&[*id]).unwrap();
             let e = error(logits.f32().unwrap(), &whole[i * vocab..(i + 1) * vocab]);
             assert!(e < 1e-5, "{kv}: token {i}: {e}");
         }

@@ -111,7 +111,7 @@ fn logits_after_reuse_are_those_of_a_fresh_run() {
             ]);
             let features = if from == 0 { features.clone() } else { vlmc_runtime::Features::default() };
             let first = pipeline.prefill(&inputs, &features, Scored::Last).unwrap();
-            let second = pipeline.step(&[9]).unwrap();
+            let second = pipeline.extend(&[9]).unwrap();
             [first.f32().unwrap(), second.f32().unwrap()].concat()
         };
         run(&mut pipeline, &[8, 3, 4, 11], 0);
@@ -158,7 +158,7 @@ fn blocks_of_a_prompt_give_its_logits() {
             pipeline.set_prefill_block(std::num::NonZero::new(block).unwrap());
             let features = pipeline.features(inputs).unwrap();
             let logits = pipeline.prefill(inputs, &features, scored).unwrap_or_else(|e| panic!("{name}: blocks of {block}: {e}"));
-            let next = pipeline.step(&[7]).unwrap();
+            let next = pipeline.extend(&[7]).unwrap().clone();
             assert_eq!(pipeline.past(), seq + 1);
             (logits.shape().to_vec(), [logits.f32().unwrap(), next.f32().unwrap()].concat())
         };

@@ -308,7 +308,7 @@ fn lower(c: &Section<'_>, weights: &Weights<'_>, _: &SideFiles) -> Result<Lowere
             symbol("batch", 1..=1024),
             symbol("seq", 1..=context),
             symbol("past", 0..=context),
-            symbol("scored", 1..=context),
+            symbol("scored", 0..=context),
             symbol("images", 1..=MAX_IMAGES),
             symbol("tiles", tiles.clone()),
             symbol("tiles_past", tiles),

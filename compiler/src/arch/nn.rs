@@ -76,7 +76,7 @@ pub(super) fn decoder_symbols(context: usize) -> Vec<Symbol> {
         symbol("batch", 1..=1024),
         symbol("seq", 1..=context),
         symbol("past", 0..=context),
-        symbol("scored", 1..=context),
+        symbol("scored", 0..=context),
         symbol("features", 0..=context),
     ]
 }

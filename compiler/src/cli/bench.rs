@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
-use vlmc_kernels::{Arithmetic, Kernels};
+use vlmc_kernels::{Arithmetic, Isa, Kernels};
 use vlmc_runtime::{
     Artifact, CpuEngine, Engine, Features, Pipeline, Request, Run, Scored, Tensor, Tensors,
     artifact::{PromptRules, Task, program::Program},
@@ -200,7 +200,7 @@ impl Total {
     fn of(program: &Program, runs: &[Run]) -> Result<Self> {
         let mut total = Self::default();
         for run in runs {
-            for work in work(program, &run.entry, &run.symbols)? {
+            for work in work(program, &run.entry, &run.symbols, Isa::detect())? {
                 total.weight_bytes += work.weight_bytes;
                 total.state_bytes += work.state_bytes;
                 *match work.arithmetic {
@@ -319,7 +319,7 @@ impl Ready {
         let positions = vec![last as i64; axes.iter().product()];
         let inputs = Tensors::from([
             ("input_ids".into(), Tensor::new([1, 1], vec![ids[last]])?),
-            ("position_ids".into(), Tensor::new(axes, positions)?),
+            ("position_ids".into(), Tensor::new(axes.to_vec(), positions)?),
         ]);
         Ok(pipeline.prefill(&inputs, &Features::default(), Scored::Last)?)
     }

@@ -132,6 +132,9 @@ pub struct Attention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bf16: bool,
 }
 
 impl OpDef for Attention {
@@ -229,6 +232,9 @@ pub struct RotaryAttention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bf16: bool,
 }
 
 impl RotaryAttention {
@@ -248,7 +254,7 @@ impl RotaryAttention {
     }
 
     fn attention(&self) -> Attention {
-        Attention { scale: self.scale, mask: self.mask }
+        Attention { scale: self.scale, mask: self.mask, bf16: self.bf16 }
     }
 }
 

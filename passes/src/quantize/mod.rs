@@ -115,6 +115,8 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         .graphs
         .iter()
         .map(|graph| {
+            let rounds = |v: &ValueId| matches!(graph.def(*v), Def::Weight(name) if choice(name).is_some_and(|c| c.dynamic));
+            let rounding = graph.nodes().any(|(_, n)| n.args.iter().any(rounds));
             rewrite(graph, |g, node, args| {
                 let choice_of = |v: ValueId| if let Def::Weight(name) = graph.def(v) { choice(name) } else { None };
                 let mut op = node.op.clone();
@@ -122,6 +124,8 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
                     Op::Linear(linear) => linear.dynamic = choice_of(node.args[1])?.dynamic,
                     // Gate, up and down read rounded rows together or not at all.
                     Op::Moe(moe) => moe.dynamic = node.args[3..].iter().all(|v| choice_of(*v).is_some_and(|c| c.dynamic)),
+                    // Where 8 bits do for linear layers, bf16 does for attention.
+                    Op::Attention(attention) => attention.bf16 = rounding,
                     _ => return None,
                 }
                 (op != node.op).then(|| g.apply_op(op, args))

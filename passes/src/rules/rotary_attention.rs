@@ -45,7 +45,7 @@ fn replace(m: &Match<'_>) -> Result<Fused, String> {
     let operands = ["q", "k", "v", "cos", "sin", "past k", "past v"].map(|name| m.value(name));
     let mut takes = operands.into_iter().collect::<Result<Vec<_>, _>>()?;
     takes.extend(&attention.args[3..]);
-    let op: Op = RotaryAttention { scale: op.scale, mask: op.mask }.into();
+    let op: Op = RotaryAttention { scale: op.scale, mask: op.mask, bf16: op.bf16 }.into();
     let gives = vec![m.result(), m.value("keys")?, m.value("values")?];
     Ok(Patch { at: m.root, takes, gives, build: Box::new(move |g, args| g.apply_op(op.clone(), args)) }.into())
 }

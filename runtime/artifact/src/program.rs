@@ -228,6 +228,9 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bf16: bool,
     },
     /// `new f32[batch, heads, s, d]` -> appended to the state that is the result, along its axis, in the state's type.
     Append,
@@ -239,6 +242,9 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bf16: bool,
     },
     /// Elementwise function of one operand, may work in place.
     Unary {

@@ -19,11 +19,11 @@ pub(crate) const MIN_ROWS: usize = 32;
 /// Rows whose `x` is packed at once: a block of their columns stays in the second cache.
 const CHUNK: usize = 512;
 /// Rows and columns that a step of the kernel makes: two by two tiles.
-const SIDE: usize = 32;
+pub(crate) const SIDE: usize = 32;
 /// Bytes of a tile.
-const TILE: usize = 1024;
+pub(crate) const TILE: usize = 1024;
 /// Bytes of a row of a tile.
-const ROW: usize = 64;
+pub(crate) const ROW: usize = 64;
 /// Tiles of a panel's columns that are multiplied at once: two panels' stay in the first cache.
 const STEPS: usize = 8;
 /// Pairs of panels that are multiplied with a block of columns of all rows, before the next block: that block of `x` and the sums
@@ -32,7 +32,7 @@ const GROUP: usize = 16;
 /// Longest row whose products fit 32 bits, whatever the codes: 255 * 127 * 2^16 < 2^31.
 const MAX_INT_COLUMNS: usize = 1 << 16;
 
-/// Whether this CPU has AMX for bytes and bf16 and the system lets this process use it, which is asked once.
+/// Whether this CPU multiplies tiles of bytes and bf16 and the system lets this process use it, which is asked once.
 pub(crate) fn is_supported() -> bool {
     static SUPPORTED: OnceLock<bool> = OnceLock::new();
     *SUPPORTED.get_or_init(|| {
@@ -40,10 +40,7 @@ pub(crate) fn is_supported() -> bool {
         const TILES: u32 = 1 << 24;
         const INT8: u32 = 1 << 25;
         let wanted = BF16 | TILES | INT8;
-        if !is_x86_feature_detected!("avx512bf16") || __cpuid_count(7, 0).edx & wanted != wanted {
-            return false;
-        }
-        request()
+        __cpuid_count(7, 0).edx & wanted == wanted && request()
     })
 }
 
@@ -81,7 +78,7 @@ static CONFIG: Config = {
 /// Sums of 32 rows and 32 columns, of 32 bits each.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Sums([[u32; SIDE]; SIDE]);
+pub(crate) struct Sums(pub(crate) [[u32; SIDE]; SIDE]);
 
 /// Columns of two panels in tiles, whose rows are cache lines.
 #[repr(align(64))]
@@ -105,7 +102,7 @@ thread_local! {
 ///
 /// # Safety
 /// The CPU has AMX and the process may use it.
-unsafe fn configure() {
+pub(crate) unsafe fn configure() {
     // SAFETY: the caller's promise; compiled code does not use tiles.
     unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &CONFIG.0, options(nostack, readonly)) };
 }
@@ -114,7 +111,7 @@ unsafe fn configure() {
 ///
 /// # Safety
 /// As [`configure`].
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: as above.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
 }
@@ -128,7 +125,7 @@ macro_rules! products {
         ///
         /// # Safety
         /// [`configure`] has been called on this thread.
-        unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        pub(crate) unsafe fn $name(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
             assert!(steps > 0 && [a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
             // SAFETY: the caller's promise; the tiles that are read are in `a` and `b`, and `sums` is 4 tiles with rows of 128
             // bytes.
@@ -194,8 +191,46 @@ products!(
     "tdpbf16ps"
 );
 
+/// What [`bf16_products`] makes, on a CPU without tiles.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+    /// Rows at once: as many accumulators for two columns as half of the registers.
+    const ROWS: usize = 8;
+    assert!([a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
+    let pairs = |half: usize| b[half].as_chunks::<ROW>().0[..steps * N].iter();
+    for (r, sums) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let (tile, first) = (a[r * ROWS / N].as_ptr(), r * ROWS % N * ROW);
+        // SAFETY: the caller's promise; sums and pairs are of 64 bytes, and elements of rows lie within `steps` tiles.
+        unsafe {
+            let at = |row: &mut [u32; SIDE], half: usize| row.as_mut_ptr().add(half * N).cast::<f32>();
+            let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+            if !fresh {
+                for (acc, row) in acc.iter_mut().zip(sums.iter_mut()) {
+                    *acc = [_mm512_loadu_ps(at(row, 0)), _mm512_loadu_ps(at(row, 1))];
+                }
+            }
+            for (i, pair) in pairs(0).zip(pairs(1)).enumerate() {
+                let pair = [pair.0, pair.1].map(|p| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.as_ptr().cast())));
+                let element = tile.add(i / N * TILE + first + i % N * 4);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = _mm512_set1_epi32(element.add(r * ROW).cast::<i32>().read_unaligned());
+                    let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                    *acc = [_mm512_dpbf16_ps(acc[0], x, pair[0]), _mm512_dpbf16_ps(acc[1], x, pair[1])];
+                }
+            }
+            for (acc, row) in acc.iter().zip(sums.iter_mut()) {
+                _mm512_storeu_ps(at(row, 0), acc[0]);
+                _mm512_storeu_ps(at(row, 1), acc[1]);
+            }
+        }
+    }
+}
+
 /// Whether a matrix is multiplied in integers.
-fn in_integers(grid: Grid) -> bool {
+pub(crate) fn in_integers(grid: Grid) -> bool {
     grid.scheme.bits == 8 && grid.scheme.group.is_none() && grid.k <= MAX_INT_COLUMNS
 }
 
@@ -262,8 +297,10 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
     unsafe {
         let numbers = _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0);
         let (half, byte) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xff));
-        // Segments divide what is widened at once.
+        // Pairs of columns in a block of codes.
+        let count = if bits == 4 { 4 } else { 2 };
         let mut segment = first / grid.segment_len();
+        let mut skipped = first % grid.segment_len() / (2 * count);
         while !pairs.is_empty() && segment < grid.segments() {
             let s = grid.segment(panel, segment);
             let scale = s.scales::<Avx512>().0;
@@ -273,7 +310,7 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
             }
             // scale * code - scale * zero
             let offset = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(scale, _mm512_loadu_ps(zeros.as_ptr())));
-            for block in s.codes {
+            for block in s.codes.iter().skip(std::mem::take(&mut skipped)) {
                 let words = _mm512_loadu_si512(block.as_ptr().cast());
                 let number = |shift: u32| {
                     let code = _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32));
@@ -282,7 +319,6 @@ unsafe fn widen(grid: Grid, panel: &[u8], first: usize, tiles: &mut [u8]) {
                     // To bf16: the nearest one.
                     _mm512_add_epi32(_mm512_castps_si512(_mm512_fmadd_ps(value, scale, offset)), half)
                 };
-                let count = if bits == 4 { 4 } else { 2 };
                 let (now, rest) = pairs.split_at_mut(count.min(pairs.len()));
                 for (i, to) in now.iter_mut().enumerate() {
                     // Columns 0 to 3 are the bytes, or their low halves; 4 to 7 the high halves.

@@ -18,7 +18,9 @@ pub enum Isa {
     Avx512,
     /// The same and AVX-512 VNNI.
     Avx512Vnni,
-    /// The same, AVX-512 BF16, and AMX for bytes and bf16.
+    /// The same and AVX-512 BF16.
+    Avx512Bf16,
+    /// The same and AMX for bytes and bf16.
     Amx,
 }
 
@@ -40,7 +42,7 @@ pub(crate) trait IntTask {
 
 impl Isa {
     /// All, the plainest first.
-    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni, Self::Amx];
+    pub const ALL: [Self; 7] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
     /// The best that this CPU has.
     pub fn detect() -> Self {
@@ -66,7 +68,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Self::Avx512.is_supported(),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512Vnni.is_supported() && crate::amx::is_supported(),
+            Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Self::Avx512Vnni.is_supported(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_supported() && crate::amx::is_supported(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -78,7 +82,7 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Kernels` is made only with an instruction set that `is_supported` has found.
-            Self::Avx512 | Self::Avx512Vnni | Self::Amx => unsafe { avx512(task) },
+            Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => unsafe { avx512(task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Self::Avx2 | Self::AvxVnni => unsafe { avx2(task) },
@@ -93,7 +97,7 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above, for all.
-            Self::Avx512Vnni | Self::Amx => unsafe { ints_avx512_vnni(task) },
+            Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => unsafe { ints_avx512_vnni(task) },
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => unsafe { ints_avx512(task) },
             #[cfg(target_arch = "x86_64")]

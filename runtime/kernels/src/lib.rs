@@ -13,6 +13,9 @@
 mod amx;
 mod attention;
 mod elementwise;
+mod few;
+#[cfg(target_arch = "x86_64")]
+mod flash;
 mod ints;
 pub mod isa;
 mod lanes;

@@ -1,9 +1,9 @@
 //! Products with a weight matrix in panels, and rows of a table.
 
 #[cfg(target_arch = "x86_64")]
-use crate::{Isa, amx};
+use crate::amx;
 use crate::{
-    Kernels, Src, elementwise,
+    Arithmetic, Isa, Kernels, Src, elementwise,
     isa::Task,
     lanes::{Lanes, N},
     quantized::{Grid, Piece},
@@ -341,6 +341,24 @@ impl<W: Element> Task for Product<'_, W> {
     }
 }
 
+/// Whether rows that are rounded are multiplied in tiles.
+#[cfg(target_arch = "x86_64")]
+fn in_tiles(isa: Isa, rows: usize) -> bool {
+    isa == Isa::Amx && rows >= amx::MIN_ROWS
+}
+
+impl Isa {
+    /// What [`Kernels::linear`] multiplies `rows` rows of `k` columns in, with weights of `scheme` if they are quantized.
+    pub fn linear_arithmetic(self, scheme: Option<Scheme>, dynamic: bool, rows: usize, k: usize) -> Arithmetic {
+        match scheme {
+            #[cfg(target_arch = "x86_64")]
+            Some(scheme) if dynamic && in_tiles(self, rows) && !amx::in_integers(Grid::new(scheme, k)) => Arithmetic::Bf16,
+            Some(_) if dynamic => Arithmetic::Int8,
+            _ => Arithmetic::F32,
+        }
+    }
+}
+
 impl Kernels {
     /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`. With
     /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says, or with many rows and groups of
@@ -381,7 +399,7 @@ impl Kernels {
                 if dynamic {
                     let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
                     #[cfg(target_arch = "x86_64")]
-                    if self.isa == Isa::Amx && m >= amx::MIN_ROWS {
+                    if in_tiles(self.isa, m) {
                         self.tile_product(x, m, grid, act, &mut words, pieces);
                         *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
                         return;
@@ -463,7 +481,6 @@ impl Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
     use proptest::prelude::*;
 
     fn naive(x: &[f32], w: &[f32], bias: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {

@@ -47,10 +47,11 @@ pub struct Moe<'a> {
 /// row's result is the same as that of all at once.
 const BLOCK: usize = 20 * ROWS;
 
-/// Floats that [`Kernels::moe`] needs for `n` rows of width `h`, `k` of the experts for each, of width `m`: the order of the
-/// rows by expert, and what an expert takes and makes for a block of rows. Saturates.
-pub fn moe_scratch(n: usize, h: usize, m: usize, k: usize) -> usize {
-    n.saturating_mul(k).saturating_add(n.min(BLOCK).saturating_mul(h.saturating_add(m).saturating_mul(2)))
+/// Floats that [`Kernels::moe`] needs for `n` rows of width `h`, `k` of `e` experts for each, of width `m`: where each expert's rows
+/// begin, the order of the rows by expert, and what an expert takes and makes for a block of rows. Saturates.
+pub fn moe_scratch(n: usize, h: usize, m: usize, k: usize, e: usize) -> usize {
+    let places = n.saturating_mul(k).saturating_add(e).saturating_add(2);
+    places.saturating_add(n.min(BLOCK).saturating_mul(h.saturating_add(m).saturating_mul(2)))
 }
 
 impl Kernels {
@@ -79,22 +80,22 @@ impl Kernels {
         }
         let k = experts.len() / n;
         assert!(experts.len() == n * k && u32::try_from(experts.len()).is_ok(), "experts must be [n, k]");
-        assert!(scratch.len() >= moe_scratch(n, h, m, k), "scratch is too small");
-        let (order, scratch) = scratch.split_at_mut(n * k);
-        let order: &mut [u32] = bytemuck::cast_slice_mut(order);
-        // Choices by expert, those of each in the order of the rows: a counting sort.
-        let mut starts = vec![0usize; w.gate.e + 1];
+        assert!(scratch.len() >= moe_scratch(n, h, m, k, w.gate.e), "scratch is too small");
+        let (places, scratch) = scratch.split_at_mut(n * k + w.gate.e + 2);
+        let (order, starts) = bytemuck::cast_slice_mut::<f32, u32>(places).split_at_mut(n * k);
+        // Choices by expert, those of each in the order of the rows: a counting sort. What is counted two places on becomes the
+        // start of an expert one place on, and, when its choices have been placed, that of the next one.
+        starts.fill(0);
         for expert in experts {
-            let count = usize::try_from(*expert).ok().and_then(|e| starts[1..].get_mut(e));
+            let count = usize::try_from(*expert).ok().and_then(|e| starts[2..].get_mut(e));
             *count.ok_or(BadIndex { index: *expert, len: w.gate.e })? += 1;
         }
-        for e in 0..w.gate.e {
-            starts[e + 1] += starts[e];
+        for e in 2..starts.len() {
+            starts[e] += starts[e - 1];
         }
-        let mut next = starts.clone();
         for (choice, expert) in experts.iter().enumerate() {
-            let place = &mut next[*expert as usize];
-            order[*place] = choice as u32;
+            let place = &mut starts[*expert as usize + 1];
+            order[*place as usize] = choice as u32;
             *place += 1;
         }
         out.fill(0.0);
@@ -105,7 +106,7 @@ impl Kernels {
         let y = &mut scratch[..block * h];
         for e in 0..w.gate.e {
             let (Some(wg), Some(wu), Some(wd)) = (w.gate.expert(e), w.up.expert(e), w.down.expert(e)) else { continue };
-            for chosen in order[starts[e]..starts[e + 1]].chunks(block) {
+            for chosen in order[starts[e] as usize..starts[e + 1] as usize].chunks(block) {
                 let count = chosen.len();
                 let (rows, y) = (&mut rows[..count * h], &mut y[..count * h]);
                 let (gate, up) = (&mut gate[..count * m], &mut up[..count * m]);
@@ -170,7 +171,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
             let kernels = Kernels::with_isa(2, isa).unwrap();
             let mut out = vec![f32::NAN; n * h];
-            let mut scratch = vec![f32::NAN; moe_scratch(n, h, m, k)];
+            let mut scratch = vec![f32::NAN; moe_scratch(n, h, m, k, e)];
             kernels.moe(&x, &experts, &weights, &w, &mut scratch, &mut out).unwrap();
             for (o, e) in out.iter().zip(&expected) {
                 assert!((f64::from(*o) - e).abs() < 1e-4, "{isa:?}: {o} instead of {e}");

@@ -4,8 +4,8 @@
 use std::{
     cell::Cell,
     sync::{
-        Arc, Condvar, Mutex, PoisonError, TryLockError,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
@@ -18,6 +18,9 @@ thread_local! {
     static BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
+/// What all threads of a region do. It lives as long as the region, whatever its type says.
+type Job = &'static (dyn Fn() + Sync);
+
 /// A pool of threads; the caller of [`Self::run`] is one of them.
 pub struct Pool {
     shared: Arc<Shared>,
@@ -28,46 +31,15 @@ pub struct Pool {
 
 #[derive(Default)]
 struct Shared {
-    state: Mutex<State>,
+    /// What is to be done; a new epoch with nothing to do is the end.
+    job: Mutex<Option<Job>>,
     wake: Condvar,
     done: Condvar,
-    /// Counts regions; a change is the sign to start, or to end.
+    /// Counts regions; a change is the sign to start.
     epoch: AtomicUsize,
-}
-
-#[derive(Default)]
-struct State {
-    region: Option<Arc<Region>>,
-    quit: bool,
-}
-
-struct Region {
-    /// Lives as long as `Pool::run`, which returns only after all workers have left the region.
-    job: &'static (dyn Fn(usize) + Sync),
-    tasks: usize,
-    next: AtomicUsize,
-    /// Workers that have not left yet.
+    /// Workers that have not left the region yet.
     inside: AtomicUsize,
-    panicked: AtomicUsize,
-}
-
-impl Region {
-    fn work(&self) {
-        BUSY.set(true);
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= self.tasks {
-                    break;
-                }
-                (self.job)(task);
-            }
-        }));
-        BUSY.set(false);
-        if result.is_err() {
-            self.panicked.fetch_add(1, Ordering::Relaxed);
-        }
-    }
+    panicked: AtomicBool,
 }
 
 impl Pool {
@@ -88,56 +60,57 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Calls `job` once on each thread, or on this one only if there are not two `tasks` or it works for a region already, and
+    /// returns when all are done. The job takes tasks until there are none.
+    ///
+    /// # Panics
+    /// If a call panics.
+    fn region(&self, tasks: usize, job: &(dyn Fn() + Sync)) {
+        if tasks <= 1 || self.workers.is_empty() || BUSY.get() {
+            return job();
+        }
+        let turn = lock(&self.turn);
+        let shared = &*self.shared;
+        // SAFETY: only workers inside the region use `job`, and this function does not return, nor unwind, before all of them have
+        // left: `Shared::work` catches panics.
+        let job: Job = unsafe { std::mem::transmute(job) };
+        shared.inside.store(self.workers.len(), Ordering::Relaxed);
+        shared.start(Some(job));
+        shared.work(job);
+        let left = || shared.inside.load(Ordering::Acquire) == 0;
+        if !spin(left) {
+            let mut kept = lock(&shared.job);
+            while !left() {
+                kept = wait(&shared.done, kept);
+            }
+        }
+        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        drop(turn);
+        assert!(!panicked, "a task of the thread pool panicked");
+    }
+
     /// Calls `job` with each of `0..tasks`, in any order, on all threads, and returns when all are done.
     ///
     /// # Panics
     /// If a task panics.
     pub fn run(&self, tasks: usize, job: impl Fn(usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() || BUSY.get() {
-            (0..tasks).for_each(job);
-            return;
-        }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let job: &(dyn Fn(usize) + Sync) = &job;
-        // SAFETY: only workers inside the region use `job`, and this function does not return, nor unwind, before all of
-        // them have left: `Region::work` catches panics.
-        let job: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(job) };
-        let inside = AtomicUsize::new(self.workers.len());
-        let region = Arc::new(Region { job, tasks, next: AtomicUsize::new(0), inside, panicked: AtomicUsize::new(0) });
-        self.shared.set(|s| s.region = Some(region.clone()));
-        region.work();
-        let left = || region.inside.load(Ordering::Acquire) == 0;
-        if !spin(left) {
-            let mut state = self.shared.lock();
-            while !left() {
-                state = self.shared.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-        drop(turn);
-        assert!(region.panicked.load(Ordering::Relaxed) == 0, "a task of the thread pool panicked");
+        self.run_with(tasks, &mut [(); 0], |task, _| job(task));
     }
 
     /// [`Self::run`] whose tasks have an equal part of `scratch` each while they run: a thread's share.
     pub(crate) fn run_with<T: Send>(&self, tasks: usize, scratch: &mut [T], job: impl Fn(usize, &mut [T]) + Sync) {
         let share = scratch.len() / self.threads();
-        if share == 0 {
-            return self.run(tasks, |i| job(i, &mut []));
-        }
-        let shares: Vec<_> = scratch.chunks_exact_mut(share).map(Mutex::new).collect();
-        self.run(tasks, |i| {
-            // There are as many as threads, so one is free, or will be in a moment.
-            let mut mine = loop {
-                let free = shares.iter().find_map(|s| match s.try_lock() {
-                    Ok(share) => Some(share),
-                    Err(TryLockError::Poisoned(share)) => Some(share.into_inner()),
-                    Err(TryLockError::WouldBlock) => None,
-                });
-                match free {
-                    Some(share) => break share,
-                    None => std::hint::spin_loop(),
+        let shares = Mutex::new(scratch[..share * self.threads()].chunks_exact_mut(share.max(1)));
+        let next = AtomicUsize::new(0);
+        self.region(tasks, &|| {
+            let mine = lock(&shares).next().unwrap_or_default();
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    break;
                 }
-            };
-            job(i, &mut mine);
+                job(task, mine);
+            }
         });
     }
 
@@ -147,10 +120,13 @@ impl Pool {
     }
 
     /// Calls `job` with the index of each piece and the piece.
-    pub(crate) fn pieces<P: Send>(&self, pieces: impl Iterator<Item = P>, job: impl Fn(usize, P) + Sync) {
-        let pieces: Vec<_> = pieces.map(|p| Mutex::new(Some(p))).collect();
-        self.run(pieces.len(), |i| {
-            if let Some(piece) = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
+    pub(crate) fn pieces<P>(&self, pieces: impl ExactSizeIterator<Item = P> + Send, job: impl Fn(usize, P) + Sync) {
+        let count = pieces.len();
+        let pieces = Mutex::new(pieces.enumerate());
+        self.region(count, &|| {
+            loop {
+                let next = lock(&pieces).next();
+                let Some((i, piece)) = next else { break };
                 job(i, piece);
             }
         });
@@ -159,7 +135,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.set(|s| s.quit = true);
+        self.shared.start(None);
         for w in self.workers.drain(..) {
             // A worker catches the panics of its tasks, so there is nothing to report here.
             let _ = w.join();
@@ -168,17 +144,32 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.lock();
-        change(&mut state);
+    /// Begins an epoch.
+    fn start(&self, job: Option<Job>) {
+        let mut kept = lock(&self.job);
+        *kept = job;
         self.epoch.fetch_add(1, Ordering::Release);
-        drop(state);
+        drop(kept);
         self.wake.notify_all();
     }
+
+    /// A thread's part of a region.
+    fn work(&self, job: Job) {
+        BUSY.set(true);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+        BUSY.set(false);
+        if result.is_err() {
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wait<'a, T>(sign: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    sign.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
 fn spin(ready: impl Fn() -> bool) -> bool {
@@ -193,20 +184,17 @@ fn worker(shared: &Shared) {
     loop {
         let changed = || shared.epoch.load(Ordering::Acquire) != seen;
         spin(changed);
-        let mut state = shared.lock();
+        let mut kept = lock(&shared.job);
         while !changed() {
-            state = shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            kept = wait(&shared.wake, kept);
         }
         seen = shared.epoch.load(Ordering::Acquire);
-        if state.quit {
-            return;
-        }
-        let Some(region) = state.region.clone() else { continue };
-        drop(state);
-        region.work();
-        // A worker may wake late, when its region is over: then there was no task left to take, and it only leaves.
-        if region.inside.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let _state = shared.lock();
+        let Some(job) = *kept else { return };
+        drop(kept);
+        // A worker may wake late, when all tasks are taken: the region waits for it nonetheless.
+        shared.work(job);
+        if shared.inside.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let _kept = lock(&shared.job);
             shared.done.notify_all();
         }
     }

@@ -162,11 +162,11 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
         _ => false,
     };
     ensure(fits, overwrites)?;
-    let (dtype, shape) = if let Kernel::RotaryAttention { scale, mask } = &step.kernel {
+    let (dtype, shape) = if let Kernel::RotaryAttention { scale, mask, bf16 } = &step.kernel {
         for x in [args[0], args[1]] {
             result(&Kernel::Rotary, &[x, args[3], args[4]], x)?;
         }
-        let attention = Kernel::Attention { scale: *scale, mask: *mask };
+        let attention = Kernel::Attention { scale: *scale, mask: *mask, bf16: *bf16 };
         result(&attention, &[&[args[0], outs[1], outs[2]], &args[5..]].concat(), out)?
     } else {
         result(&step.kernel, &args, out)?
@@ -288,7 +288,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             shape(2, &angles)?;
             (DType::F32, args[0].shape.clone())
         }
-        Kernel::Attention { scale, mask } => {
+        Kernel::Attention { scale, mask, .. } => {
             count(if *mask == Mask::Full { 3 } else { 4 })?;
             finite(*scale)?;
             (0..3).try_for_each(|i| dtype(i, DType::F32))?;

@@ -36,14 +36,15 @@ pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usi
     let shape = |i: u32| shapes[i as usize].as_slice();
     let attention = |k: u32, v: u32| {
         let (q, k, v) = (shape(step.args[0]), shape(k), shape(v));
-        attention_scratch(q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
+        let group = q[q.len() - 3].checked_div(k[k.len() - 3]).unwrap_or(0);
+        attention_scratch(group, q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
     };
     let floats = match &step.kernel {
         Kernel::Attention { .. } => attention(step.args[1], step.args[2]),
         Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
         Kernel::Moe { .. } => {
             let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
-            moe_scratch(x[0], x[1], gate[1], chosen[1])
+            moe_scratch(x[0], x[1], gate[1], chosen[1], gate[0])
         }
         _ => 0,
     };
@@ -162,7 +163,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let (lead, last) = shape.split_at(shape.len() - 3);
             k.rotary(f32s(0)?, f32s(1)?, f32s(2)?, [lead.iter().product(), last[0], last[1], last[2]], out!(f32));
         }
-        Kernel::Attention { scale, mask } | Kernel::RotaryAttention { scale, mask } => {
+        Kernel::Attention { scale, mask, bf16 } | Kernel::RotaryAttention { scale, mask, bf16 } => {
             let (lead, last) = shape.split_at(shape.len() - 3);
             // Where keys and values are, which operand is the mask, and the angles.
             let (stored, mask_at, rotary) = match step.outs[..] {
@@ -195,6 +196,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
                     }
                 },
                 rotary,
+                bf16: *bf16,
             };
             k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
         }

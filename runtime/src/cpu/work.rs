@@ -8,7 +8,7 @@ use vlmc_artifact::{
     Bindings, DType,
     program::{Function, Kernel, Layout, Mask, PANEL, Place, Program, Step},
 };
-use vlmc_kernels::Arithmetic;
+use vlmc_kernels::{Arithmetic, Isa};
 
 /// What a step reads and computes.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,23 +51,25 @@ pub struct TimedRun {
 /// Is told of every run.
 pub type Profiler = Box<dyn FnMut(TimedRun)>;
 
-/// What each step of an entry does, with these values of the symbols, in a program that was checked ([`crate::Artifact::program`]).
+/// What each step of an entry does, with these values of the symbols and the kernels of `isa`, in a program that was checked
+/// ([`crate::Artifact::program`]).
 ///
 /// # Errors
 /// There is no such entry, or a symbol has no value.
-pub fn work(program: &Program, entry: &str, symbols: &Bindings) -> Result<Vec<Work>> {
+pub fn work(program: &Program, entry: &str, symbols: &Bindings, isa: Isa) -> Result<Vec<Work>> {
     let f = program.functions.iter().find(|f| f.name == entry);
     let f = f.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
     let fail = |why: String| Error::Input(format!("{entry}: {why}"));
     let mut shapes = Shapes::new(f);
     let shapes = shapes.of(symbols).map_err(fail)?;
-    f.steps.iter().map(|step| Steps { program, f, shapes }.of(step).map_err(fail)).collect()
+    f.steps.iter().map(|step| Steps { program, f, shapes, isa }.of(step).map_err(fail)).collect()
 }
 
 struct Steps<'a> {
     program: &'a Program,
     f: &'a Function,
     shapes: &'a [Vec<usize>],
+    isa: Isa,
 }
 
 fn product(dims: &[usize]) -> usize {
@@ -99,7 +101,6 @@ impl Steps<'_> {
             }
             _ => ([rows, columns, 1], 0),
         };
-        let dynamic = matches!(step.kernel, Kernel::Linear { dynamic: true, .. } | Kernel::Moe { dynamic: true, .. });
         Ok(Work {
             op: name(&step.kernel)?,
             scope: step.scope.clone(),
@@ -109,8 +110,28 @@ impl Steps<'_> {
             weight_bytes: weights().map(|w| self.weight_bytes(step, w)).try_fold(0usize, |n, b| Ok::<_, String>(n.saturating_add(b?)))?,
             state_bytes: self.state_bytes(step),
             operations,
-            arithmetic: if dynamic { Arithmetic::Int8 } else { Arithmetic::F32 },
+            arithmetic: self.arithmetic(step),
         })
+    }
+
+    /// What a step's products are computed with. The rows of a mixture are taken to choose its experts evenly.
+    fn arithmetic(&self, step: &Step) -> Arithmetic {
+        let shape = |i: usize| self.shapes[step.args[i] as usize].as_slice();
+        let linear = |weight: usize, dynamic: bool, rows: usize| {
+            let dtype = self.f.values[step.args[weight] as usize].dtype;
+            let scheme = if let DType::Quant(scheme) = dtype { Some(scheme) } else { None };
+            self.isa.linear_arithmetic(scheme, dynamic, rows, shape(weight).last().copied().unwrap_or(0))
+        };
+        match step.kernel {
+            Kernel::Linear { dynamic, .. } => linear(1, dynamic, product(&shape(0)[..shape(0).len() - 1])),
+            Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
+            // Segments are taken to lie together.
+            Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
+            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
+                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2])
+            }
+            _ => Arithmetic::F32,
+        }
     }
 
     fn attention(&self, step: &Step, mask: Mask, keys: u32) -> ([usize; 3], usize) {
@@ -209,13 +230,14 @@ mod tests {
                 steps: vec![
                     step(Kernel::Embedding, &[1, 0], 2),
                     step(Kernel::Linear { dynamic: true, act: None }, &[2, 3], 4),
-                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal }, &[5, 6, 7], 8),
+                    step(Kernel::Attention { scale: 1.0, mask: Mask::Causal, bf16: true }, &[5, 6, 7], 8),
                 ],
             }],
         };
         // 64 columns in 4.5 bits.
         let row = 36;
-        let of = |seq, past| work(&program, "decoder", &[("seq", seq), ("past", past)].into_iter().collect()).unwrap();
+        let on = |seq, past, isa| work(&program, "decoder", &[("seq", seq), ("past", past)].into_iter().collect(), isa).unwrap();
+        let of = |seq, past| on(seq, past, Isa::Avx2);
         let [embedding, linear, attention] = &of(3, 7)[..] else { panic!("three steps") };
         assert_eq!((embedding.op.as_str(), embedding.weight_bytes, embedding.operations), ("embedding", 3 * row, 0));
         assert_eq!((linear.shape, linear.weight_bytes, linear.operations), ([3, 40, 64], 48 * row, 2 * 3 * 40 * 64));
@@ -227,8 +249,13 @@ mod tests {
         assert_eq!((attention.shape, attention.operations), ([12, 10, 64], 2 * 4 * (8 + 9 + 10) * 128));
         assert_eq!((attention.weight_bytes, attention.state_bytes), (0, 2 * 10 * (64 + 4 + 128)));
         assert_eq!(of(1, 9)[2].operations, 2 * 4 * 10 * 128);
-        let missing = work(&program, "vision", &Bindings::default()).unwrap_err().to_string();
+        // Many rows go to tiles, in which groups are widened.
+        let many = if cfg!(target_arch = "x86_64") { Arithmetic::Bf16 } else { Arithmetic::Int8 };
+        assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic), [Arithmetic::Int8, many]);
+        let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic);
+        assert_eq!(attention, [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::F32]);
+        let missing = work(&program, "vision", &Bindings::default(), Isa::Scalar).unwrap_err().to_string();
         assert!(missing.contains("no entry 'vision'"), "{missing}");
-        assert!(work(&program, "decoder", &Bindings::default()).is_err());
+        assert!(work(&program, "decoder", &Bindings::default(), Isa::Scalar).is_err());
     }
 }

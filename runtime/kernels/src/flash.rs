@@ -1,0 +1,531 @@
+//! Attention in tiles of bf16, whose softmax goes along with the keys (Milakov and Gimelshein, 2018; Dao et al., 2022): scores of a
+//! block of keys are made, weighed and spent before the next, and what was summed for a smaller maximum is scaled down.
+//!
+//! Scores are made transposed, keys by queries. So keys are rows of tiles as they lie, maxima and sums of 16 queries are one
+//! vector each, and weights become the second product's tiles without moving between lanes. Only values are transposed, once for
+//! all queries.
+
+use crate::{
+    Isa, Kernels,
+    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, release},
+    attention::{Attention, Kept, Run, Seen, split},
+    lanes::N,
+    norm::rotate,
+};
+use std::{arch::x86_64::*, cell::RefCell, ops::Range, sync::PoisonError};
+
+/// Queries that one task serves: their tiles and sums stay in the second cache while keys and values go by.
+const QUERIES: usize = 256;
+/// Keys of a block: their scores for [`SIDE`] queries stay in the first cache.
+const KEYS: usize = 256;
+/// Bytes of keys and values that are packed at once, or those of one head.
+const PACKED: usize = 8 << 20;
+
+/// A cache line, so that rows of tiles do not cross two.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([u8; ROW]);
+// SAFETY: bytes without padding; any are valid.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line {}
+
+/// Tiles of a block of keys and values of one head.
+#[derive(Clone, Copy)]
+struct Tiling {
+    /// Tiles across a key.
+    depth: usize,
+    /// Tiles across a value, an even number.
+    across: usize,
+}
+
+impl Tiling {
+    fn new(a: &Attention<'_>) -> Self {
+        Self { depth: a.d.div_ceil(SIDE).max(1), across: a.dv.div_ceil(SIDE) * 2 }
+    }
+
+    /// Bytes of the keys of a block: `[KEYS / 16, depth]` tiles of 16 keys and 32 of their elements.
+    fn keys(self) -> usize {
+        KEYS / N * self.depth * TILE
+    }
+
+    /// Bytes of a block: keys, then values as `[across, KEYS / 32]` tiles of 16 of their elements and 32 keys.
+    fn block(self) -> usize {
+        self.keys() + self.across * (KEYS / SIDE) * TILE
+    }
+}
+
+/// What a thread works in, made when it is first needed.
+#[derive(Default)]
+struct Work {
+    /// A row in `f32`, and one more.
+    row: Vec<f32>,
+    /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries.
+    queries: Vec<Line>,
+    /// For each [`SIDE`] queries, the sums of `across / 2` times [`SIDE`] elements of values.
+    out: Vec<Sums>,
+    /// For each [`SIDE`] queries.
+    states: Vec<State>,
+    /// Of a block of keys and [`SIDE`] queries.
+    scores: Vec<Sums>,
+    /// `[2, KEYS / 32]` tiles: pairs of keys and 16 queries.
+    weights: Vec<Line>,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
+
+/// The softmax of [`SIDE`] queries so far.
+#[derive(Clone, Copy)]
+struct State {
+    largest: [[f32; N]; 2],
+    sum: [[f32; N]; 2],
+}
+
+impl State {
+    /// Of no keys.
+    const EMPTY: Self = Self { largest: [[f32::NEG_INFINITY; N]; 2], sum: [[0.0; N]; 2] };
+}
+
+/// Moves rows to columns.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn transposed(r: [__m512i; N]) -> [__m512i; N] {
+    let mut t = r;
+    for i in (0..N).step_by(2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    let mut u = t;
+    for i in (0..N).step_by(4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // Now the quarter `l` of `u[4 k + c]` is of column `4 l + c` and rows `4 k` to `4 k + 3`.
+    for c in 0..4 {
+        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(u[c], u[4 + c]), _mm512_shuffle_i32x4::<0xdd>(u[c], u[4 + c]));
+        let (even_2, odd_2) = (_mm512_shuffle_i32x4::<0x88>(u[8 + c], u[12 + c]), _mm512_shuffle_i32x4::<0xdd>(u[8 + c], u[12 + c]));
+        t[c] = _mm512_shuffle_i32x4::<0x88>(even, even_2);
+        t[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd, odd_2);
+        t[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even, even_2);
+        t[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd, odd_2);
+    }
+    t
+}
+
+/// Two vectors of 16 as 32 of bf16, in their order.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn narrow(first: __m512, second: __m512) -> __m512i {
+    // SAFETY: both are 512 bits.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
+}
+
+/// `2^x` to 5e-6 of it, and 0 below 2^-120, of which products would be subnormal and slow: `x` is an integer and a rest of at most a
+/// half, whose power is a polynomial (Taylor's of `e^(x ln 2)`, the last coefficient fitted).
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn exp2(x: __m512) -> __m512 {
+    let n = _mm512_roundscale_ps::<0>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut p = _mm512_set1_ps(0.009_67);
+    for c in [0.055_504_1, 0.240_226_5, std::f32::consts::LN_2, 1.0] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    }
+    _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-120.0)), p, n)
+}
+
+/// A block of keys and values of one head to tiles.
+struct Pack<'a> {
+    tiling: Tiling,
+    /// From the block's first key on.
+    k: Kept<'a>,
+    v: Kept<'a>,
+    d: usize,
+    dv: usize,
+    /// Keys there are; others are zeros.
+    count: usize,
+    tiles: &'a mut [u8],
+}
+
+impl Pack<'_> {
+    /// # Safety
+    /// The CPU has AVX-512 F, BW, DQ, VL and BF16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    unsafe fn run(self, row: &mut Vec<f32>) {
+        let Tiling { depth, across } = self.tiling;
+        let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
+        row.clear();
+        row.resize(depth * SIDE, 0.0);
+        if self.count < KEYS {
+            keys.fill(0);
+        }
+        for j in 0..self.count {
+            self.k.widen(j, &mut row[..self.d]);
+            for (step, part) in row.as_chunks::<SIDE>().0.iter().enumerate() {
+                let to = &mut keys[(j / N * depth + step) * TILE + j % N * ROW..][..ROW];
+                // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
+                unsafe {
+                    let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
+                    _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
+                }
+            }
+        }
+        let width = across * N;
+        row.clear();
+        row.resize(2 * width, 0.0);
+        let (even, odd) = row.split_at_mut(width);
+        for step in 0..KEYS / SIDE {
+            let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
+            for pair in 0..N {
+                for (i, row) in [&mut *even, &mut *odd].into_iter().enumerate() {
+                    let j = step * SIDE + 2 * pair + i;
+                    if j < self.count { self.v.widen(j, &mut row[..self.dv]) } else { row.fill(0.0) }
+                }
+                for a in 0..across {
+                    let to = &mut values[tile(a) + pair * ROW..][..ROW];
+                    // SAFETY: the caller's promise; the rows have 16 floats from `a * 16` on, and `to` is of 64 bytes.
+                    unsafe {
+                        let load = |row: &[f32]| _mm512_loadu_ps(row[a * N..][..N].as_ptr());
+                        _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even), load(odd))));
+                    }
+                }
+            }
+            for a in 0..across {
+                // SAFETY: the caller's promise.
+                unsafe { transpose(&mut values[tile(a)..][..TILE]) };
+            }
+        }
+    }
+}
+
+/// The first 16 of 32 bf16, each followed by one of the last 16.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BW.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn interleaved(x: __m512i) -> __m512i {
+    const ORDER: [u16; 2 * N] = {
+        let mut order = [0; 2 * N];
+        let mut i = 0;
+        while i < N {
+            order[2 * i] = i as u16;
+            order[2 * i + 1] = (N + i) as u16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: `ORDER` is of 64 bytes.
+    unsafe { _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), x) }
+}
+
+/// Rows of a tile, of 32-bit elements, to columns.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose(tile: &mut [u8]) {
+    let (rows, _) = tile.as_chunks_mut::<ROW>();
+    assert!(rows.len() == N);
+    // SAFETY: the caller's promise; rows are of 64 bytes.
+    unsafe {
+        let columns = transposed(std::array::from_fn(|i| _mm512_loadu_si512(rows[i].as_ptr().cast())));
+        rows.iter_mut().zip(columns).for_each(|(row, column)| _mm512_storeu_si512(row.as_mut_ptr().cast(), column));
+    }
+}
+
+/// Up to [`QUERIES`] queries of a head.
+struct Block<'a, 'b> {
+    isa: Isa,
+    a: &'a Attention<'b>,
+    tiling: Tiling,
+    lead: usize,
+    /// `[run, d]`.
+    q: &'a [f32],
+    run: &'a Run,
+    /// Blocks of keys and values.
+    tiles: &'a [u8],
+    /// `[run, dv]`.
+    out: &'a mut [f32],
+}
+
+impl Block<'_, '_> {
+    /// # Safety
+    /// The CPU has AVX-512 F, BW, DQ, VL and BF16; if it has AMX, [`configure`] has been called on this thread.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    unsafe fn run(mut self, work: &mut Work) {
+        let Tiling { depth, across } = self.tiling;
+        let groups = self.run.queries.len().div_ceil(SIDE);
+        work.queries.resize(QUERIES / SIDE * 2 * depth * N, Line([0; ROW]));
+        work.out.resize(QUERIES / SIDE * across / 2, Sums([[0; SIDE]; SIDE]));
+        work.scores.resize(KEYS / SIDE, Sums([[0; SIDE]; SIDE]));
+        work.weights.resize(2 * KEYS / SIDE * N, Line([0; ROW]));
+        work.states.clear();
+        work.states.resize(groups, State::EMPTY);
+        // SAFETY: the caller's promise.
+        unsafe { self.pack(work) };
+        let Range { start, end } = self.run.keys;
+        for block in start / KEYS..end.div_ceil(KEYS) {
+            for group in 0..groups {
+                let seen = self.reach(group);
+                let keys = start.max(block * KEYS)..end.min((block + 1) * KEYS).min(seen);
+                if !keys.is_empty() {
+                    // SAFETY: the caller's promise.
+                    unsafe { self.step(work, group, block, keys) };
+                }
+            }
+        }
+        for group in 0..groups {
+            // SAFETY: the caller's promise.
+            unsafe { self.finish(work, group) };
+        }
+    }
+
+    /// The first key that none of a group of queries sees, nor any later one.
+    fn reach(&self, group: usize) -> usize {
+        match self.a.seen {
+            Seen::Causal(_) => {
+                let last = (self.run.queries.start + (group + 1) * SIDE).min(self.run.queries.end);
+                (self.a.t + last).saturating_sub(self.a.s)
+            }
+            _ => self.run.keys.end,
+        }
+    }
+
+    /// Queries, rotated and scaled, to tiles. Scores are powers of 2, not of e.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    unsafe fn pack(&self, work: &mut Work) {
+        let (d, depth) = (self.a.d, self.tiling.depth);
+        let scale = self.a.scale * std::f32::consts::LOG2_E;
+        let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut work.queries);
+        let row = &mut work.row;
+        row.clear();
+        row.resize(depth * SIDE, 0.0);
+        for i in 0..self.run.queries.len().next_multiple_of(SIDE) {
+            match self.q.get(i * d..(i + 1) * d) {
+                Some(q) => row[..d].copy_from_slice(q),
+                None => row.fill(0.0),
+            }
+            if let (Some([cos, sin]), true) = (self.a.rotary, i < self.run.queries.len()) {
+                let at = (self.lead * self.a.s + self.run.queries.start + i) * (d / 2);
+                rotate(&mut row[..d], &cos[at..at + d / 2], &sin[at..at + d / 2]);
+            }
+            row.iter_mut().for_each(|v| *v *= scale);
+            for (step, part) in row.as_chunks::<SIDE>().0.iter().enumerate() {
+                let to = &mut tiles[(i / N * depth + step) * TILE + i % N * ROW..][..ROW];
+                // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
+                unsafe {
+                    let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
+                    _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
+                }
+            }
+        }
+        let used = self.run.queries.len().div_ceil(SIDE) * 2 * depth * TILE;
+        for tile in tiles[..used].chunks_exact_mut(TILE) {
+            // SAFETY: the caller's promise.
+            unsafe { transpose(tile) };
+        }
+    }
+
+    /// One block of keys for one group of queries.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    unsafe fn step(&self, work: &mut Work, group: usize, block: usize, keys: Range<usize>) {
+        let Tiling { depth, across } = self.tiling;
+        let tiles = &self.tiles[block * self.tiling.block()..][..self.tiling.block()];
+        let (key_tiles, value_tiles) = tiles.split_at(self.tiling.keys());
+        let queries: &[u8] = &bytemuck::cast_slice(&work.queries)[group * 2 * depth * TILE..][..2 * depth * TILE];
+        let queries = [&queries[..depth * TILE], &queries[depth * TILE..]];
+        // Of the block, in units of 32 keys.
+        let steps = (keys.start - block * KEYS) / SIDE..(keys.end - block * KEYS).div_ceil(SIDE);
+        let scores = &mut work.scores[..steps.len()];
+        for (step, scores) in steps.clone().zip(scores.iter_mut()) {
+            let keys = [0, 1].map(|half| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE]);
+            // SAFETY: the caller's promise.
+            unsafe { self.products(keys, queries, depth, true, scores) };
+        }
+        self.hide(scores, group, block * KEYS + steps.start * SIDE, &keys);
+        let state = &mut work.states[group];
+        let fresh = state.sum == State::EMPTY.sum && state.largest == State::EMPTY.largest;
+        let out = &mut work.out[group * across / 2..][..across / 2];
+        let weights: &mut [u8] = bytemuck::cast_slice_mut(&mut work.weights);
+        let (first, second) = weights.split_at_mut(KEYS / SIDE * TILE);
+        // SAFETY: the caller's promise; what is loaded and stored are arrays of 16 elements and rows of tiles.
+        unsafe {
+            for (half, weights) in [&mut *first, &mut *second].into_iter().enumerate() {
+                let before = _mm512_loadu_ps(state.largest[half].as_ptr());
+                let mut largest = before;
+                for row in scores.iter().flat_map(|s| &s.0) {
+                    largest = _mm512_max_ps(largest, _mm512_loadu_ps(row[half * N..].as_ptr().cast()));
+                }
+                // Without a key so far any shift does: all weights are 0.
+                let none = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(largest, _mm512_set1_ps(f32::NEG_INFINITY));
+                let shift = _mm512_mask_mov_ps(largest, none, _mm512_setzero_ps());
+                let shrink = exp2(_mm512_sub_ps(before, shift));
+                let mut sum = _mm512_mul_ps(_mm512_loadu_ps(state.sum[half].as_ptr()), shrink);
+                let (pairs, _) = weights.as_chunks_mut::<ROW>();
+                for (rows, to) in scores.iter().flat_map(|s| s.0.as_chunks::<2>().0).zip(pairs) {
+                    let weight = |row: &[u32; SIDE]| {
+                        let power = exp2(_mm512_sub_ps(_mm512_loadu_ps(row[half * N..].as_ptr().cast()), shift));
+                        // To bf16: the nearest one. The sum is of what is multiplied.
+                        let rounded = _mm512_add_epi32(_mm512_castps_si512(power), _mm512_set1_epi32(0x8000));
+                        _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+                    };
+                    let (even, odd) = (weight(&rows[0]), weight(&rows[1]));
+                    sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)));
+                    _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd));
+                }
+                _mm512_storeu_ps(state.largest[half].as_mut_ptr(), largest);
+                _mm512_storeu_ps(state.sum[half].as_mut_ptr(), sum);
+                if !fresh && _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(shrink, _mm512_set1_ps(1.0)) != 0 {
+                    for row in out.iter_mut().flat_map(|s| &mut s.0) {
+                        let at = row[half * N..].as_mut_ptr().cast::<f32>();
+                        _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), shrink));
+                    }
+                }
+            }
+        }
+        let weights = [&first[..steps.len() * TILE], &second[..steps.len() * TILE]];
+        for (i, out) in out.iter_mut().enumerate() {
+            let values = [0, 1].map(|half| &value_tiles[((2 * i + half) * (KEYS / SIDE) + steps.start) * TILE..][..steps.len() * TILE]);
+            // SAFETY: the caller's promise.
+            unsafe { self.products(values, weights, steps.len(), fresh, out) };
+        }
+    }
+
+    /// [`bf16_products`].
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    unsafe fn products(&self, a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+        // SAFETY: the caller's promise.
+        unsafe { if self.isa == Isa::Amx { bf16_products(a, b, steps, fresh, sums) } else { dot_products(a, b, steps, fresh, sums) } }
+    }
+
+    /// -inf for what queries do not see: `scores` are of keys from `first` on, of which there are those in `keys`.
+    #[inline(always)]
+    fn hide(&self, scores: &mut [Sums], group: usize, first: usize, keys: &Range<usize>) {
+        const HIDDEN: u32 = f32::NEG_INFINITY.to_bits();
+        let mask = if let Seen::Causal(mask) = self.a.seen { Some(&mask[self.lead * self.a.t..][..self.a.t]) } else { None };
+        let query = self.run.queries.start + group * SIDE;
+        for (j, row) in (first..).zip(scores.iter_mut().flat_map(|s| &mut s.0)) {
+            if !keys.contains(&j) || mask.is_some_and(|m| m[j] == 0) {
+                row.fill(HIDDEN);
+            } else if mask.is_some() {
+                // The first query that sees the key.
+                let seeing = (j + self.a.s).saturating_sub(self.a.t + query);
+                row[..seeing.min(SIDE)].fill(HIDDEN);
+            }
+        }
+    }
+
+    /// Sums to the results of a group of queries.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    unsafe fn finish(&mut self, work: &Work, group: usize) {
+        let (dv, across) = (self.a.dv, self.tiling.across);
+        let rows = self.out.len() / dv;
+        for half in 0..2 {
+            let first = group * SIDE + half * N;
+            let sum = work.states[group].sum[half];
+            // A query that saw no key has sums that were never made, or zeros.
+            let inverse = sum.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
+            for a in 0..dv.div_ceil(N) {
+                let sums = &work.out[group * across / 2 + a / 2].0[a % 2 * N..][..N];
+                let width = N.min(dv - a * N);
+                // SAFETY: the caller's promise; what is loaded and stored are arrays of 16 elements.
+                unsafe {
+                    let inverse = _mm512_loadu_ps(inverse.as_ptr());
+                    let unseen = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(inverse, _mm512_setzero_ps());
+                    let columns = transposed(std::array::from_fn(|i| {
+                        let sums = _mm512_loadu_ps(sums[i][half * N..].as_ptr().cast());
+                        _mm512_castps_si512(_mm512_mask_mul_ps(_mm512_setzero_ps(), !unseen, sums, inverse))
+                    }));
+                    for (i, column) in columns.into_iter().enumerate().take(rows.saturating_sub(first)) {
+                        let mut values = [0.0; N];
+                        _mm512_storeu_si512(values.as_mut_ptr().cast(), column);
+                        self.out[(first + i) * dv + a * N..][..width].copy_from_slice(&values[..width]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Kernels {
+    /// [`Kernels::attention`] in tiles, with [`Isa::Avx512Bf16`] or [`Isa::Amx`]. Each run sees keys of its range, all of them or as
+    /// [`Seen::Causal`] says.
+    pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: &mut [f32]) {
+        let tiling = Tiling::new(a);
+        let (blocks, group) = (a.t.div_ceil(KEYS), a.heads / a.kv_heads);
+        let head_bytes = blocks * tiling.block();
+        let runs: Vec<Run> = runs.iter().flat_map(|run| run.parts(QUERIES)).collect();
+        let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
+        let heads = a.lead * a.kv_heads;
+        let at_once = (PACKED / head_bytes.max(1)).clamp(1, heads);
+        words.resize(words.len().max((at_once * head_bytes + ROW) / 4), 0);
+        let first = words.as_ptr().align_offset(ROW).min(ROW / 4);
+        let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut words[first..][..at_once * head_bytes / 4]);
+        for (some, out) in (0..heads).step_by(at_once).zip(out.chunks_mut(at_once * group * a.s * a.dv)) {
+            let count = at_once.min(heads - some);
+            let used = &mut tiles[..count * head_bytes];
+            let of = |keys: &crate::Keys<'_>, head: usize, block: usize| head * keys.head_stride + block * KEYS;
+            self.pool.chunks(used, tiling.block(), |i, tiles| {
+                let (head, block) = (some + i / blocks, i % blocks);
+                let (k, v) = (a.k.data.from(of(&a.k, head, block), a.d), a.v.data.from(of(&a.v, head, block), a.dv));
+                let count = KEYS.min(a.t - block * KEYS);
+                let mut work = WORK.take();
+                // SAFETY: this is a CPU with AVX-512 and BF16 (`Isa::is_supported`).
+                unsafe { Pack { tiling, k, v, d: a.d, dv: a.dv, count, tiles }.run(&mut work.row) };
+                WORK.set(work);
+            });
+            let used = &*used;
+            let pieces = split(out, count * group, a.s * a.dv, &runs, a.dv);
+            self.pool.run(pieces.len(), |i| {
+                // Later runs of causal attention see more keys: start with the longest.
+                let i = pieces.len() - 1 - i;
+                let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
+                let Some(out) = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+                let q = &a.q[(some * group + head) * a.s * a.d..][run.queries.start * a.d..run.queries.end * a.d];
+                let tiles = &used[head / group * head_bytes..][..head_bytes];
+                let lead = (some + head / group) / a.kv_heads;
+                let mut work = WORK.take();
+                // SAFETY: as above.
+                unsafe {
+                    let amx = self.isa == Isa::Amx;
+                    if amx {
+                        configure();
+                    }
+                    Block { isa: self.isa, a, tiling, lead, q, run, tiles, out }.run(&mut work);
+                    if amx {
+                        release();
+                    }
+                }
+                WORK.set(work);
+            });
+        }
+        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+    }
+}
