@@ -104,7 +104,7 @@ mod tests {
     use vlmc_artifact::{DType, Port, State};
 
     fn entry(inputs: &[(&str, &[&str])], states: &[&str]) -> Entry {
-        let shape = |dims: &[&str]| dims.iter().map(|d| d.parse::<i64>().map_or_else(|_| Dim::symbol(*d), Dim::from)).collect::<Vec<_>>();
+        let shape = |dims: &[&str]| dims.iter().map(|d| d.parse::<i64>().map_or_else(|_| Dim::symbol(d), Dim::from)).collect::<Vec<_>>();
         Entry {
             name: "decoder".into(),
             file: "decoder.onnx".into(),
