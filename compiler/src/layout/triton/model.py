@@ -35,12 +35,12 @@ class TritonPythonModel:
         return None
 
     def run(self, name, given):
-        """Outputs of a graph by name; what is not given is empty."""
+        """Outputs of a graph by name; what is not given has no rows."""
         session, feed = self.sessions[name], {}
         for port in session.get_inputs():
             value = given.get(port.name)
             if value is None:
-                value = np.zeros([d if isinstance(d, int) else 0 for d in port.shape], DTYPES[port.type])
+                value = np.zeros([1 if d == "batch" else d if isinstance(d, int) else 0 for d in port.shape], DTYPES[port.type])
             feed[port.name] = value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, DTYPES[port.type]))
         names = [o.name for o in session.get_outputs()]
         return dict(zip(names, session.run_with_ort_values(names, feed)))
