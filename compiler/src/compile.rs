@@ -4,9 +4,10 @@ use crate::{
     Error, Result,
     arch::{Architecture, SideFiles},
     artifact_dir::ArtifactDir,
-    back::{self, Layout, Place, Stored},
+    back::{self, Stored},
     calibrate::Recipes,
     checkpoint::Checkpoint,
+    layout::{self, Layout, Place},
     loss, packed, target, tiktoken,
     weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
@@ -44,6 +45,7 @@ pub struct Model {
     checkpoint: Checkpoint,
     with_loss: bool,
     kv: DType,
+    layout: &'static Layout,
     /// What calibration has found.
     found: Recipes,
 }
@@ -127,7 +129,7 @@ impl Model {
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
         let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
-        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, found: Recipes::default() })
+        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, layout: &layout::PLAIN, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -140,6 +142,12 @@ impl Model {
     #[must_use]
     pub fn with_kv(self, kv: DType) -> Self {
         Self { kv, ..self }
+    }
+
+    /// The model with the interface and the files that a client wants, when it is compiled for a target of ONNX.
+    #[must_use]
+    pub fn with_layout(self, layout: &'static Layout) -> Self {
+        Self { layout, ..self }
     }
 
     /// The model with tensors that calibration has found, and the recipes of weights that use them.
@@ -190,6 +198,8 @@ impl Model {
         if self.kv != DType::F32 {
             program = keep_states(program, self.kv)?;
         }
+        self.layout.check(&program.name, target.name)?;
+        let program = self.layout.adapt(program, &lowered.task)?;
         let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -213,7 +223,7 @@ impl Model {
         self.architecture.processor(self.checkpoint.config(), &self.side_files()?)
     }
 
-    fn side_files(&self) -> Result<SideFiles> {
+    pub(crate) fn side_files(&self) -> Result<SideFiles> {
         let json = |file| self.checkpoint.json(file);
         Ok(SideFiles {
             preprocessor: json("preprocessor_config.json")?,
@@ -279,52 +289,31 @@ impl Model {
         warnings.extend(refusals(outcomes));
 
         let dir = ArtifactDir::create(options.out)?;
-        let weights = dir.path().join(WEIGHTS);
-        let (entries, stored, writer) = if target.name == "cpu" {
+        let (entries, parts) = if target.name == "cpu" {
             let (native, stored) = back::native::lower(program)?;
             let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
             write_file(&dir.path().join(PROGRAM), &json)?;
-            let writer = writer(program, &stored, &weights)?;
-            (native_entries(program, &native), stored, writer)
+            let writer = writer(program, &stored, &dir.path().join(WEIGHTS))?;
+            (native_entries(program, &native), vec![(stored, writer)])
         } else {
-            let stored = back::onnx::stored(target, program);
-            let linked = linked(program, &self.checkpoint, &stored);
-            let stored: Vec<Stored> = stored.into_iter().filter(|s| !linked.contains_key(&s.name)).collect();
-            for (file, from) in linked.values().map(|(place, from)| (&place.file, from)).collect::<BTreeMap<_, _>>() {
-                link(from, &dir.path().join(file))?;
-            }
-            let writer = writer(program, &stored, &weights)?;
-            let written = |name: &str| {
-                Some(Place { file: WEIGHTS.into(), offset: writer.offset_of(name).ok()?, bytes: writer.len_of(name).ok()? })
-            };
-            let place = |name: &str| linked.get(name).map(|(place, _)| place.clone()).or_else(|| written(name));
-            let models = back::onnx::emit(target, program, &place)?;
-            let uncovered: Vec<_> = models.iter().flat_map(|(_, model)| back::onnx::uncovered(target, model)).collect();
-            if !uncovered.is_empty() && !options.allow_fallback {
-                return Err(Error::Uncovered { target: target.name, nodes: uncovered });
-            }
-            warnings.extend(uncovered.iter().map(|node| format!("target '{}' leaves a node to another provider: {node}", target.name)));
-            for (name, model) in models {
-                write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
-            }
-            let mut entries: Vec<Entry> = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
-            if target.name == "onnx-tensorrt" {
-                let mut commands = String::new();
-                for entry in &mut entries {
-                    entry.provider_options = back::onnx::provider_options(&program.symbols, entry)?;
-                    commands += &format!("{}\n", back::onnx::trtexec(&program.symbols, entry)?);
-                }
-                write_file(&dir.path().join(TRTEXEC), commands.as_bytes())?;
-            }
-            (entries, stored, writer)
+            self.emit(target, program, dir.path(), options.allow_fallback, &mut warnings)?
         };
-        let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
+        let elements = |s: &Stored| Some(program.weights.get(&s.weight)?.elements());
+        let total = parts.iter().flat_map(|(stored, _)| stored).filter_map(elements).sum();
         let done = AtomicU64::new(0);
-        back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
-            (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
-        })?;
-        let weight_bytes = writer.finish()?.bytes;
+        let mut weight_bytes = 0;
+        for (stored, writer) in parts {
+            back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
+                (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
+            })?;
+            weight_bytes += writer.finish()?.bytes;
+        }
         let manifest = self.manifest(target, &lowered, entries)?;
+        for (name, bytes) in self.layout.files(self, &manifest)? {
+            let path = dir.path().join(name);
+            make_parent(&path)?;
+            write_file(&path, &bytes)?;
+        }
         self.copy_side_files(dir.path(), task, manifest.processor.is_some(), &mut warnings)?;
         let report = Report {
             out: options.out.into(),
@@ -341,6 +330,64 @@ impl Model {
         };
         dir.commit(manifest)?;
         Ok(report)
+    }
+
+    /// Writes the graphs as ONNX where the layout wants them, and begins their files of weights.
+    fn emit(
+        &self,
+        target: &Target,
+        program: &Verified,
+        dir: &Path,
+        allow_fallback: bool,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Vec<Entry>, Parts)> {
+        let places: Vec<Place> = program.graphs.iter().map(|g| self.layout.place(g)).collect();
+        let mut files: Vec<&str> = places.iter().map(|p| p.weights.as_str()).collect();
+        files.sort_unstable();
+        files.dedup();
+        let (mut parts, mut uncovered) = (vec![], vec![]);
+        for file in files {
+            let mut part = (**program).clone();
+            let mut inside = places.iter().map(|p| p.weights == file);
+            part.graphs.retain(|_| inside.next().unwrap_or(false));
+            let part = verified(part)?;
+            let mut stored = back::onnx::stored(target, &part);
+            // Clients want files of their own names.
+            let linked = if self.layout.is_plain() { linked(&part, &self.checkpoint, &stored) } else { BTreeMap::new() };
+            stored.retain(|s| !linked.contains_key(&s.name));
+            for (file, from) in linked.values().map(|(place, from)| (&place.file, from)).collect::<BTreeMap<_, _>>() {
+                link(from, &dir.join(file))?;
+            }
+            let path = dir.join(file);
+            make_parent(&path)?;
+            let writer = writer(&part, &stored, &path)?;
+            let beside = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or(file);
+            let written = |name: &str| {
+                Some(back::Place { file: beside.into(), offset: writer.offset_of(name).ok()?, bytes: writer.len_of(name).ok()? })
+            };
+            let place = |name: &str| linked.get(name).map(|(place, _)| place.clone()).or_else(|| written(name));
+            let inside = places.iter().filter(|p| p.weights == file);
+            for ((_, mut model), place) in back::onnx::emit(target, &part, &place)?.into_iter().zip(inside) {
+                uncovered.extend(back::onnx::uncovered(target, &model));
+                back::onnx::rename_axes(&mut model, self.layout.symbols);
+                write_file(&dir.join(&place.onnx), &model.encode_to_vec())?;
+            }
+            parts.push((stored, writer));
+        }
+        if !uncovered.is_empty() && !allow_fallback {
+            return Err(Error::Uncovered { target: target.name, nodes: uncovered });
+        }
+        warnings.extend(uncovered.iter().map(|node| format!("target '{}' leaves a node to another provider: {node}", target.name)));
+        let mut entries: Vec<Entry> = program.graphs.iter().zip(places).map(|(g, place)| entry(g, place.onnx, None)).collect();
+        if target.name == "onnx-tensorrt" {
+            let mut commands = String::new();
+            for entry in &mut entries {
+                entry.provider_options = back::onnx::provider_options(&program.symbols, entry)?;
+                commands += &format!("{}\n", back::onnx::trtexec(&program.symbols, entry)?);
+            }
+            write_file(&dir.join(TRTEXEC), commands.as_bytes())?;
+        }
+        Ok((entries, parts))
     }
 
     /// What an artifact for `cpu` would hold, without its files: manifest, program and bytes of the weights.
@@ -363,6 +410,7 @@ impl Model {
             format: FORMAT,
             compiler: COMPILER.into(),
             target: target.name.into(),
+            layout: (!self.layout.is_plain()).then(|| self.layout.name.into()),
             architecture: program.name.clone(),
             parameters: program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum(),
             source: self.checkpoint.source(),
@@ -379,9 +427,12 @@ impl Model {
     fn copy_side_files(&self, dir: &Path, task: &Task, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
-            let from = self.checkpoint.dir().join(name);
-            if from.exists() {
-                fs::copy(&from, dir.join(name)).map_err(Error::io(&from))?;
+            let (from, to) = (self.checkpoint.dir().join(name), dir.join(name));
+            // A layout may have its own.
+            if from.exists() && !to.exists() {
+                fs::copy(&from, &to).map_err(Error::io(&from))?;
+            }
+            if to.exists() {
                 copied.push(name);
             }
         }
@@ -449,6 +500,9 @@ impl Model {
     }
 }
 
+/// Files of weights that are begun, and what goes into each.
+type Parts = Vec<(Vec<Stored>, WeightsWriter)>;
+
 fn verified(program: Program) -> Result<Verified> {
     verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))
 }
@@ -464,20 +518,24 @@ fn refusals(outcomes: &BTreeMap<String, Outcome>) -> Vec<String> {
     by_reason.iter().map(|(why, names)| format!("{} weights are not quantized: {why}: {}", names.len(), abridged(names))).collect()
 }
 
+fn make_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(Error::io(dir)))
+}
+
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
 }
 
 /// Weights that the checkpoint's files have as the artifact wants them, by their names in the artifact, each with the path of its
 /// file. All weights of such a file are used so.
-fn linked<'c>(program: &Verified, checkpoint: &'c Checkpoint, stored: &[Stored]) -> BTreeMap<String, (Place, &'c Path)> {
+fn linked<'c>(program: &Verified, checkpoint: &'c Checkpoint, stored: &[Stored]) -> BTreeMap<String, (back::Place, &'c Path)> {
     let (mut found, mut touched) = (BTreeMap::new(), BTreeSet::new());
     for s in stored {
         let Some(def) = program.weights.get(&s.weight) else { continue };
-        let same = |name: &&str| s.layout == Layout::Rows && checkpoint.tensor(name).is_some_and(|(dtype, _)| dtype == def.dtype);
+        let same = |name: &&str| s.layout == back::Layout::Rows && checkpoint.tensor(name).is_some_and(|(dtype, _)| dtype == def.dtype);
         match def.untouched().filter(same).and_then(|name| checkpoint.place(name)) {
             Some((file, path, range)) if !file.contains('/') && file != WEIGHTS => {
-                let place = Place { file: file.into(), offset: range.start, bytes: range.end - range.start };
+                let place = back::Place { file: file.into(), offset: range.start, bytes: range.end - range.start };
                 found.insert(s.name.clone(), (place, path));
             }
             _ => touched.extend(def.recipe.sources().into_iter().filter_map(|name| checkpoint.place(name).map(|(file, ..)| file.to_string()))),

@@ -59,6 +59,24 @@ pub enum Error {
     /// `--target` names no target.
     #[error("target '{0}' is not supported; supported: {list}", list = crate::target::TARGETS.iter().map(|t| t.name).collect::<Vec<_>>().join(", "))]
     Target(String),
+    /// `--layout` names no layout.
+    #[error("layout '{name}' is not supported; supported: {known}")]
+    UnknownLayout {
+        /// As the user wrote it.
+        name: String,
+        /// All that there are.
+        known: String,
+    },
+    /// The client of a layout does not run what is to be compiled.
+    #[error("layout '{layout}' does not support {what}; supported: {supported}")]
+    Layout {
+        /// Its name.
+        layout: &'static str,
+        /// What it does not support.
+        what: String,
+        /// What it does.
+        supported: String,
+    },
     /// The provider of a target has no kernels for some nodes.
     #[error(
         "target '{target}' does not run {} nodes (--allow-fallback leaves them to another provider):{}",

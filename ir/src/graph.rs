@@ -177,14 +177,11 @@ impl Graph {
         self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
     }
 
-    /// The graph with its float states of another float type. What reads them must follow.
-    pub fn with_states(&self, dtype: DType) -> Graph {
+    /// The graph with states of other types. What reads them must follow.
+    pub fn with_states(&self, of: impl Fn(&State, &Type) -> Type) -> Graph {
         let mut graph = self.clone();
-        for s in &graph.states {
-            let ty = &mut graph.values[s.past.index()].0;
-            if ty.dtype.is_float() {
-                ty.dtype = dtype;
-            }
+        for s in &self.states {
+            graph.values[s.past.index()].0 = of(s, self.ty(s.past));
         }
         graph
     }

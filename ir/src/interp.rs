@@ -372,10 +372,7 @@ fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>, k: usiz
             let codes = Codes { codes: bytes(part("codes")?), scales: part("scales")?, zeros: bytes(part("zeros")?) };
             Ok(codes.dequantize(k, *scheme))
         }
-        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source, k)?
-            .into_iter()
-            .map(|v| round(v, *dtype))
-            .collect()),
+        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source, k)?.into_iter().map(|v| round(v, *dtype)).collect()),
     }
 }
 

@@ -152,16 +152,8 @@ pub const CPU: &[Pass] = &[
 ];
 
 /// What runs for ONNX of standard ops, in order. It has no op for what the other rules fuse.
-pub const ONNX: &[Pass] = &[
-    weights::STORAGE,
-    masks::GIVEN,
-    masks::ONE_KEY,
-    legalize::LEGALIZE,
-    narrow::NARROW,
-    clean::FOLD,
-    clean::CSE,
-    clean::DCE,
-];
+pub const ONNX: &[Pass] =
+    &[weights::STORAGE, masks::GIVEN, masks::ONE_KEY, legalize::LEGALIZE, narrow::NARROW, clean::FOLD, clean::CSE, clean::DCE];
 
 /// What runs for ONNX with ONNX Runtime's own operators, in order.
 pub const ONNX_RUNTIME: &[Pass] = &[

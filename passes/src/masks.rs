@@ -8,8 +8,11 @@ use vlmc_ir::{
 };
 
 /// Attention whose mask is known by kind gets it as a `bool` tensor, which [`crate::clean::CSE`] then shares among layers.
-pub(crate) const GIVEN: Pass =
-    Pass::new("given-masks", "attention masks as tensors, where the target does not know their kind", Contract::Exact, |target, program| {
+pub(crate) const GIVEN: Pass = Pass::new(
+    "given-masks",
+    "attention masks as tensors, where the target does not know their kind",
+    Contract::Exact,
+    |target, program| {
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
                 let mut op = node.op.clone();
@@ -39,7 +42,8 @@ pub(crate) const GIVEN: Pass =
             })
             .map_err(Into::into)
         })
-    });
+    },
+);
 
 /// The mask of an attention, whose operand is the last.
 fn mask_of(op: &mut Op) -> Option<&mut Mask> {
@@ -58,8 +62,8 @@ pub(crate) const ONE_KEY: Pass =
         let least: Bindings = program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect();
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
-                let (Op::Attention(Attention { mask: Mask::Given, .. }) | Op::MultiHeadAttention(MultiHeadAttention { mask: Mask::Given, .. })) =
-                    &node.op
+                let (Op::Attention(Attention { mask: Mask::Given, .. })
+                | Op::MultiHeadAttention(MultiHeadAttention { mask: Mask::Given, .. })) = &node.op
                 else {
                     return None;
                 };

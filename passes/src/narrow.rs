@@ -18,7 +18,7 @@ pub(crate) const NARROW: Pass =
     });
 
 fn narrow(graph: &Graph, float: DType) -> Result<Graph, crate::PassError> {
-    let graph = graph.with_states(float);
+    let graph = graph.with_states(|_, ty| if ty.dtype.is_float() { ty.with_dtype(float) } else { ty.clone() });
     let leaves = |v| graph.outputs.iter().any(|o| o.value == v);
     rewrite(&graph, |g, node, args| {
         let literal = |i: usize| matches!(graph.def(node.args[i]), Def::Literal(_));

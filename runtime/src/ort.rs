@@ -1,7 +1,7 @@
 //! The engine of `onnx-*` artifacts: ONNX Runtime, whose library is loaded when it is needed (`ORT_DYLIB_PATH` names it).
 
-use half::{bf16, f16};
 use crate::{Artifact, Data, Engine, Error, Result, Tensor, binding};
+use half::{bf16, f16};
 use ort::{
     environment::Environment,
     session::{Session, SessionInputValue, builder::GraphOptimizationLevel},
@@ -101,7 +101,9 @@ fn padding_is_last(inputs: &[(&str, &Tensor)]) -> Result<()> {
     let Data::I64(live) = mask.data() else { return Ok(()) };
     let width = mask.shape().last().copied().unwrap_or(1).max(1);
     match live.chunks(width).position(|row| row.windows(2).any(|w| w[0] == 0 && w[1] != 0)) {
-        Some(row) => Err(Error::Unsupported(format!("attention_mask: row {row} has padding before tokens; for target 'onnx-cuda' it must stand at the end"))),
+        Some(row) => Err(Error::Unsupported(format!(
+            "attention_mask: row {row} has padding before tokens; for target 'onnx-cuda' it must stand at the end"
+        ))),
         None => Ok(()),
     }
 }
@@ -116,7 +118,11 @@ fn empty(dtype: DType, shape: Vec<i64>) -> ort::Result<DynValue> {
 }
 
 /// A state's first `len` positions along `axis`.
-fn shortened<T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static>(value: &DynValue, axis: usize, len: usize) -> ort::Result<DynValue> {
+fn shortened<T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static>(
+    value: &DynValue,
+    axis: usize,
+    len: usize,
+) -> ort::Result<DynValue> {
     let mut shape = shape_of(value);
     let (outer, inner): (usize, usize) = (shape[..axis].iter().product(), shape[axis + 1..].iter().product());
     let (_, data) = value.try_extract_tensor::<T>()?;

@@ -322,7 +322,8 @@ pub fn forward_agrees(name: &str, target: &str, cases: &[&str], tolerance: f32) 
             let Some(reference) = floats(&golden, &format!("{prefix}{name}")) else { continue };
             let got = floats(&out, name).unwrap_or_else(|| panic!("there is no {prefix}{name}"));
             let (difference, largest) = difference(got, reference);
-            let allowed = if self::target(target).float == DType::F32 { tolerance } else { self::tolerance(self::target(target)) * largest.max(1.0) };
+            let allowed =
+                if self::target(target).float == DType::F32 { tolerance } else { self::tolerance(self::target(target)) * largest.max(1.0) };
             assert!(difference <= allowed, "{prefix}{name} differs by {difference}");
             compared += 1;
         }

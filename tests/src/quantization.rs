@@ -82,7 +82,8 @@ impl Bench {
             Way::Q4_0 => (model, policy("int4")),
             Way::Calibrated(text) => {
                 let (policy, requests) = (policy(text), calibration().unwrap_or_else(|e| panic!("{e}")));
-                let (model, report) = model.calibrate(crate::target(&self.target), &chosen(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+                let (model, report) =
+                    model.calibrate(crate::target(&self.target), &chosen(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
                 assert!(!report.is_empty());
                 (model, policy)
             }
@@ -95,7 +96,13 @@ impl Bench {
             }
         };
         let report = model
-            .compile(&Options { target: crate::target(&self.target), policy: &policy, out: &artifact, allow_fallback: false, progress: &|_, _| {} })
+            .compile(&Options {
+                target: crate::target(&self.target),
+                policy: &policy,
+                out: &artifact,
+                allow_fallback: false,
+                progress: &|_, _| {},
+            })
             .unwrap_or_else(|e| panic!("{e}"));
         let artifact = Artifact::open(&artifact).unwrap_or_else(|e| panic!("{e}"));
         let score = Evaluated::open(&artifact, None).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));

@@ -117,7 +117,9 @@ pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
         Op::AddLayerNorm(_) | Op::AddRmsNorm(_) if dims(&args[0]) => Support::Native,
         Op::MergedRotary(_) if dims(&args[0]) => Support::Native,
         // As many heads of keys as of queries.
-        Op::MultiHeadAttention(o) if o.heads == o.kv_heads && matches!(o.mask, Mask::Full | Mask::Given) && dims(&args[0]) => Support::Native,
+        Op::MultiHeadAttention(o) if o.heads == o.kv_heads && matches!(o.mask, Mask::Full | Mask::Given) && dims(&args[0]) => {
+            Support::Native
+        }
         // Keys and values of one width, a multiple of 8. Of a causal mask it takes the lengths of the rows.
         Op::GroupQueryAttention(o) if o.mask != Mask::Segments && args[3].shape == args[4].shape && in_eights(&args[3]) => Support::Native,
         _ => standard(target, op, args),

@@ -164,7 +164,9 @@ impl OpDef for Attention {
                 expect_shape(mask, &[lead[0].clone(), t.clone()], "mask")?;
             }
             (Mask::Given, Some(mask)) => {
-                expect(mask.dtype == DType::Bool || mask.dtype == q.dtype, || format!("mask must be bool or {}, is {}", q.dtype, mask.dtype))?;
+                expect(mask.dtype == DType::Bool || mask.dtype == q.dtype, || {
+                    format!("mask must be bool or {}, is {}", q.dtype, mask.dtype)
+                })?;
                 let scores = [lead, &[heads.clone(), s.clone(), t.clone()]].concat();
                 let fits = super::broadcast_shapes(&mask.shape, &scores)? == scores;
                 expect(fits, || format!("mask {mask} does not broadcast to the scores"))?;

@@ -31,7 +31,7 @@ fn main() {
                 rotary: None,
                 bf16,
             };
-            let (mut scratch, mut out) = (vec![0.0; threads * attention_scratch(s, t, d, d)], vec![0.0; heads * s * d]);
+            let (mut scratch, mut out) = (vec![0.0; threads * attention_scratch(heads / kv_heads, s, t, d, d)], vec![0.0; heads * s * d]);
             let mut seconds = f64::INFINITY;
             for _ in 0..5 {
                 let start = Instant::now();

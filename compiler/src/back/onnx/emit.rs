@@ -407,7 +407,6 @@ impl Emitter<'_> {
         Ok(name)
     }
 
-
     fn computed_dim(&mut self, d: &Dim) -> Emitted<String> {
         let hint = format!("dim {d}");
         if let Some((1, symbol)) = d.as_scaled_symbol() {
@@ -748,7 +747,11 @@ impl Emitter<'_> {
         }
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
         let y = format!("{out}/{op}");
-        if own { self.own(op, &inputs, &[&y], attributes) } else { self.named(op, &inputs, &y, attributes) };
+        if own {
+            self.own(op, &inputs, &[&y], attributes)
+        } else {
+            self.named(op, &inputs, &y, attributes)
+        };
         self.named("Squeeze", &[&y, &axes], out, vec![]);
     }
 

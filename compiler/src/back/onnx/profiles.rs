@@ -104,7 +104,7 @@ mod tests {
     use vlmc_artifact::{DType, Port, State};
 
     fn entry(inputs: &[(&str, &[&str])], states: &[&str]) -> Entry {
-        let shape = |dims: &[&str]| dims.iter().map(|d| d.parse::<i64>().map_or_else(|_| Dim::symbol(*d), Dim::from)).collect::<Vec<_>>();
+        let shape = |dims: &[&str]| dims.iter().map(|d| d.parse::<i64>().map_or_else(|_| Dim::symbol(d), Dim::from)).collect::<Vec<_>>();
         Entry {
             name: "decoder".into(),
             file: "decoder.onnx".into(),
@@ -112,7 +112,13 @@ mod tests {
             outputs: vec![],
             states: states
                 .iter()
-                .map(|n| State { past: (*n).into(), present: "p".into(), dtype: DType::F16, shape: shape(&["batch", "past", "8"]), axis: 1 })
+                .map(|n| State {
+                    past: (*n).into(),
+                    present: "p".into(),
+                    dtype: DType::F16,
+                    shape: shape(&["batch", "past", "8"]),
+                    axis: 1,
+                })
                 .collect(),
             arena: None,
             provider_options: BTreeMap::new(),
