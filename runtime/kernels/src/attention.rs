@@ -1,13 +1,14 @@
 //! Attention: scores, softmax and the weighted sum, per head and block of queries.
 //!
 //! Many queries: keys and values of the range that a run of queries sees are packed into panels once, and both products go
-//! through the tile kernel of [`crate::linear`]. Few queries (decoding): keys are read where they lie.
+//! through the tile kernel of [`crate::linear`], or, if they may be rounded, in tiles of bf16 ([`crate::flash`]). Few queries
+//! (decoding): [`crate::few`].
 
 use crate::{
-    Arithmetic, Isa, Kernels,
+    Arithmetic, Isa, Kernels, few,
     isa::Task,
     lanes::{self, Lanes, N},
-    linear::{Element, ROWS, Tile},
+    linear::{ROWS, Tile},
     norm::rotate,
 };
 use half::bf16;
@@ -66,40 +67,6 @@ impl<'a> Kept<'a> {
             Self::F32(rows) => out.copy_from_slice(&rows[place]),
             Self::BF16(rows) => out.iter_mut().zip(&rows[place]).for_each(|(o, v)| *o = v.to_f32()),
             Self::I8(rows, scales) => out.iter_mut().zip(&rows[place]).for_each(|(o, v)| *o = scales[i] * f32::from(*v)),
-        }
-    }
-
-    /// Product of `q` with row `i`.
-    ///
-    /// # Safety
-    /// The CPU has the instruction set of `L`.
-    #[inline(always)]
-    unsafe fn dot<L: Lanes>(self, q: &[f32], i: usize) -> f32 {
-        let place = i * q.len()..(i + 1) * q.len();
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Self::F32(rows) => dot::<L, _>(q, &rows[place]),
-                Self::BF16(rows) => dot::<L, _>(q, &rows[place]),
-                Self::I8(rows, scales) => dot::<L, _>(q, &rows[place]) * scales[i],
-            }
-        }
-    }
-
-    /// Adds `p` times row `i`.
-    ///
-    /// # Safety
-    /// The CPU has the instruction set of `L`.
-    #[inline(always)]
-    unsafe fn add_to<L: Lanes>(self, out: &mut [f32], p: f32, i: usize) {
-        let place = i * out.len()..(i + 1) * out.len();
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Self::F32(rows) => add_scaled::<L, _>(out, p, &rows[place]),
-                Self::BF16(rows) => add_scaled::<L, _>(out, p, &rows[place]),
-                Self::I8(rows, scales) => add_scaled::<L, _>(out, p * scales[i], &rows[place]),
-            }
         }
     }
 }
@@ -218,6 +185,27 @@ impl Attention<'_> {
         if sees { 0.0 } else { f32::NEG_INFINITY }
     }
 
+    /// Keys before the first one that neither query `query` nor any before it sees.
+    #[inline(always)]
+    pub(crate) fn reach(&self, query: usize) -> usize {
+        if matches!(self.seen, Seen::Causal(_)) { (self.t + query + 1).saturating_sub(self.s).min(self.t) } else { self.t }
+    }
+
+    /// The mask, applied to the scores of a query with the keys from `first` on: of keys that it does not see they become -inf.
+    #[inline(always)]
+    pub(crate) fn hide(&self, lead: usize, head: usize, query: usize, first: usize, scores: &mut [f32]) {
+        match self.seen {
+            Seen::All => {}
+            Seen::Causal(mask) => {
+                let (seen, later) = scores.split_at_mut(self.reach(query).saturating_sub(first).min(scores.len()));
+                let mask = &mask[lead * self.t + first..];
+                seen.iter_mut().zip(mask).for_each(|(s, m)| *s = if *m == 0 { f32::NEG_INFINITY } else { *s });
+                later.fill(f32::NEG_INFINITY);
+            }
+            _ => scores.iter_mut().enumerate().for_each(|(j, s)| *s += self.bias(lead, head, query, first + j)),
+        }
+    }
+
     /// Whether a mask has an element for every score.
     fn reaches(&self, len: usize, [l, h, q, k]: Strides) -> bool {
         let last = |n: usize, stride: usize| n.saturating_sub(1) * stride;
@@ -243,11 +231,11 @@ struct Head<'a, 'b> {
     scratch: &'a mut [f32],
 }
 
-/// Floats that a thread needs for `s` queries and `t` keys of width `d` and values of width `dv`: scores, and where there are many
-/// queries also a row and the panels of keys and values. Saturates.
-pub fn attention_scratch(s: usize, t: usize, d: usize, dv: usize) -> usize {
+/// Floats that a thread needs for `s` queries of `group` heads that share `t` keys of width `d` and values of width `dv`: scores and
+/// queries, or where there are many queries scores, a row and the panels of keys and values. Saturates.
+pub fn attention_scratch(group: usize, s: usize, t: usize, d: usize, dv: usize) -> usize {
     if s < PACK {
-        return t;
+        return few::scratch(group.saturating_mul(s), t, d);
     }
     let columns = t.saturating_add(N - 1) / N * N;
     let rows = d.saturating_add(dv.saturating_add(N - 1) / N * N).saturating_add(BLOCK.min(s));
@@ -265,8 +253,6 @@ impl Task for Head<'_, '_> {
         unsafe {
             if this.run.keys.is_empty() {
                 this.out.fill(0.0);
-            } else if this.run.queries.len() < PACK {
-                this.direct::<L>();
             } else {
                 this.packed::<L>();
             }
@@ -286,32 +272,6 @@ impl Head<'_, '_> {
             rotate(row, &cos[at..at + half], &sin[at..at + half]);
         }
         Some(q)
-    }
-
-    /// # Safety
-    /// As [`Task::run`].
-    #[inline(always)]
-    unsafe fn direct<L: Lanes>(mut self) {
-        let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
-        let out = std::mem::take(&mut self.out);
-        let scores = &mut std::mem::take(&mut self.scratch)[..keys.len()];
-        for (i, (q, out)) in self.q.chunks_exact(d).zip(out.chunks_exact_mut(dv)).enumerate() {
-            let scores = &mut scores[..self.reach(i)];
-            // SAFETY: the caller's promise.
-            unsafe {
-                for (score, key) in scores.iter_mut().zip(keys.clone()) {
-                    *score = self.k.dot::<L>(q, key) * self.a.scale;
-                }
-                self.hide(i, scores);
-                softmax::<L>(scores);
-                out.fill(0.0);
-                for (p, key) in scores.iter().zip(keys.clone()) {
-                    if *p != 0.0 {
-                        self.v.add_to::<L>(out, *p, key);
-                    }
-                }
-            }
-        }
     }
 
     /// # Safety
@@ -359,7 +319,9 @@ impl Head<'_, '_> {
             }
             for (row, scores) in scores.chunks_exact_mut(columns).enumerate().take(block) {
                 let scores = &mut scores[..seen];
-                self.hide(first + row, scores);
+                if !self.run.dense {
+                    self.a.hide(self.lead, self.head, self.run.queries.start + first + row, self.run.keys.start, scores);
+                }
                 // SAFETY: the caller's promise.
                 unsafe { softmax::<L>(scores) };
             }
@@ -382,70 +344,19 @@ impl Head<'_, '_> {
     #[inline(always)]
     fn reach(&self, i: usize) -> usize {
         let keys = &self.run.keys;
-        match self.a.seen {
-            Seen::Causal(_) => (self.a.t + self.run.queries.start + i + 1).saturating_sub(self.a.s + keys.start).min(keys.len()),
-            _ => keys.len(),
-        }
-    }
-
-    /// The mask, applied to the scores of query `i` of the run: of keys that it does not see they become -inf.
-    #[inline(always)]
-    fn hide(&self, i: usize, scores: &mut [f32]) {
-        if self.run.dense {
-            return;
-        }
-        if let Seen::Causal(mask) = self.a.seen {
-            let (seen, later) = scores.split_at_mut(self.reach(i));
-            let mask = &mask[self.lead * self.a.t + self.run.keys.start..];
-            seen.iter_mut().zip(mask).for_each(|(s, m)| *s = if *m == 0 { f32::NEG_INFINITY } else { *s });
-            later.fill(f32::NEG_INFINITY);
-            return;
-        }
-        let query = self.run.queries.start + i;
-        for (j, score) in scores.iter_mut().enumerate() {
-            *score += self.a.bias(self.lead, self.head, query, self.run.keys.start + j);
-        }
+        self.a.reach(self.run.queries.start + i).saturating_sub(keys.start).min(keys.len())
     }
 }
 
-/// # Safety
-/// The CPU has the instruction set of `L`.
-#[inline(always)]
-unsafe fn dot<L: Lanes, W: Element>(a: &[f32], b: &[W]) -> f32 {
-    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<N>(), b.as_chunks::<N>());
-    // SAFETY: the caller's promise.
-    let sum = unsafe {
-        let mut acc = L::splat(0.0);
-        for (a, b) in a.iter().zip(b) {
-            acc = L::load(a).mul_add(W::lanes(b), acc);
-        }
-        acc.sum()
-    };
-    sum + a_tail.iter().zip(b_tail).map(|(a, b)| a * b.to_f32()).sum::<f32>()
-}
-
-/// `out += p * v`.
-///
-/// # Safety
-/// The CPU has the instruction set of `L`.
-#[inline(always)]
-unsafe fn add_scaled<L: Lanes, W: Element>(out: &mut [f32], p: f32, v: &[W]) {
-    let ((out, out_tail), (v, v_tail)) = (out.as_chunks_mut::<N>(), v.as_chunks::<N>());
-    // SAFETY: the caller's promise.
-    unsafe {
-        for (o, v) in out.iter_mut().zip(v) {
-            W::lanes::<L>(v).mul_add(L::splat(p), L::load(o)).store(o);
-        }
-    }
-    out_tail.iter_mut().zip(v_tail).for_each(|(o, v)| *o += p * v.to_f32());
-}
+/// Weights of this size are none: products of smaller ones could be subnormal, which is a hundred times slower.
+const NOTHING: f32 = 1e-30;
 
 /// Softmax of scores, of which -inf stands for unseen; zeros if all are.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
+pub(crate) unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
     // SAFETY of all blocks: the caller's promise.
     let largest = {
         let (chunks, tail) = scores.as_chunks::<N>();
@@ -461,14 +372,14 @@ unsafe fn softmax<L: Lanes>(scores: &mut [f32]) {
         let mut sum = L::splat(0.0);
         let shift = L::splat(-largest);
         for c in chunks.iter_mut() {
-            let e = lanes::exp(L::load(c).add(shift));
+            let e = lanes::exp(L::load(c).add(shift)).sub(L::splat(NOTHING)).max(L::splat(0.0));
             e.store(c);
             sum = sum.add(e);
         }
         sum.sum()
     };
     for s in tail.iter_mut() {
-        *s = (*s - largest).exp();
+        *s = ((*s - largest).exp() - NOTHING).max(0.0);
         sum += *s;
     }
     let scale = 1.0 / sum;
@@ -508,8 +419,12 @@ impl Kernels {
             let fits = d.is_multiple_of(2) && cos.len() == lead * s * (d / 2) && sin.len() == cos.len();
             assert!(fits, "cos and sin must be [lead, s, d/2], with even d");
         }
-        assert!(scratch.len() / self.pool.threads() >= attention_scratch(s, t, d, dv), "scratch is too small");
+        assert!(scratch.len() / self.pool.threads() >= attention_scratch(heads / kv_heads, s, t, d, dv), "scratch is too small");
         if out.is_empty() {
+            return;
+        }
+        if s < PACK {
+            self.few_queries(a, scratch, out);
             return;
         }
         let runs = a.runs();
@@ -638,7 +553,7 @@ mod tests {
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
                 // Whatever was left in it.
-                let mut scratch = vec![f32::NAN; threads * attention_scratch(s, t, d, dv)];
+                let mut scratch = vec![f32::NAN; threads * attention_scratch(heads / kv_heads, s, t, d, dv)];
                 Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut scratch, &mut out);
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");

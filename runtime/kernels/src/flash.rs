@@ -130,22 +130,21 @@ unsafe fn narrow(first: __m512, second: __m512) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
 }
 
-/// `2^x` to 5e-6 of it, 0 from -150 down: `x` is an integer and a rest of at most a half, whose power is a polynomial (Taylor's of
-/// `e^(x ln 2)`, the last coefficient fitted).
+/// `2^x` to 5e-6 of it, and 0 below 2^-120, of which products would be subnormal and slow: `x` is an integer and a rest of at most a
+/// half, whose power is a polynomial (Taylor's of `e^(x ln 2)`, the last coefficient fitted).
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn exp2(x: __m512) -> __m512 {
-    let x = _mm512_max_ps(x, _mm512_set1_ps(-200.0));
     let n = _mm512_roundscale_ps::<0>(x);
     let r = _mm512_sub_ps(x, n);
     let mut p = _mm512_set1_ps(0.009_67);
     for c in [0.055_504_1, 0.240_226_5, std::f32::consts::LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
-    _mm512_scalef_ps(p, n)
+    _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-120.0)), p, n)
 }
 
 /// A block of keys and values of one head to tiles.

@@ -13,6 +13,7 @@
 mod amx;
 mod attention;
 mod elementwise;
+mod few;
 #[cfg(target_arch = "x86_64")]
 mod flash;
 mod ints;

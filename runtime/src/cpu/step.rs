@@ -36,7 +36,8 @@ pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usi
     let shape = |i: u32| shapes[i as usize].as_slice();
     let attention = |k: u32, v: u32| {
         let (q, k, v) = (shape(step.args[0]), shape(k), shape(v));
-        attention_scratch(q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
+        let group = q[q.len() - 3].checked_div(k[k.len() - 3]).unwrap_or(0);
+        attention_scratch(group, q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], v[v.len() - 1]).saturating_mul(threads)
     };
     let floats = match &step.kernel {
         Kernel::Attention { .. } => attention(step.args[1], step.args[2]),
