@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need (ONNX Runtime and the ONNX checker, from PyPI, into target/) and runs all of them.
+# With --clients, also runs clients of other people on compiled artifacts: onnxruntime-genai, transformers.js, OpenVINO, Triton (1 GB
+# more from PyPI and npm).
 # Needs Rust and a Python 3 with pip; Python serves only to fetch and check, never to compile or run a model.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -33,3 +35,7 @@ for checkpoint in fixtures/*/; do
   "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile "$checkpoint" --target onnx-cpu -o "target/onnx-check/$(basename "$checkpoint")"
 done
 PYTHONPATH=target/python python3 tests/tools/check_onnx.py target/onnx-check/*/*.onnx
+
+if [ "${1:-}" = --clients ]; then
+  python3 tests/clients/run.py "${CARGO_TARGET_DIR:-target}/debug/vlmc"
+fi

@@ -13,7 +13,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
-use vlmc_artifact::{Certificate, DATA_SHA256, FileEntry, MANIFEST, Manifest};
+use vlmc_artifact::{Certificate, DATA_SHA256, FileEntry, MANIFEST, Manifest, is_weights};
 use vlmc_runtime::Artifact;
 
 /// An artifact under construction.
@@ -40,7 +40,7 @@ impl ArtifactDir {
     /// A file cannot be read, a safetensors file was not finished by a [`WeightsWriter`](crate::weights_writer::WeightsWriter),
     /// or the directory cannot be moved.
     pub fn commit(self, mut manifest: Manifest) -> Result<()> {
-        manifest.files = entries(self.path())?;
+        list(self.path(), "", &mut manifest.files)?;
         write_manifest(self.path(), &manifest)?;
         self.0.commit()
     }
@@ -71,13 +71,17 @@ fn is_artifact(dir: &Path) -> bool {
     manifest.is_some_and(|m| m["format"].is_u64() && m["compiler"].as_str().is_some_and(|c| c.starts_with("vlmc ")))
 }
 
-/// Every file of `dir` but the manifest, by name.
-fn entries(dir: &Path) -> Result<BTreeMap<String, FileEntry>> {
-    let mut files = BTreeMap::new();
+/// Adds every file of `dir` and its directories but the manifest, by `prefix` and path.
+fn list(dir: &Path, prefix: &str, files: &mut BTreeMap<String, FileEntry>) -> Result<()> {
     for found in fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = found.map_err(Error::io(dir))?.path();
         let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| Error::file(&path, "has a name that is not UTF-8"))?;
+        let name = format!("{prefix}{name}");
         if name == MANIFEST {
+            continue;
+        }
+        if path.is_dir() && !path.is_symlink() {
+            list(&path, &format!("{name}/"), files)?;
             continue;
         }
         let file = File::open(&path).map_err(Error::io(&path))?;
@@ -85,15 +89,15 @@ fn entries(dir: &Path) -> Result<BTreeMap<String, FileEntry>> {
         if !stat.is_file() {
             return Err(Error::file(&path, "is not a regular file"));
         }
-        let sha256 = if name.ends_with(".safetensors") {
+        let sha256 = if is_weights(&name) {
             let mut header = Header::read(&path, &file)?;
             header.metadata.remove(DATA_SHA256).ok_or_else(|| Error::file(&path, format!("has no `{DATA_SHA256}`")))?
         } else {
             digest::sha256_of(file).map_err(Error::io(&path))?
         };
-        files.insert(name.to_owned(), FileEntry { bytes: stat.len(), sha256 });
+        files.insert(name, FileEntry { bytes: stat.len(), sha256 });
     }
-    Ok(files)
+    Ok(())
 }
 
 /// A directory that is renamed to its destination when it is complete.
@@ -225,6 +229,7 @@ mod tests {
             format: vlmc_artifact::FORMAT,
             compiler: "vlmc 0.1.0".into(),
             target: "cpu".into(),
+            layout: None,
             architecture: "qwen2_vl".into(),
             parameters: 1,
             source: Source { config_sha256: String::new(), weights: BTreeMap::new() },
@@ -299,8 +304,8 @@ mod tests {
         fs::write(dir.path().join("x"), "x").unwrap();
         drop(dir);
         let dir = ArtifactDir::create(&out).unwrap();
-        fs::create_dir(dir.path().join("directory")).unwrap();
-        assert!(dir.commit(manifest()).unwrap_err().to_string().ends_with("directory: is not a regular file"));
+        std::os::unix::fs::symlink(root.path(), dir.path().join("link")).unwrap();
+        assert!(dir.commit(manifest()).unwrap_err().to_string().ends_with("link: is not a regular file"));
         let panicked = std::panic::catch_unwind(|| {
             let _dir = ArtifactDir::create(&out).unwrap();
             panic!("on purpose");

@@ -7,6 +7,7 @@ use crate::{
     back::{self, Stored},
     calibrate::Recipes,
     checkpoint::Checkpoint,
+    layout::{self, Layout, Place},
     loss, packed, target, tiktoken,
     weights_writer::{PAD, TensorSpec, WeightsWriter},
 };
@@ -42,6 +43,7 @@ pub struct Model {
     checkpoint: Checkpoint,
     with_loss: bool,
     kv: DType,
+    layout: &'static Layout,
     /// What calibration has found.
     found: Recipes,
 }
@@ -123,7 +125,7 @@ impl Model {
     fn new(checkpoint: Checkpoint) -> Result<Self> {
         let architecture = Architecture::of(checkpoint.config())?;
         let checkpoint = checkpoint.with_names(architecture.canonical_name)?.with_packed()?;
-        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, found: Recipes::default() })
+        Ok(Self { architecture, checkpoint, with_loss: false, kv: DType::F32, layout: &layout::PLAIN, found: Recipes::default() })
     }
 
     /// The model with the losses of its kind as entries, which only pairs of towers have.
@@ -136,6 +138,12 @@ impl Model {
     #[must_use]
     pub fn with_kv(self, kv: DType) -> Self {
         Self { kv, ..self }
+    }
+
+    /// The model with the interface and the files that a client wants, when it is compiled for a target of ONNX.
+    #[must_use]
+    pub fn with_layout(self, layout: &'static Layout) -> Self {
+        Self { layout, ..self }
     }
 
     /// The model with tensors that calibration has found, and the recipes of weights that use them.
@@ -186,6 +194,8 @@ impl Model {
         if self.kv != DType::F32 {
             program = keep_states(program, self.kv)?;
         }
+        self.layout.check(&program.name, target.name)?;
+        let program = self.layout.adapt(program, &lowered.task)?;
         let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -209,7 +219,7 @@ impl Model {
         self.architecture.processor(self.checkpoint.config(), &self.side_files()?)
     }
 
-    fn side_files(&self) -> Result<SideFiles> {
+    pub(crate) fn side_files(&self) -> Result<SideFiles> {
         let json = |file| self.checkpoint.json(file);
         Ok(SideFiles {
             preprocessor: json("preprocessor_config.json")?,
@@ -275,30 +285,31 @@ impl Model {
         warnings.extend(refusals(outcomes));
 
         let dir = ArtifactDir::create(options.out)?;
-        let weights = dir.path().join(WEIGHTS);
-        let (entries, stored, writer) = if target.name == "cpu" {
+        let (entries, parts) = if target.name == "cpu" {
             let (native, stored) = back::native::lower(program)?;
             let json = serde_json::to_vec(&native).map_err(|e| Error::Backend(e.to_string()))?;
             write_file(&dir.path().join(PROGRAM), &json)?;
-            let writer = writer(program, &stored, &weights)?;
-            (native_entries(program, &native), stored, writer)
+            let writer = writer(program, &stored, &dir.path().join(WEIGHTS))?;
+            (native_entries(program, &native), vec![(stored, writer)])
         } else {
-            let stored = back::onnx::stored(program);
-            let writer = writer(program, &stored, &weights)?;
-            let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
-            for (name, model) in back::onnx::emit(program, WEIGHTS, &place)? {
-                write_file(&dir.path().join(format!("{name}.onnx")), &model.encode_to_vec())?;
-            }
-            let entries = program.graphs.iter().map(|g| entry(g, format!("{}.onnx", g.name), None)).collect();
-            (entries, stored, writer)
+            self.emit(program, dir.path())?
         };
-        let total = stored.iter().filter_map(|s| Some(program.weights.get(&s.weight)?.elements())).sum();
+        let elements = |s: &Stored| Some(program.weights.get(&s.weight)?.elements());
+        let total = parts.iter().flat_map(|(stored, _)| stored).filter_map(elements).sum();
         let done = AtomicU64::new(0);
-        back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
-            (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
-        })?;
-        let weight_bytes = writer.finish()?.bytes;
+        let mut weight_bytes = 0;
+        for (stored, writer) in parts {
+            back::write(program, &self.checkpoint, &stored, &writer, &|elements| {
+                (options.progress)(done.fetch_add(elements, Ordering::Relaxed) + elements, total);
+            })?;
+            weight_bytes += writer.finish()?.bytes;
+        }
         let manifest = self.manifest(target, &lowered, entries)?;
+        for (name, bytes) in self.layout.files(self, &manifest)? {
+            let path = dir.path().join(name);
+            make_parent(&path)?;
+            write_file(&path, &bytes)?;
+        }
         self.copy_side_files(dir.path(), task, manifest.processor.is_some(), &mut warnings)?;
         let report = Report {
             out: options.out.into(),
@@ -315,6 +326,35 @@ impl Model {
         };
         dir.commit(manifest)?;
         Ok(report)
+    }
+
+    /// Writes the graphs as ONNX where the layout wants them, and begins their files of weights.
+    fn emit(&self, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Parts)> {
+        let places: Vec<Place> = program.graphs.iter().map(|g| self.layout.place(g)).collect();
+        let mut files: Vec<&str> = places.iter().map(|p| p.weights.as_str()).collect();
+        files.sort_unstable();
+        files.dedup();
+        let mut parts = vec![];
+        for file in files {
+            let mut part = (**program).clone();
+            let mut inside = places.iter().map(|p| p.weights == file);
+            part.graphs.retain(|_| inside.next().unwrap_or(false));
+            let part = verified(part)?;
+            let stored = back::onnx::stored(&part);
+            let path = dir.join(file);
+            make_parent(&path)?;
+            let writer = writer(&part, &stored, &path)?;
+            let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
+            let beside = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or(file);
+            let inside = places.iter().filter(|p| p.weights == file);
+            for ((_, mut model), place) in back::onnx::emit(&part, beside, &place)?.into_iter().zip(inside) {
+                back::onnx::rename_axes(&mut model, self.layout.symbols);
+                write_file(&dir.join(&place.onnx), &model.encode_to_vec())?;
+            }
+            parts.push((stored, writer));
+        }
+        let entries = program.graphs.iter().zip(places).map(|(g, place)| entry(g, place.onnx, None)).collect();
+        Ok((entries, parts))
     }
 
     /// What an artifact for `cpu` would hold, without its files: manifest, program and bytes of the weights.
@@ -337,6 +377,7 @@ impl Model {
             format: FORMAT,
             compiler: COMPILER.into(),
             target: target.name.into(),
+            layout: (!self.layout.is_plain()).then(|| self.layout.name.into()),
             architecture: program.name.clone(),
             parameters: program.weights.values().map(vlmc_ir::weights::WeightDef::elements).sum(),
             source: self.checkpoint.source(),
@@ -353,9 +394,12 @@ impl Model {
     fn copy_side_files(&self, dir: &Path, task: &Task, has_processor: bool, warnings: &mut Vec<String>) -> Result<()> {
         let mut copied = vec![];
         for name in COPIED {
-            let from = self.checkpoint.dir().join(name);
-            if from.exists() {
-                fs::copy(&from, dir.join(name)).map_err(Error::io(&from))?;
+            let (from, to) = (self.checkpoint.dir().join(name), dir.join(name));
+            // A layout may have its own.
+            if from.exists() && !to.exists() {
+                fs::copy(&from, &to).map_err(Error::io(&from))?;
+            }
+            if to.exists() {
                 copied.push(name);
             }
         }
@@ -423,6 +467,9 @@ impl Model {
     }
 }
 
+/// Files of weights that are begun, and what goes into each.
+type Parts = Vec<(Vec<Stored>, WeightsWriter)>;
+
 fn verified(program: Program) -> Result<Verified> {
     verify(program).map_err(|found| Error::Invalid(found.iter().map(|d| format!("\n  {d}")).collect()))
 }
@@ -436,6 +483,10 @@ fn refusals(outcomes: &BTreeMap<String, Outcome>) -> Vec<String> {
         }
     }
     by_reason.iter().map(|(why, names)| format!("{} weights are not quantized: {why}: {}", names.len(), abridged(names))).collect()
+}
+
+fn make_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(Error::io(dir)))
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -59,6 +59,24 @@ pub enum Error {
     /// `--target` names no target.
     #[error("target '{0}' is not supported; supported: {list}", list = crate::target::TARGETS.iter().map(|t| t.name).collect::<Vec<_>>().join(", "))]
     Target(String),
+    /// `--layout` names no layout.
+    #[error("layout '{name}' is not supported; supported: {known}")]
+    UnknownLayout {
+        /// As the user wrote it.
+        name: String,
+        /// All that there are.
+        known: String,
+    },
+    /// The client of a layout does not run what is to be compiled.
+    #[error("layout '{layout}' does not support {what}; supported: {supported}")]
+    Layout {
+        /// Its name.
+        layout: &'static str,
+        /// What it does not support.
+        what: String,
+        /// What it does.
+        supported: String,
+    },
     /// `--budget` is less than what the fewest bits take.
     #[error("a budget of {budget} bits per weight is too small: the least is {least:.3}")]
     Budget {

@@ -11,6 +11,7 @@ mod error;
 pub mod eval;
 pub mod exec;
 pub mod hub;
+pub mod layout;
 mod lora;
 mod loss;
 mod packed;

@@ -468,3 +468,57 @@ fn verifies_artifacts() {
     assert!(message.contains("differs from its checkpoint, first in model.layers.1: rms_norm with model.layers.1."), "{message}");
     assert!(inspected().contains("certificate: DIFFERS from its checkpoint"));
 }
+
+/// What each layout adds to the graphs: their inputs and outputs, and the texts that clients read.
+#[test]
+fn layouts() {
+    let cases = [
+        ("genai", "qwen2-vl"),
+        ("genai", "deepseek-vl2-mla"),
+        ("transformers-js", "qwen2.5-vl"),
+        ("transformers-js", "llava-1.5"),
+        ("transformers-js", "siglip"),
+        ("triton", "qwen2-vl"),
+        ("triton", "vit"),
+    ];
+    for (layout, name) in cases {
+        let dir = TempDir::new().unwrap();
+        let artifact = dir.path().join("artifact");
+        stdout(&vlmc(&["compile", text(&fixture(name)), "--target", "onnx-cpu", "--layout", layout, "-o", text(&artifact)]));
+        let shown = stdout(&vlmc(&["inspect", text(&artifact), "--verify"]));
+        // Sizes change with every op.
+        let mut all = shown.lines().next().unwrap().to_string() + &shown[shown.find("\n\ngraph").unwrap()..];
+        let manifest: serde_json::Value = serde_json::from_slice(&fs::read(artifact.join("manifest.json")).unwrap()).unwrap();
+        for file in manifest["files"].as_object().unwrap().keys() {
+            all += &format!("\n==== {file}\n");
+            let read = ["json", "pbtxt", "md"].iter().any(|end| file.ends_with(&format!(".{end}")));
+            if read && file != "tokenizer.json" && file != "tokenizer_config.json" {
+                all += &fs::read_to_string(artifact.join(file)).unwrap();
+            }
+        }
+        insta::assert_snapshot!(format!("layout_{layout}_{name}"), all);
+    }
+}
+
+#[test]
+fn layouts_refuse() {
+    let dir = TempDir::new().unwrap();
+    let (artifact, other) = (dir.path().join("artifact"), dir.path().join("other"));
+    let (qwen, mllama) = (fixture("qwen2-vl"), fixture("llama-3.2-vision"));
+    stdout(&vlmc(&["compile", text(&qwen), "--target", "onnx-cpu", "--layout", "genai", "-o", text(&artifact)]));
+    let inputs = qwen.join("golden.safetensors");
+    let checkpoint = text(&qwen);
+    let mut all = String::new();
+    let mut add = |name: &str, args: &[&str]| all += &format!("{name}:\n  {}", failure(dir.path(), args));
+    add("unknown layout", &["compile", checkpoint, "--target", "onnx-cpu", "--layout", "llama.cpp", "-o", text(&other)]);
+    add("target cpu", &["compile", checkpoint, "--layout", "genai", "-o", text(&other)]);
+    for layout in ["genai", "transformers-js", "triton"] {
+        add("architecture", &["compile", text(&mllama), "--target", "onnx-cpu", "--layout", layout, "-o", text(&other)]);
+    }
+    add("run", &["run", text(&artifact), "--prompt", "x"]);
+    add("exec", &["exec", text(&artifact), "--inputs", text(&inputs), "--outputs", text(&dir.path().join("out"))]);
+    add("verify", &["verify", text(&artifact), "--checkpoint", checkpoint]);
+    add("bench", &["bench", text(&artifact)]);
+    insta::assert_snapshot!(all);
+    assert!(!other.exists());
+}

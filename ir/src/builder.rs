@@ -718,6 +718,15 @@ pub fn patch(graph: &Graph, patches: &[Patch]) -> Result<Graph, BuildError> {
     b.finish()
 }
 
+/// Copies the nodes and states of a graph into `b`, to make a graph of another interface of it. `input` makes what stands for each
+/// input that something uses, in order; returns what stands for the outputs, in order.
+pub fn inline<'g>(graph: &Graph, b: &'g Builder<'g>, mut input: impl FnMut(&str, &Type) -> Val<'g>) -> Vec<Val<'g>> {
+    let used: HashSet<ValueId> = graph.nodes().flat_map(|(_, n)| &n.args).copied().chain(graph.outputs.iter().map(|o| o.value)).collect();
+    let inputs = graph.inputs.iter().filter(|p| used.contains(&p.value));
+    let map = inputs.map(|p| (p.value, input(&p.name, graph.ty(p.value)))).collect();
+    copy_nodes(graph, b, map, &[], &mut |_, _, _| None)
+}
+
 /// Copies a graph through `rewrite`, which may replace a node by others: it gets the node and its new operands and returns
 /// the values that stand for its results, or `None` to keep the node.
 ///
@@ -738,12 +747,20 @@ fn copy<'g>(
     patches: &[Patch],
     rewrite: &mut impl FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>,
 ) {
+    let input = |p: &Port| (p.value, b.input(&p.name, graph.ty(p.value).dtype, graph.ty(p.value).shape.iter()));
+    let outputs = copy_nodes(graph, b, graph.inputs.iter().map(input).collect(), patches, rewrite);
+    graph.outputs.iter().zip(outputs).for_each(|(o, v)| b.output(&o.name, v));
+}
+
+/// As [`copy`], with the inputs in `map`; returns the outputs.
+fn copy_nodes<'g>(
+    graph: &Graph,
+    b: &'g Builder<'g>,
+    mut map: HashMap<ValueId, Val<'g>>,
+    patches: &[Patch],
+    rewrite: &mut impl FnMut(&'g Builder<'g>, &Node, &[Val<'g>]) -> Option<Vec<Val<'g>>>,
+) -> Vec<Val<'g>> {
     let replaced: HashSet<ValueId> = patches.iter().flat_map(|p| &p.gives).copied().collect();
-    let mut map: HashMap<ValueId, Val<'g>> = HashMap::new();
-    for p in &graph.inputs {
-        let t = graph.ty(p.value);
-        map.insert(p.value, b.input(&p.name, t.dtype, t.shape.iter()));
-    }
     for s in &graph.states {
         let t = graph.ty(s.past);
         map.insert(s.past, b.state(&s.past_name, &s.present_name, t.dtype, t.shape.iter(), s.axis));
@@ -776,8 +793,5 @@ fn copy<'g>(
         }
         map.extend(node.outs.iter().copied().zip(outs).filter(|(v, _)| !replaced.contains(v)));
     }
-    for o in &graph.outputs {
-        let v = resolve(o.value, &mut map);
-        b.output(&o.name, v);
-    }
+    graph.outputs.iter().map(|o| resolve(o.value, &mut map)).collect()
 }

@@ -174,6 +174,15 @@ impl Graph {
         self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
     }
 
+    /// The graph with states of other types: for a [`crate::rewrite`] that fits the nodes which append to them.
+    pub fn with_state_types(&self, of: impl Fn(&State, &Type) -> Type) -> Graph {
+        let mut graph = self.clone();
+        for s in &self.states {
+            graph.values[s.past.index()].0 = of(s, self.ty(s.past));
+        }
+        graph
+    }
+
     /// Every use of a value replaced by the use of another one, of the same type and defined no later.
     pub fn substitute(&self, by: impl Fn(ValueId) -> ValueId) -> Graph {
         let mut graph = self.clone();

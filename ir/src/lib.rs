@@ -20,7 +20,7 @@ mod types;
 mod verify;
 pub mod weights;
 
-pub use builder::{BuildError, Builder, Patch, Replacement, Val, W, WeightSource, Weights, patch, rewrite};
+pub use builder::{BuildError, Builder, Patch, Replacement, Val, W, WeightSource, Weights, inline, patch, rewrite};
 pub use graph::{Def, Graph, Node, NodeId, Port, Program, State, ValueId};
 pub use ops::Op;
 pub use types::{Literal, Type};

@@ -7,7 +7,7 @@ use std::{
     io::Read,
     path::{Component, Path, PathBuf},
 };
-use vlmc_artifact::{DATA_SHA256, FORMAT, FileEntry, MANIFEST, Manifest, program::Program};
+use vlmc_artifact::{DATA_SHA256, FORMAT, FileEntry, MANIFEST, Manifest, is_weights, program::Program};
 
 /// Longest manifest that is read.
 const MAX_MANIFEST: u64 = 64 << 20;
@@ -84,9 +84,25 @@ impl Artifact {
         (self.manifest.target == "cpu").then(|| cpu::program(self)).transpose()
     }
 
+    /// Refuses an artifact that is laid out for another client.
+    ///
+    /// # Errors
+    /// The message names the layout.
+    pub fn check_layout(&self) -> Result<()> {
+        match &self.manifest.layout {
+            None => Ok(()),
+            Some(layout) => Err(Error::file(
+                &self.dir,
+                format!(
+                    "has the layout '{layout}', which is for other clients (see its README.md); compile without --layout to run it here"
+                ),
+            )),
+        }
+    }
+
     fn check(&self, name: &str, entry: &FileEntry) -> Result<()> {
         let listed = self.dir.join(MANIFEST);
-        if !matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
+        if name.is_empty() || !Path::new(name).components().all(|c| matches!(c, Component::Normal(_))) {
             return Err(Error::file(listed, format!("file name '{name}' leads out of the artifact")));
         }
         let path = self.dir.join(name);
@@ -100,7 +116,7 @@ impl Artifact {
                 format!("has {} bytes, the manifest says {}; compile the checkpoint again", stat.len(), entry.bytes),
             ));
         }
-        let digest = if name.ends_with(".safetensors") {
+        let digest = if is_weights(name) {
             let file = File::open(&path).map_err(Error::io(&path))?;
             safetensors_metadata(&path, &file, stat.len())?.remove(DATA_SHA256).unwrap_or_default()
         } else if stat.len() <= SMALL {
@@ -119,7 +135,7 @@ impl Artifact {
         for (name, entry) in &self.manifest.files {
             let path = self.dir.join(name);
             let mut file = File::open(&path).map_err(Error::io(&path))?;
-            if name.ends_with(".safetensors") {
+            if is_weights(name) {
                 let header = header_len(&path, &file, entry.bytes)?;
                 std::io::copy(&mut Read::by_ref(&mut file).take(8 + header), &mut std::io::sink()).map_err(Error::io(&path))?;
             }

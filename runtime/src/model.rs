@@ -23,6 +23,7 @@ use vlmc_artifact::{Manifest, Processor, PromptRules};
 /// # Errors
 /// The artifact is of another target, or cannot be loaded.
 pub fn open_engine(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Box<dyn Engine>> {
+    artifact.check_layout()?;
     match artifact.manifest().target.as_str() {
         "cpu" => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, threads)?)),
         #[cfg(feature = "ort")]

@@ -80,6 +80,7 @@ pub(crate) fn interpret(
         return Err(Error::Model { model: "calibration".into(), message: "there are no samples".into() });
     }
     let manifest = Manifest {
+        layout: None,
         format: FORMAT,
         compiler: crate::compile::COMPILER.into(),
         target: target.name.into(),

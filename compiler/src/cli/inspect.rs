@@ -254,6 +254,7 @@ fn of_artifact(artifact: &Artifact) -> Value {
         "kind": "artifact",
         "architecture": m.architecture,
         "target": m.target,
+        "layout": m.layout,
         "compiler": m.compiler,
         "parameters": m.parameters,
         "symbols": m.symbols.iter().map(|s| format!("{}: {}..={}", s.name, s.min, s.max)).collect::<Vec<_>>(),
@@ -267,8 +268,9 @@ fn of_artifact(artifact: &Artifact) -> Value {
 fn text(r: &Value) -> String {
     let mut out = String::new();
     let s = |v: &Value| v.as_str().unwrap_or_default().to_string();
-    let _ =
-        writeln!(out, "{} {}{}", s(&r["architecture"]), s(&r["kind"]), r["target"].as_str().map_or(String::new(), |t| format!(" for {t}")));
+    let [target, layout] = [("target", " for "), ("layout", ", laid out for ")]
+        .map(|(name, before)| r[name].as_str().map_or(String::new(), |t| format!("{before}{t}")));
+    let _ = writeln!(out, "{} {}{target}{layout}", s(&r["architecture"]), s(&r["kind"]));
     let _ = writeln!(out, "parameters   {}", count(r["parameters"].as_u64().unwrap_or(0)));
     for (name, p) in r["parts"].as_object().into_iter().flatten() {
         let _ = writeln!(

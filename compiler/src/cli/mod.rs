@@ -23,7 +23,7 @@ use vlmc::{
     arch::ARCHITECTURES,
     back::onnx,
     calibrate::{self, Budgeted, Report, chosen},
-    compile, hub, samples, synth, target,
+    compile, hub, layout, samples, synth, target,
 };
 use vlmc_ir::DType;
 use vlmc_passes::{
@@ -128,6 +128,13 @@ struct CompileArgs {
     model: String,
     #[command(flatten)]
     target: TargetArgs,
+    /// Client that the artifact is for: plain, genai, transformers-js or triton
+    ///
+    /// plain: vlmc itself, and callers of ONNX Runtime. genai: onnxruntime-genai. transformers-js: transformers.js in Node and browsers.
+    /// triton: a model repository of Triton Inference Server. All but plain need a target of ONNX; what they support is in
+    /// docs/clients.md.
+    #[arg(long, value_name = "NAME", default_value = "plain")]
+    layout: String,
     /// Directory of the artifact [default: MODEL's name and the target, in the current directory]
     #[arg(short, long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -376,6 +383,7 @@ fn budget_text(policy: &Policy, bits: f64, report: &Report) -> String {
 
 fn compile_command(args: &CompileArgs) -> Result<()> {
     target::named(&args.target.target)?;
+    let layout = layout::named(&args.layout)?;
     if args.target.quant != AUTO {
         args.target.policy()?;
     }
@@ -386,7 +394,8 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     };
     let model = if args.with_loss { model.with_loss() } else { model }.with_kv(args.kv.into());
     let name = args.model.trim_end_matches('/').rsplit('/').next().unwrap_or("model");
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{}", args.target.target)));
+    let suffix = if layout.is_plain() { &args.target.target } else { &args.layout };
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("{name}-{suffix}")));
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global().context("--threads")?;
     }
@@ -397,7 +406,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
             print(&checked.iter().map(|c| format!("{c}\n")).collect::<String>())?;
         }
     }
-    let report = compile_to(&model, &args.target.target, &policy, &out)?;
+    let report = compile_to(&model.with_layout(layout), &args.target.target, &policy, &out)?;
     if args.trace_passes {
         print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
     }

@@ -234,6 +234,7 @@ fn rounded(v: f64) -> f64 {
 /// # Errors
 /// The artifact is of another checkpoint, a request does not fit the model, or something cannot be read or run.
 pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: &Options<'_>) -> Result<Report> {
+    artifact.check_layout()?;
     let manifest = artifact.manifest().clone();
     if manifest.source != model.checkpoint().source() {
         let message = "is not what the artifact was compiled from: the digests in its manifest are of other files";

@@ -102,7 +102,7 @@ impl OpDef for WindowOrder {
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
         let area = self.merge * self.merge;
         let rows = &self.tokens * area;
-        let Frames { h, w, before, in_image, size } = frames(g, args[0], &rows);
+        let Frames { h, w, in_image, size, .. } = frames(g, args[0], &rows);
         let (merge, area_of, side) = (int(g, self.merge), int(g, area), int(g, self.side));
         let rem = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Mod, a, b);
         let min = |a: Val<'g>, b: Val<'g>| g.binary(Binary::Min, a, b);
@@ -121,8 +121,8 @@ impl OpDef for WindowOrder {
         let wide = min(side, width - left);
         let (row, col) = (top + rest / wide, left + rem(rest, wide));
         let patch = frame_start + (row * width + col) * area_of + inner;
-        let limit = int(g, 1 << 20);
-        let window = ((before + in_image / size) * limit + top) * limit + left;
+        // A window is numbered by the blocks before it, which any integer type of a runtime holds.
+        let window = frame_start / area_of + top * width + left * tall;
 
         // And from a block to its place.
         let (row, col) = (block / width, rem(block, width));

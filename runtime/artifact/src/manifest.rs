@@ -13,6 +13,11 @@ pub const FORMAT: u32 = 2;
 /// Key of a weight file's safetensors `__metadata__` that holds the SHA-256 (hex) of its data section.
 pub const DATA_SHA256: &str = "data_sha256";
 
+/// Whether a file of an artifact has the format of safetensors, by its name: transformers.js looks for weights under one of its own.
+pub fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".onnx_data")
+}
+
 /// The content of `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -22,6 +27,9 @@ pub struct Manifest {
     pub compiler: String,
     /// Target name, e.g. `cpu` or `onnx-cpu`.
     pub target: String,
+    /// Client whose files the artifact has, e.g. `genai`; absent if it is for vlmc's own runtime.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
     /// `model_type` of the checkpoint, e.g. `qwen2_vl`.
     pub architecture: String,
     /// Number of weights, each tensor counted once.

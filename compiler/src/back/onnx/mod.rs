@@ -48,6 +48,22 @@ fn stored_name(weight: &str, layout: Layout) -> String {
     if layout == Layout::Transposed { format!("{weight}.T") } else { weight.into() }
 }
 
+/// Gives axes of inputs and outputs other names.
+pub fn rename_axes(model: &mut proto::ModelProto, names: &[(&str, &str)]) {
+    use proto::{tensor_shape_proto::dimension::Value, type_proto};
+    let Some(graph) = &mut model.graph else { return };
+    for info in graph.input.iter_mut().chain(&mut graph.output) {
+        let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_mut().and_then(|t| t.value.as_mut()) else { continue };
+        for dim in tensor.shape.iter_mut().flat_map(|s| &mut s.dim) {
+            if let Some(Value::DimParam(name)) = &mut dim.value
+                && let Some((_, new)) = names.iter().find(|(old, _)| old == name)
+            {
+                *name = (*new).into();
+            }
+        }
+    }
+}
+
 /// Reads a model.
 ///
 /// # Errors
