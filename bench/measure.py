@@ -145,7 +145,12 @@ def accuracy(place: Place, vlmc: Path) -> dict[str, dict]:
     """What policies of vlmc cost a small model that was trained: `vlmc eval` against the same model without quantization."""
     artifacts = {quant: setup.compile(place, vlmc, setup.TRAINED, quant, f"trained-{quant}") for quant in ("none", "q4_0", "int4", "equal")}
     data = ["--reference", artifacts.pop("none"), "--data", setup.TRAINED / "heldout.jsonl", "--max-new-tokens", "16", "--json"]
-    return {quant: last_json(run([vlmc, "eval", artifact, *data])) for quant, artifact in artifacts.items()}
+    scores = {quant: last_json(run([vlmc, "eval", artifact, *data])) for quant, artifact in artifacts.items()}
+    file = place.model("Q4_0.gguf")
+    if file.exists():
+        # A token reads all of it: the head is the table of tokens.
+        scores["q4_0"]["bytes_per_token"] = file.stat().st_size
+    return scores
 
 
 # The template makes more tokens of it.

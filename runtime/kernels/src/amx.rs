@@ -254,6 +254,9 @@ impl Pack<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self) {
         let ints = in_integers(self.grid);
+        // Columns that there are not.
+        let last = (steps(self.grid) - 1) * TILE;
+        self.tiles[last..].fill(0);
         for (r, x) in self.x.chunks_exact(self.grid.k).enumerate() {
             if ints {
                 let mut at = r * ROW;
@@ -501,11 +504,10 @@ impl Kernels {
             let blocks = rows.div_ceil(SIDE) * 2;
             // Tiles of 16 rows, then their scales and sums.
             let words = (steps * TILE) / 4 + 2 * N;
-            packed.clear();
-            packed.resize(blocks * words + ROW / 4, 0);
+            packed.resize(packed.len().max(blocks * words + ROW / 4), 0);
             // Rows of tiles that are cache lines are loaded twice as fast.
             let first = packed.as_ptr().align_offset(ROW).min(ROW / 4);
-            let (tiles, rest) = packed[first..].split_at_mut(blocks * steps * TILE / 4);
+            let (tiles, rest) = packed[first..first + blocks * words].split_at_mut(blocks * steps * TILE / 4);
             let (scales, sums) = bytemuck::cast_slice_mut::<i32, f32>(rest).split_at_mut(blocks * N);
             let x = &x[first_row * grid.k..(first_row + rows) * grid.k];
             let parts = tiles.chunks_mut(steps * TILE / 4).zip(scales.chunks_mut(N)).zip(sums.chunks_mut(N));

@@ -34,8 +34,10 @@ struct Few<'a, 'b> {
     scratch: &'a mut [f32],
 }
 
-/// Floats that a thread needs for `queries` queries and `t` keys of width `d`. Saturates.
+/// Floats that a thread needs for `queries` queries and `t` keys of width `d`, the same for many `t`, so that memory is not planned
+/// anew for each token. Saturates.
 pub(crate) fn scratch(queries: usize, t: usize, d: usize) -> usize {
+    let t = t.checked_next_multiple_of(256).unwrap_or(t);
     queries.saturating_mul(t.saturating_add(d))
 }
 
