@@ -538,7 +538,8 @@ fn linked<'c>(program: &Verified, checkpoint: &'c Checkpoint, stored: &[Stored])
                 let place = back::Place { file: file.into(), offset: range.start, bytes: range.end - range.start };
                 found.insert(s.name.clone(), (place, path));
             }
-            _ => touched.extend(def.recipe.sources().into_iter().filter_map(|name| checkpoint.place(name).map(|(file, ..)| file.to_string()))),
+            _ => touched
+                .extend(def.recipe.sources().into_iter().filter_map(|name| checkpoint.place(name).map(|(file, ..)| file.to_string()))),
         }
     }
     found.retain(|_, (place, _)| !touched.contains(&place.file));

@@ -23,11 +23,7 @@ use vlmc_passes::Target;
 ///
 /// # Errors
 /// [`Error::Backend`] if the program was not legalised for ONNX.
-pub fn emit(
-    target: &Target,
-    program: &Verified,
-    place: &dyn Fn(&str) -> Option<Place>,
-) -> Result<Vec<(String, ModelProto)>> {
+pub fn emit(target: &Target, program: &Verified, place: &dyn Fn(&str) -> Option<Place>) -> Result<Vec<(String, ModelProto)>> {
     let opset = target.opset.ok_or_else(|| Error::Backend(format!("target '{}' has no ONNX graphs", target.name)))?;
     program
         .graphs
@@ -218,11 +214,7 @@ impl Emitter<'_> {
             dims,
             data_type: Some(data_type(dtype)),
             data_location: Some(DataLocation::External as i32),
-            external_data: vec![
-                entry("location", file),
-                entry("offset", offset.to_string()),
-                entry("length", bytes.to_string()),
-            ],
+            external_data: vec![entry("location", file), entry("offset", offset.to_string()), entry("length", bytes.to_string())],
             ..Default::default()
         });
         Ok(())
