@@ -32,7 +32,11 @@ fi
 rm -rf target/onnx-check
 for checkpoint in fixtures/*/; do
   [ -f "$checkpoint/model.safetensors" ] || [ -f "$checkpoint/model.safetensors.index.json" ] || continue
-  "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile "$checkpoint" --target onnx-cpu -o "target/onnx-check/$(basename "$checkpoint")"
+  for options in "onnx-cpu" "onnx-cuda" "onnx-cuda --dtype bf16" "onnx-tensorrt" "onnx-tensorrt --dtype f32" "onnx-tensorrt --opset 17"; do
+    out="target/onnx-check/$(basename "$checkpoint")-${options// /}"
+    # shellcheck disable=SC2086 # options are words
+    "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile "$checkpoint" --target $options -o "$out"
+  done
 done
 PYTHONPATH=target/python python3 tests/tools/check_onnx.py target/onnx-check/*/*.onnx
 

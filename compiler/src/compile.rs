@@ -30,6 +30,8 @@ use vlmc_passes::{
 pub const COMPILER: &str = concat!("vlmc ", env!("CARGO_PKG_VERSION"));
 /// File name of the weights in an artifact.
 pub const WEIGHTS: &str = "weights.safetensors";
+/// File name of the commands that build TensorRT engines from an artifact's graphs.
+pub const TRTEXEC: &str = "trtexec.txt";
 /// Files that an artifact takes from the checkpoint as they are.
 pub const COPIED: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"];
 
@@ -64,12 +66,14 @@ pub struct Lowered {
 
 /// What to compile, and how to tell of it.
 pub struct Options<'a> {
-    /// Target name.
-    pub target: &'a str,
+    /// Target.
+    pub target: &'a Target,
     /// Which weights are quantized, and how.
     pub policy: &'a Policy,
     /// Directory of the artifact.
     pub out: &'a Path,
+    /// Whether nodes that the target's provider does not run are told of rather than refused.
+    pub allow_fallback: bool,
     /// Called while weights are written, with the numbers done and in all. From any thread.
     pub progress: &'a (dyn Fn(u64, u64) + Sync),
 }
@@ -254,7 +258,7 @@ impl Model {
     /// # Errors
     /// Anything from the config to the disk; nothing is left at `out` then.
     pub fn compile(&self, options: &Options<'_>) -> Result<Report> {
-        let target = target::named(options.target)?;
+        let target = options.target;
         let mut passes = vec![];
         let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
@@ -292,7 +296,7 @@ impl Model {
             let writer = writer(program, &stored, &dir.path().join(WEIGHTS))?;
             (native_entries(program, &native), vec![(stored, writer)])
         } else {
-            self.emit(program, dir.path())?
+            self.emit(target, program, dir.path(), options.allow_fallback, &mut warnings)?
         };
         let elements = |s: &Stored| Some(program.weights.get(&s.weight)?.elements());
         let total = parts.iter().flat_map(|(stored, _)| stored).filter_map(elements).sum();
@@ -329,31 +333,51 @@ impl Model {
     }
 
     /// Writes the graphs as ONNX where the layout wants them, and begins their files of weights.
-    fn emit(&self, program: &Verified, dir: &Path) -> Result<(Vec<Entry>, Parts)> {
+    fn emit(
+        &self,
+        target: &Target,
+        program: &Verified,
+        dir: &Path,
+        allow_fallback: bool,
+        warnings: &mut Vec<String>,
+    ) -> Result<(Vec<Entry>, Parts)> {
         let places: Vec<Place> = program.graphs.iter().map(|g| self.layout.place(g)).collect();
         let mut files: Vec<&str> = places.iter().map(|p| p.weights.as_str()).collect();
         files.sort_unstable();
         files.dedup();
-        let mut parts = vec![];
+        let (mut parts, mut uncovered) = (vec![], vec![]);
         for file in files {
             let mut part = (**program).clone();
             let mut inside = places.iter().map(|p| p.weights == file);
             part.graphs.retain(|_| inside.next().unwrap_or(false));
             let part = verified(part)?;
-            let stored = back::onnx::stored(&part);
+            let stored = back::onnx::stored(target, &part);
             let path = dir.join(file);
             make_parent(&path)?;
             let writer = writer(&part, &stored, &path)?;
             let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
             let beside = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or(file);
             let inside = places.iter().filter(|p| p.weights == file);
-            for ((_, mut model), place) in back::onnx::emit(&part, beside, &place)?.into_iter().zip(inside) {
+            for ((_, mut model), place) in back::onnx::emit(target, &part, beside, &place)?.into_iter().zip(inside) {
+                uncovered.extend(back::onnx::uncovered(target, &model));
                 back::onnx::rename_axes(&mut model, self.layout.symbols);
                 write_file(&dir.join(&place.onnx), &model.encode_to_vec())?;
             }
             parts.push((stored, writer));
         }
-        let entries = program.graphs.iter().zip(places).map(|(g, place)| entry(g, place.onnx, None)).collect();
+        if !uncovered.is_empty() && !allow_fallback {
+            return Err(Error::Uncovered { target: target.name, nodes: uncovered });
+        }
+        warnings.extend(uncovered.iter().map(|node| format!("target '{}' leaves a node to another provider: {node}", target.name)));
+        let mut entries: Vec<Entry> = program.graphs.iter().zip(places).map(|(g, place)| entry(g, place.onnx, None)).collect();
+        if target.name == "onnx-tensorrt" {
+            let mut commands = String::new();
+            for entry in &mut entries {
+                entry.provider_options = back::onnx::provider_options(&program.symbols, entry)?;
+                commands += &format!("{}\n", back::onnx::trtexec(&program.symbols, entry)?);
+            }
+            write_file(&dir.join(TRTEXEC), commands.as_bytes())?;
+        }
         Ok((entries, parts))
     }
 
@@ -523,6 +547,7 @@ pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) 
         outputs: g.outputs.iter().map(port).collect(),
         states: g.states.iter().map(state).collect(),
         arena,
+        provider_options: BTreeMap::new(),
     }
 }
 

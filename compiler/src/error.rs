@@ -77,6 +77,20 @@ pub enum Error {
         /// What it does.
         supported: String,
     },
+    /// The provider of a target has no kernels for some nodes.
+    #[error(
+        "target '{target}' does not run {} nodes (--allow-fallback leaves them to another provider):{}",
+        .nodes.len(), .nodes.iter().map(|n| format!("\n  {n}")).collect::<String>()
+    )]
+    Uncovered {
+        /// Target name.
+        target: &'static str,
+        /// The nodes.
+        nodes: Vec<crate::back::onnx::Uncovered>,
+    },
+    /// An option that the target does not have.
+    #[error("{0}")]
+    TargetOption(String),
     /// `--budget` is less than what the fewest bits take.
     #[error("a budget of {budget} bits per weight is too small: the least is {least:.3}")]
     Budget {

@@ -268,7 +268,7 @@ fn bad_requests_are_refused() {
     exec("exec of more pictures than placeholders", &[("pixel_values", "two"), ("image_grid_thw", "two")], "");
     exec("exec of placeholders without pictures", &[("input_ids", "two"), ("attention_mask", "two")], "");
     exec("exec of a mask of another length", &[("attention_mask", "two")], "");
-    add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-cuda", "-o", text(&out)]));
+    add("unknown target", failure(dir.path(), &["compile", text(&model), "--target", "onnx-metal", "-o", text(&out)]));
     add("unknown policy", failure(dir.path(), &["compile", text(&model), "--quant", "int3", "-o", text(&out)]));
     add("unknown model", failure(dir.path(), &["compile", "qwen2-vl", "-o", text(&out)]));
     add("not a name", failure(dir.path(), &["compile", "no-such-model", "-o", text(&out)]));
@@ -332,6 +332,45 @@ fn graphs_as_text() {
     insta::assert_snapshot!("inspect_checkpoint", stdout(&vlmc(&["inspect", text(&config)])));
     insta::assert_snapshot!("inspect_artifact", stdout(&vlmc(&["inspect", text(&native), "--verify"])));
     assert!(stdout(&vlmc(&["dump", text(&config), "--format", "dot", "--graph", "vision"])).contains("digraph"));
+}
+
+/// Graphs for GPUs: of a decoder with a cache, a tower with windows, latent attention and experts, and a pair of towers.
+#[test]
+fn graphs_for_gpus_as_text() {
+    let dir = TempDir::new().unwrap();
+    for target in ["onnx-cuda", "onnx-tensorrt"] {
+        for name in ["qwen2-vl", "qwen2.5-vl", "deepseek-vl2-mla", "siglip"] {
+            let artifact = dir.path().join(format!("{name}-{target}"));
+            stdout(&vlmc(&["compile", text(&fixture(name)), "--target", target, "-o", text(&artifact)]));
+            let mut shown = stdout(&vlmc(&["dump", text(&artifact)]));
+            if target == "onnx-tensorrt" {
+                shown += &fs::read_to_string(artifact.join("trtexec.txt")).unwrap();
+            }
+            insta::assert_snapshot!(format!("{target}_{name}").replace(['-', '.'], "_"), shown);
+        }
+    }
+}
+
+/// What the target's provider has no kernels for is refused, or told of; options that are not the target's are refused.
+#[test]
+fn targets_are_strict() {
+    let dir = TempDir::new().unwrap();
+    let (model, out) = (fixture("qwen2-vl"), dir.path().join("artifact"));
+    let compile = |options: &[&str]| vlmc(&[&["compile", text(&model), "-o", text(&out), "--target"], options].concat());
+    let refused = |options: &[&str]| {
+        let found = compile(options);
+        assert!(!found.status.success() && !out.exists(), "{options:?}");
+        String::from_utf8_lossy(&found.stderr).into_owned()
+    };
+    let fallback = ["onnx-cuda", "--dtype", "f32"];
+    let mut told = refused(&fallback);
+    told += &refused(&["cpu", "--dtype", "f16"]);
+    told += &refused(&["onnx-cpu", "--dtype", "bf16"]);
+    told += &refused(&["onnx-tensorrt", "--opset", "16"]);
+    told += &refused(&["onnx-cuda", "--opset", "17"]);
+    let allowed = compile(&[&fallback[..], &["--allow-fallback"]].concat());
+    assert!(allowed.status.success());
+    insta::assert_snapshot!("targets_are_strict", format!("{told}\n{}", String::from_utf8_lossy(&allowed.stderr)));
 }
 
 /// The text form gives the same program back.

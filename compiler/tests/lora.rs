@@ -16,7 +16,15 @@ fn fixture() -> PathBuf {
 }
 
 fn weights(model: Model, out: &Path) -> Vec<u8> {
-    model.compile(&Options { target: "cpu", out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap();
+    model
+        .compile(&Options {
+            target: vlmc::target::named("cpu").unwrap(),
+            out,
+            policy: &Policy::none(),
+            allow_fallback: false,
+            progress: &|_, _| {},
+        })
+        .unwrap();
     fs::read(out.join("weights.safetensors")).unwrap()
 }
 

@@ -165,7 +165,10 @@ impl Graph {
     /// The type that a state is kept in: what its `append` says.
     pub fn kept(&self, state: &State) -> DType {
         let append = self.nodes.iter().find(|n| n.args.contains(&state.past)).map(|n| &n.op);
-        if let Some(Op::Append(a)) = append { a.keep } else { self.ty(state.past).dtype }
+        match append {
+            Some(Op::Append(a)) if a.keep != DType::F32 => a.keep,
+            _ => self.ty(state.past).dtype,
+        }
     }
 
     /// Nodes whose results leave the graph: through outputs and states.
@@ -174,8 +177,8 @@ impl Graph {
         self.outputs.iter().map(|o| o.value).chain(states).filter_map(|v| self.producer(v))
     }
 
-    /// The graph with states of other types: for a [`crate::rewrite`] that fits the nodes which append to them.
-    pub fn with_state_types(&self, of: impl Fn(&State, &Type) -> Type) -> Graph {
+    /// The graph with states of other types. What reads them must follow.
+    pub fn with_states(&self, of: impl Fn(&State, &Type) -> Type) -> Graph {
         let mut graph = self.clone();
         for s in &self.states {
             graph.values[s.past.index()].0 = of(s, self.ty(s.past));

@@ -290,11 +290,34 @@ fn check_type(name: &str, array: &Array, ty: &Type, symbols: &Bindings) -> Resul
     Err(format!("'{name}' must be {ty}, here {shape:?}, got {}{:?}", array.dtype(), array.shape()))
 }
 
-/// Meaning of one op: its own if it is a primitive, else that of its decomposition.
+/// Meaning of one op: its own if it is a primitive, else that of its decomposition. Results of narrower floats are rounded.
 ///
 /// # Errors
 /// Values that have no meaning.
 pub fn eval(op: &Op, types: &[Type], args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
+    let narrow = |t: &Type| matches!(t.dtype, DType::F16 | DType::BF16);
+    if !types.iter().any(narrow) {
+        return eval_wide(op, types, args, symbols);
+    }
+    let wide: Vec<Type> = types.iter().map(|t| if narrow(t) { t.with_dtype(DType::F32) } else { t.clone() }).collect();
+    let results = eval_wide(op, &wide, args, symbols)?;
+    let rounded = results.into_iter().zip(op.infer(types)?).map(|(result, ty)| match result {
+        Array::F32(a) if narrow(&ty) => Array::F32(a.mapv(|v| round(v, ty.dtype))),
+        other => other,
+    });
+    Ok(rounded.collect())
+}
+
+/// The nearest number of a float type.
+fn round(v: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::F16 => half::f16::from_f32(v).to_f32(),
+        DType::BF16 => half::bf16::from_f32(v).to_f32(),
+        _ => v,
+    }
+}
+
+fn eval_wide(op: &Op, types: &[Type], args: &[&Array], symbols: &Bindings) -> Result<Vec<Array>, String> {
     // What models spend their time in: the same sums as the decomposition's, without its copies of the weight.
     if let Op::Linear(Linear { dynamic: false, act: None }) = op {
         return op.eval(args, symbols);
@@ -349,14 +372,7 @@ fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>, k: usiz
             let codes = Codes { codes: bytes(part("codes")?), scales: part("scales")?, zeros: bytes(part("zeros")?) };
             Ok(codes.dequantize(k, *scheme))
         }
-        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source, k)?
-            .into_iter()
-            .map(|v| match dtype {
-                DType::F16 => half::f16::from_f32(v).to_f32(),
-                DType::BF16 => half::bf16::from_f32(v).to_f32(),
-                _ => v,
-            })
-            .collect()),
+        Recipe::Cast(inner, dtype) => Ok(recipe(inner, source, k)?.into_iter().map(|v| round(v, *dtype)).collect()),
     }
 }
 

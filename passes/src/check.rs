@@ -15,6 +15,8 @@ const SAMPLES: u64 = 3;
 const TRIES: u64 = 40;
 /// What [`Contract::Close`] allows, relative to the largest element of an output.
 const CLOSE: f32 = 1e-5;
+/// What [`Contract::Narrow`] allows.
+const NARROW: f32 = 2e-2;
 
 /// Why a check failed.
 #[derive(Debug, thiserror::Error)]
@@ -144,10 +146,14 @@ fn differ(before: &Array, after: &Array, contract: Contract) -> Result<f32, Stri
             continue;
         }
         let relative = (x - y).abs() / scale.max(f32::MIN_POSITIVE);
-        let allowed = if contract == Contract::Exact { 0.0 } else { CLOSE };
+        let allowed = match contract {
+            Contract::Exact => 0.0,
+            Contract::Close => CLOSE,
+            Contract::Narrow => NARROW,
+        };
         // A NaN is further than anything.
         if relative.is_nan() || relative > allowed {
-            let promise = if contract == Contract::Exact { "bit for bit".to_string() } else { format!("within {CLOSE:e}") };
+            let promise = if contract == Contract::Exact { "bit for bit".to_string() } else { format!("within {allowed:e}") };
             return Err(format!("differs: element {i} is {y}, was {x}, and the largest is {scale}; promised was the same {promise}"));
         }
         worst = worst.max(relative);

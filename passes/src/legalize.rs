@@ -20,7 +20,7 @@ fn legalize(target: &Target, graph: &Graph) -> Result<Graph, PassError> {
                 let op = format!("{}({})", node.op.name(), shown.join(", "));
                 PassError::Rejected { target: target.name, graph: graph.name.clone(), scope: node.scope.clone(), op, reason }
             };
-            match (target.supports)(&node.op, &types) {
+            match target.support(&node.op, &types) {
                 Support::Native => {}
                 Support::Decompose => todo += 1,
                 Support::Reject(reason) => return Err(reject(reason)),
@@ -32,7 +32,7 @@ fn legalize(target: &Target, graph: &Graph) -> Result<Graph, PassError> {
         let mut stuck = None;
         graph = rewrite(&graph, |g, node, args| {
             let types: Vec<Type> = args.iter().map(|a| a.ty()).collect();
-            if (target.supports)(&node.op, &types) != Support::Decompose {
+            if target.support(&node.op, &types) != Support::Decompose {
                 return None;
             }
             let outs = node.op.decompose(g, args);

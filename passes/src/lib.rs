@@ -9,6 +9,7 @@ mod clean;
 mod legalize;
 mod masks;
 pub mod memory;
+mod narrow;
 pub mod quantize;
 mod rules;
 mod states;
@@ -30,6 +31,8 @@ pub enum Contract {
     Exact,
     /// The same up to the rounding of `f32`.
     Close,
+    /// The same up to the rounding of `f16` or `bf16`.
+    Narrow,
 }
 
 impl std::fmt::Display for Contract {
@@ -37,6 +40,7 @@ impl std::fmt::Display for Contract {
         f.write_str(match self {
             Self::Exact => "exact",
             Self::Close => "close",
+            Self::Narrow => "narrow",
         })
     }
 }
@@ -148,7 +152,26 @@ pub const CPU: &[Pass] = &[
 ];
 
 /// What runs for ONNX of standard ops, in order. It has no op for what the other rules fuse.
-pub const ONNX: &[Pass] = &[weights::STORAGE, masks::GIVEN, masks::ONE_KEY, legalize::LEGALIZE, clean::FOLD, clean::CSE, clean::DCE];
+pub const ONNX: &[Pass] =
+    &[weights::STORAGE, masks::GIVEN, masks::ONE_KEY, legalize::LEGALIZE, narrow::NARROW, clean::FOLD, clean::CSE, clean::DCE];
+
+/// What runs for ONNX with ONNX Runtime's own operators, in order.
+pub const ONNX_RUNTIME: &[Pass] = &[
+    weights::STORAGE,
+    rules::RESIDUAL_NORM,
+    rules::late_split::NORM,
+    rules::late_split::ROTARY,
+    rules::late_split::SCALE,
+    rules::merged_attention::GROUP_QUERY,
+    rules::merged_attention::MULTI_HEAD,
+    masks::GIVEN,
+    masks::ONE_KEY,
+    legalize::LEGALIZE,
+    narrow::NARROW,
+    clean::FOLD,
+    clean::CSE,
+    clean::DCE,
+];
 
 /// Runs `passes` and calls `after` with each pass's trace and the program it made.
 ///

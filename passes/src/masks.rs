@@ -1,40 +1,59 @@
 //! Attention masks.
 
-use crate::{Contract, Pass, map_graphs};
+use crate::{Contract, Pass, Support, map_graphs};
 use vlmc_ir::{
     Bindings, DType, Literal, Op,
-    ops::{Attention, Mask, causal_mask, segment_mask},
+    ops::{Attention, GroupQueryAttention, Mask, MultiHeadAttention, causal_mask, segment_mask},
     rewrite,
 };
 
 /// Attention whose mask is known by kind gets it as a `bool` tensor, which [`crate::clean::CSE`] then shares among layers.
-pub(crate) const GIVEN: Pass =
-    Pass::new("given-masks", "attention masks as tensors, for targets that know no kinds of mask", Contract::Exact, |_, program| {
+pub(crate) const GIVEN: Pass = Pass::new(
+    "given-masks",
+    "attention masks as tensors, where the target does not know their kind",
+    Contract::Exact,
+    |target, program| {
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
-                let Op::Attention(op) = &node.op else { return None };
+                let mut op = node.op.clone();
+                let mask = mask_of(&mut op)?;
                 let queries = args[0].dim(args[0].ty().rank() - 2);
-                let given = match op.mask {
+                let (last, operands) = args.split_last()?;
+                let types: Vec<_> = args.iter().map(|a| a.ty()).collect();
+                let known = matches!(mask, Mask::Causal | Mask::Segments) && target.support(&node.op, &types) == Support::Native;
+                let given = match *mask {
+                    _ if known => return None,
                     Mask::Full => return None,
                     // One row for all queries: runtimes of other people want as many as there are.
                     Mask::Given => {
-                        let mut shape = args[3].ty().shape;
+                        let mut shape = last.ty().shape;
                         let row = shape.len().checked_sub(2)?;
                         if shape[row] == queries {
                             return None;
                         }
                         shape[row] = queries;
-                        g.broadcast(args[3], shape)
+                        g.broadcast(*last, shape)
                     }
-                    Mask::Causal => causal_mask(g, args[3], &queries),
-                    Mask::Segments => segment_mask(g, args[3]),
+                    Mask::Causal => causal_mask(g, *last, &queries),
+                    Mask::Segments => segment_mask(g, *last),
                 };
-                let op = Attention { mask: Mask::Given, ..op.clone() };
-                Some(g.apply_op(op.into(), &[args[0], args[1], args[2], given]))
+                *mask = Mask::Given;
+                Some(g.apply_op(op, &[operands, &[given]].concat()))
             })
             .map_err(Into::into)
         })
-    });
+    },
+);
+
+/// The mask of an attention, whose operand is the last.
+fn mask_of(op: &mut Op) -> Option<&mut Mask> {
+    match op {
+        Op::Attention(Attention { mask, .. })
+        | Op::MultiHeadAttention(MultiHeadAttention { mask, .. })
+        | Op::GroupQueryAttention(GroupQueryAttention { mask, .. }) => Some(mask),
+        _ => None,
+    }
+}
 
 /// Attention of graphs in which there may be no keys (no pictures to attend to) gets one more, which nobody sees: runtimes of
 /// other people refuse to attend to nothing.
@@ -43,7 +62,11 @@ pub(crate) const ONE_KEY: Pass =
         let least: Bindings = program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect();
         map_graphs(program, |graph| {
             rewrite(graph, |g, node, args| {
-                let Op::Attention(op @ Attention { mask: Mask::Given, .. }) = &node.op else { return None };
+                let (Op::Attention(Attention { mask: Mask::Given, .. })
+                | Op::MultiHeadAttention(MultiHeadAttention { mask: Mask::Given, .. })) = &node.op
+                else {
+                    return None;
+                };
                 let axis = args[1].ty().rank() - 2;
                 let t = args[1].dim(axis);
                 let last = args[3].ty().rank() - 1;
@@ -56,7 +79,7 @@ pub(crate) const ONE_KEY: Pass =
                     one.shape[axis] = 1.into();
                     g.concat(&[x, g.broadcast(g.literal(Literal::scalar(one.dtype, fill)), one.shape)], axis)
                 });
-                Some(g.apply_op(op.clone().into(), &[args[0], longer[0], longer[1], longer[2]]))
+                Some(g.apply_op(node.op.clone(), &[&args[..1], &longer].concat()))
             })
             .map_err(Into::into)
         })

@@ -27,7 +27,7 @@ pub fn open_engine(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Resu
     match artifact.manifest().target.as_str() {
         "cpu" => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, threads)?)),
         #[cfg(feature = "ort")]
-        "onnx-cpu" => Ok(Box::new(crate::ort::OrtEngine::open(artifact, threads)?)),
+        target if target.starts_with("onnx-") => Ok(Box::new(crate::ort::OrtEngine::open(artifact, threads)?)),
         #[cfg(not(feature = "ort"))]
         "onnx-cpu" => Err(Error::Unsupported("this build has no ONNX Runtime engine: build it with the feature `ort`".into())),
         other => Err(Error::Unsupported(format!("no engine runs artifacts of target '{other}'"))),

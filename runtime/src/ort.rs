@@ -1,10 +1,11 @@
 //! The engine of `onnx-*` artifacts: ONNX Runtime, whose library is loaded when it is needed (`ORT_DYLIB_PATH` names it).
 
 use crate::{Artifact, Data, Engine, Error, Result, Tensor, binding};
+use half::{bf16, f16};
 use ort::{
     environment::Environment,
     session::{Session, SessionInputValue, builder::GraphOptimizationLevel},
-    value::{DynTensor, DynValue, TensorElementType, ValueType},
+    value::{DynTensor, DynValue, PrimitiveTensorElementType, TensorElementType, ValueType},
 };
 use std::{
     borrow::Cow,
@@ -12,7 +13,7 @@ use std::{
     path::Path,
     sync::{Mutex, PoisonError},
 };
-use vlmc_artifact::{Bindings, Manifest};
+use vlmc_artifact::{Bindings, DType, Manifest};
 
 /// Environment variable that names the library.
 const LIBRARY: &str = "ORT_DYLIB_PATH";
@@ -94,6 +95,44 @@ fn shape_of(v: &DynValue) -> Vec<usize> {
     v.shape().iter().map(|d| *d as usize).collect()
 }
 
+/// The kernels of attention on a GPU know the length of a row, and no mask.
+fn padding_is_last(inputs: &[(&str, &Tensor)]) -> Result<()> {
+    let Some((_, mask)) = inputs.iter().find(|(name, _)| *name == "attention_mask") else { return Ok(()) };
+    let Data::I64(live) = mask.data() else { return Ok(()) };
+    let width = mask.shape().last().copied().unwrap_or(1).max(1);
+    match live.chunks(width).position(|row| row.windows(2).any(|w| w[0] == 0 && w[1] != 0)) {
+        Some(row) => Err(Error::Unsupported(format!(
+            "attention_mask: row {row} has padding before tokens; for target 'onnx-cuda' it must stand at the end"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// A state without positions.
+fn empty(dtype: DType, shape: Vec<i64>) -> ort::Result<DynValue> {
+    Ok(match dtype {
+        DType::F16 => ort::value::Tensor::<f16>::from_array((shape, vec![]))?.into_dyn(),
+        DType::BF16 => ort::value::Tensor::<bf16>::from_array((shape, vec![]))?.into_dyn(),
+        _ => ort::value::Tensor::<f32>::from_array((shape, vec![]))?.into_dyn(),
+    })
+}
+
+/// A state's first `len` positions along `axis`.
+fn shortened<T: PrimitiveTensorElementType + std::fmt::Debug + Copy + 'static>(
+    value: &DynValue,
+    axis: usize,
+    len: usize,
+) -> ort::Result<DynValue> {
+    let mut shape = shape_of(value);
+    let (outer, inner): (usize, usize) = (shape[..axis].iter().product(), shape[axis + 1..].iter().product());
+    let (_, data) = value.try_extract_tensor::<T>()?;
+    let row = shape[axis] * inner;
+    let kept: Vec<T> = (0..outer).flat_map(|o| &data[o * row..o * row + len * inner]).copied().collect();
+    shape[axis] = len;
+    let shape: Vec<i64> = shape.into_iter().map(|d| d as i64).collect();
+    Ok(ort::value::Tensor::from_array((shape, kept))?.into_dyn())
+}
+
 fn to_ort(t: &Tensor) -> ort::Result<DynTensor> {
     let shape: Vec<i64> = t.shape().iter().map(|d| *d as i64).collect();
     Ok(match t.data() {
@@ -112,6 +151,12 @@ fn from_ort(v: &DynValue) -> Result<Tensor> {
     let shape = shape_of(v);
     match kind {
         TensorElementType::Float32 => Tensor::new(shape, v.try_extract_tensor::<f32>().map_err(bad)?.1.to_vec()),
+        TensorElementType::Float16 => {
+            Tensor::new(shape, v.try_extract_tensor::<f16>().map_err(bad)?.1.iter().map(|v| v.to_f32()).collect::<Vec<f32>>())
+        }
+        TensorElementType::Bfloat16 => {
+            Tensor::new(shape, v.try_extract_tensor::<bf16>().map_err(bad)?.1.iter().map(|v| v.to_f32()).collect::<Vec<f32>>())
+        }
         TensorElementType::Int64 => Tensor::new(shape, v.try_extract_tensor::<i64>().map_err(bad)?.1.to_vec()),
         TensorElementType::Bool => Tensor::new(shape, v.try_extract_tensor::<bool>().map_err(bad)?.1.to_vec()),
         other => Err(Error::Unsupported(format!("an output has type {other:?}"))),
@@ -129,6 +174,10 @@ impl Engine for OrtEngine {
         let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
         let mut symbols = Bindings::default();
         let bound = binding::bind(&self.manifest.symbols, e, inputs, |i| loaded.states.get(i).map(shape_of), &mut symbols)?;
+        if self.manifest.target == "onnx-cuda" && !e.states.is_empty() && self.past() == 0 {
+            padding_is_last(inputs)?;
+        }
+        let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
         let bad = failed(entry);
 
         let mut feed: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = vec![];
@@ -141,7 +190,7 @@ impl Engine for OrtEngine {
                 None => {
                     let shape = state.shape.iter().map(|d| d.eval(&symbols)).collect::<Result<Vec<i64>, _>>();
                     let shape = shape.map_err(|e| Error::Input(format!("{entry}: state '{}': {e}", state.past)))?;
-                    ort::value::Tensor::<f32>::from_array((shape, vec![])).map_err(&bad)?.upcast().into()
+                    empty(state.dtype, shape).map_err(&bad)?.into()
                 }
             };
             feed.push((state.past.as_str().into(), past));
@@ -171,18 +220,15 @@ impl Engine for OrtEngine {
                 loaded.states.clear();
             }
             for (state, value) in entry.states.iter().zip(&mut loaded.states) {
-                let shape = shape_of(value);
-                if shape[state.axis] == len || !state.follows_text() {
+                if shape_of(value)[state.axis] == len || !state.follows_text() {
                     continue;
                 }
-                let (outer, inner): (usize, usize) = (shape[..state.axis].iter().product(), shape[state.axis + 1..].iter().product());
-                let bad = failed("shortening a state");
-                let (_, data) = value.try_extract_tensor::<f32>().map_err(&bad)?;
-                let row = shape[state.axis] * inner;
-                let kept: Vec<f32> = (0..outer).flat_map(|o| &data[o * row..o * row + len * inner]).copied().collect();
-                let mut shape: Vec<i64> = shape.iter().map(|d| *d as i64).collect();
-                shape[state.axis] = len as i64;
-                *value = ort::value::Tensor::from_array((shape, kept)).map_err(&bad)?.into_dyn();
+                *value = match state.dtype {
+                    DType::F16 => shortened::<f16>(value, state.axis, len),
+                    DType::BF16 => shortened::<bf16>(value, state.axis, len),
+                    _ => shortened::<f32>(value, state.axis, len),
+                }
+                .map_err(failed("shortening a state"))?;
             }
         }
         Ok(())

@@ -82,20 +82,27 @@ impl Bench {
             Way::Q4_0 => (model, policy("int4")),
             Way::Calibrated(text) => {
                 let (policy, requests) = (policy(text), calibration().unwrap_or_else(|e| panic!("{e}")));
-                let (model, report) = model.calibrate(&self.target, &chosen(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+                let (model, report) =
+                    model.calibrate(crate::target(&self.target), &chosen(&policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
                 assert!(!report.is_empty());
                 (model, policy)
             }
             Way::Budget(bits) => {
                 let requests = calibration().unwrap_or_else(|e| panic!("{e}"));
                 let Budgeted { model, policy, bits_per_weight, .. } =
-                    model.within_budget(&self.target, bits, &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+                    model.within_budget(crate::target(&self.target), bits, &requests, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
                 assert!(bits_per_weight <= bits, "{bits_per_weight} of {bits}");
                 (model, policy)
             }
         };
         let report = model
-            .compile(&Options { target: &self.target, policy: &policy, out: &artifact, progress: &|_, _| {} })
+            .compile(&Options {
+                target: crate::target(&self.target),
+                policy: &policy,
+                out: &artifact,
+                allow_fallback: false,
+                progress: &|_, _| {},
+            })
             .unwrap_or_else(|e| panic!("{e}"));
         let artifact = Artifact::open(&artifact).unwrap_or_else(|e| panic!("{e}"));
         let score = Evaluated::open(&artifact, None).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));
@@ -115,8 +122,7 @@ pub fn policy(text: &str) -> Policy {
 
 /// Bits per weight of what is quantized, scales counted; `None` if nothing is.
 pub fn bits_per_weight(model: &Model, target: &str, policy: &Policy) -> Option<f64> {
-    let target = vlmc::target::named(target).unwrap_or_else(|e| panic!("{e}"));
-    let program = model.lower_for(target, policy, |_, _| {}).unwrap_or_else(|e| panic!("{e}")).program;
+    let program = model.lower_for(crate::target(target), policy, |_, _| {}).unwrap_or_else(|e| panic!("{e}")).program;
     let (mut bits, mut weights) = (0.0, 0.0);
     for w in program.weights.values() {
         if let DType::Quant(scheme) = w.dtype {

@@ -23,7 +23,9 @@ fn decode(fixture: &str, quant: &str, threads: usize) {
     let out = dir.path().join("artifact");
     let model = Model::open(&vlmc_tests::fixture(fixture)).unwrap();
     let policy = Policy::named(quant).unwrap();
-    model.compile(&Options { target: "cpu", policy: &policy, out: &out, progress: &|_, _| {} }).unwrap();
+    model
+        .compile(&Options { target: vlmc_tests::target("cpu"), policy: &policy, out: &out, allow_fallback: false, progress: &|_, _| {} })
+        .unwrap();
     let engine = CpuEngine::open(&Artifact::open(&out).unwrap(), NonZero::new(threads)).unwrap();
     let mut pipeline = Pipeline::new(Box::new(engine)).unwrap();
     let prompt = Tensors::from([("input_ids".into(), Tensor::new([1, 3], vec![5i64, 6, 7]).unwrap())]);

@@ -23,6 +23,15 @@ macro_rules! prompts {
                 vlmc_tests::prompts_agree($name, "onnx-cpu");
             }
             #[test]
+            fn onnx_cuda() {
+                ["onnx-cuda:f32", "onnx-cuda:f16"].iter().for_each(|target| vlmc_tests::prompts_agree($name, target));
+            }
+            #[test]
+            fn onnx_tensorrt() {
+                let targets = ["onnx-tensorrt:f32", "onnx-tensorrt:f16", "onnx-tensorrt:f32:17"];
+                targets.iter().for_each(|target| vlmc_tests::prompts_agree($name, target));
+            }
+            #[test]
             fn answers() {
                 vlmc_tests::answers_agree($name, "cpu");
             }
@@ -101,7 +110,7 @@ fn the_interpreter_agrees_after_every_pass() {
         }
     };
     check_program(&model.lower().unwrap().program);
-    for target in vlmc::target::TARGETS {
+    for target in ["cpu", "onnx-cpu", "onnx-cuda:f32", "onnx-tensorrt:f32", "onnx-tensorrt:f32:17"].map(vlmc_tests::target) {
         model.lower_for(target, &Policy::none(), |_, program| check_program(program)).unwrap();
     }
 }

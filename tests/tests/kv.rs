@@ -9,7 +9,10 @@ use vlmc_tests::{exec_case, fixture, floats, load};
 
 fn compile(name: &str, target: &str, kv: DType, out: &Path) -> Result<(), String> {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
-    model.compile(&Options { target, out, policy: &Policy::none(), progress: &|_, _| {} }).map(|_| ()).map_err(|e| e.to_string())
+    model
+        .compile(&Options { target: vlmc_tests::target(target), out, policy: &Policy::none(), allow_fallback: false, progress: &|_, _| {} })
+        .map(|_| ())
+        .map_err(|e| e.to_string())
 }
 
 /// Size of the difference of two tensors, relative to the second.

@@ -10,7 +10,9 @@ use vlmc_tests::fixture;
 fn compile(name: &str, target: &str, policy: &str, kv: DType, out: &Path) {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
     let policy = Policy::named(policy).unwrap();
-    model.compile(&Options { target, out, policy: &policy, progress: &|_, _| {} }).unwrap_or_else(|e| panic!("{name}: {e}"));
+    model
+        .compile(&Options { target: vlmc_tests::target(target), out, policy: &policy, allow_fallback: false, progress: &|_, _| {} })
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
 }
 
 /// Two turns, the first about a picture.

@@ -15,7 +15,15 @@ fn agrees(name: &str, on_cpu: usize) {
         let out = tempfile::tempdir().unwrap();
         let out = out.path().join("artifact");
         let model = Model::open(&dir).unwrap_or_else(|e| panic!("{e}"));
-        let report = model.compile(&Options { target, out: &out, policy: &Policy::none(), progress: &|_, _| {} }).unwrap();
+        let report = model
+            .compile(&Options {
+                target: vlmc_tests::target(target),
+                out: &out,
+                policy: &Policy::none(),
+                allow_fallback: false,
+                progress: &|_, _| {},
+            })
+            .unwrap();
         // All linear layers of the decoder keep their codes, and nothing of the checkpoint is left over.
         let kept: usize = report.weights.iter().filter(|(name, _)| name.starts_with("int4g32")).map(|(_, n)| n).sum();
         assert_eq!(kept, matrices, "{target}: {:?}", report.weights);

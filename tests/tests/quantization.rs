@@ -77,7 +77,7 @@ fn budgets() {
     let choose = |budget: f64, calibrated: bool| {
         let model = Model::open(&dir).unwrap();
         let requests = if calibrated { requests(&model, &data).unwrap() } else { vec![] };
-        model.within_budget("onnx-cpu", budget, &requests, &|_| {})
+        model.within_budget(vlmc_tests::target("onnx-cpu"), budget, &requests, &|_| {})
     };
     for calibrated in [true, false] {
         let mut errors = vec![];
@@ -114,12 +114,15 @@ fn bad_calibration_data() {
 
     let gptq = policy("base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4\"\nmethod = \"gptq\"\n");
     let artifact = out.path().join("artifact");
-    let options = Options { target: "onnx-cpu", policy: &gptq, out: &artifact, progress: &|_, _| {} };
+    let options =
+        Options { target: vlmc_tests::target("onnx-cpu"), policy: &gptq, out: &artifact, allow_fallback: false, progress: &|_, _| {} };
     let error = model().compile(&options).unwrap_err().to_string();
     assert!(error.contains("needs calibration data: give --calibrate"), "{error}");
     assert!(!artifact.exists());
 
-    let run = |requests: &[Request]| model().calibrate("onnx-cpu", &chosen(&int4), requests, &|_| {}).err().unwrap().to_string();
+    let run = |requests: &[Request]| {
+        model().calibrate(vlmc_tests::target("onnx-cpu"), &chosen(&int4), requests, &|_| {}).err().unwrap().to_string()
+    };
     assert!(run(&[]).contains("there are no samples"));
     let empty = Request { name: "line 7".into(), tensors: Tensors::new() };
     assert!(run(&[empty]).contains("line 7"));
@@ -148,9 +151,14 @@ fn errors(name: &str, target: &str, policies: &[(&Policy, bool)]) -> Vec<f64> {
                 Request { name: case.clone(), tensors: vlmc::exec::read(&inputs).unwrap() }
             };
             let requests: Vec<Request> = cases(&fixture).iter().map(request).collect();
-            model = model.calibrate(target, &chosen(policy), &requests, &|_| {}).unwrap_or_else(|e| panic!("{name}: {e}")).0;
+            model = model
+                .calibrate(vlmc_tests::target(target), &chosen(policy), &requests, &|_| {})
+                .unwrap_or_else(|e| panic!("{name}: {e}"))
+                .0;
         }
-        model.compile(&Options { target, policy, out: &artifact, progress: &|_, _| {} }).unwrap();
+        model
+            .compile(&Options { target: vlmc_tests::target(target), policy, out: &artifact, allow_fallback: false, progress: &|_, _| {} })
+            .unwrap();
         let got = logits(&artifact);
         assert_eq!(got.len(), reference.len());
         out.push(got.iter().zip(&reference).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt());

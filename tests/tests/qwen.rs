@@ -8,7 +8,7 @@ use std::path::Path;
 use vlmc_runtime::{Model, Part, Tensor, artifact::Positions, image, processor, prompt, tokenizer::Tokenizer};
 use vlmc_tests::{answers_agree, assert_close, check_case, compile, exec_case, fixture, floats, golden_json, load, prompts_agree};
 
-const TARGETS: [&str; 2] = ["cpu", "onnx-cpu"];
+const TARGETS: [&str; 4] = ["cpu", "onnx-cpu", "onnx-cuda:f32", "onnx-tensorrt:f32"];
 
 /// transformers 5.23 starts what follows a long video before the video's last position; the paper, and transformers before it,
 /// after. Positions that are given are taken as they are, and decoding goes on after the largest of them.

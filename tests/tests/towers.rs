@@ -24,6 +24,15 @@ macro_rules! towers {
                 super::forward_agrees($name, "onnx-cpu", &$cases, $tolerance);
             }
             #[test]
+            fn onnx_cuda() {
+                ["onnx-cuda:f32", "onnx-cuda:f16"].iter().for_each(|target| super::forward_agrees($name, target, &$cases, $tolerance));
+            }
+            #[test]
+            fn onnx_tensorrt() {
+                let targets = ["onnx-tensorrt:f32", "onnx-tensorrt:f16", "onnx-tensorrt:f32:17"];
+                targets.iter().for_each(|target| super::forward_agrees($name, target, &$cases, $tolerance));
+            }
+            #[test]
             fn pictures() {
                 super::pictures_agree($name);
             }
@@ -89,7 +98,15 @@ fn losses_agree(target: &str) {
     for (name, cases) in [("clip", &["clip"][..]), ("siglip", &["siglip", "siglip_far"])] {
         let artifact = dir.path().join(name);
         let model = Model::open(&fixture(name)).unwrap().with_loss();
-        model.compile(&Options { target, out: &artifact, policy: &Policy::none(), progress: &|_, _| {} }).unwrap();
+        model
+            .compile(&Options {
+                target: vlmc_tests::target(target),
+                out: &artifact,
+                policy: &Policy::none(),
+                allow_fallback: false,
+                progress: &|_, _| {},
+            })
+            .unwrap();
         for case in cases {
             let out = exec_case(&fixture("losses"), &artifact, case, &["logits_per_image"], 0);
             assert_eq!(out.len(), if name == "clip" { 2 } else { 1 }, "{case}");

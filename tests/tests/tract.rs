@@ -41,7 +41,7 @@ fn vision_and_decoder_agree_with_the_reference() {
     let golden = load(&dir.join("golden.safetensors"));
     let out = tempfile::tempdir().unwrap();
     let artifact = out.path().join("artifact");
-    compile(&dir, "onnx-cpu", &artifact);
+    compile(&dir, "onnx-tensorrt:f32", &artifact);
     for case in ["chat", "two", "video", "batch", "text"] {
         let get = |n: &str| golden.get(&format!("{case}/{n}")).cloned();
         let ids = get("input_ids").unwrap();

@@ -31,9 +31,13 @@ pub enum Layout {
     /// Of a matrix, or each of a stack of them: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
     /// Of a quantized matrix `[n, k]`, as ONNX Runtime's MatMulNBits wants it: three tensors, of the weight's name and
-    /// `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales` (`f32[n, blocks]`), and `.zeros` (`u8[n, bytes]`, packed
-    /// along the blocks) if it has zero points.
-    Blocks,
+    /// `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales` (`[n, blocks]`, of the type given), and `.zeros`
+    /// (`u8[n, bytes]`, packed along the blocks) if it has zero points.
+    Blocks(DType),
+    /// Of a quantized matrix `[n, k]` without zero points, as DequantizeLinear wants it: two tensors, of the weight's name and
+    /// `.codes` (`i8[n, k]`, or of 4 bits `u8[n, k / 2]`, low half first), which are signed, and `.scales` (`[n, groups]`, or `[n]`
+    /// for whole rows, of the type given).
+    Signed(DType),
 }
 
 /// Columns of a block of [`Layout::Blocks`], and blocks of a row of `k` columns. A row with one scale is cut into blocks that
@@ -57,10 +61,19 @@ impl Stored {
                 let bytes = quant::panel_bytes(scheme, *k).ok_or_else(unfit)?;
                 one(DType::U8, [lead, &[n.div_ceil(PANEL), bytes]].concat())
             }
-            (Layout::Blocks, [n, k], DType::Quant(scheme)) => {
+            (Layout::Signed(float), [n, k], DType::Quant(scheme)) => {
+                let spec = |part, dtype, shape| TensorSpec { name: format!("{}.{part}", self.name), dtype, shape };
+                let codes = match scheme.bits {
+                    4 => spec("codes", DType::U8, vec![*n, k / 2]),
+                    _ => spec("codes", DType::I8, vec![*n, *k]),
+                };
+                let scales = if scheme.group.is_some() { vec![*n, scheme.groups(*k)] } else { vec![*n] };
+                vec![codes, spec("scales", float, scales)]
+            }
+            (Layout::Blocks(float), [n, k], DType::Quant(scheme)) => {
                 let (block, blocks) = blocks(scheme, *k);
                 let bits = usize::from(scheme.bits);
-                let mut parts = vec![("codes", DType::U8, vec![*n, blocks, block * bits / 8]), ("scales", DType::F32, vec![*n, blocks])];
+                let mut parts = vec![("codes", DType::U8, vec![*n, blocks, block * bits / 8]), ("scales", float, vec![*n, blocks])];
                 if scheme.zero_points {
                     parts.push(("zeros", DType::U8, vec![*n, (blocks * bits).div_ceil(8)]));
                 }

@@ -66,16 +66,22 @@ fn write_elements(s: &Stored, def: &WeightDef, rows: Range<usize>, source: &Rows
             let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
             file.write_at(&s.name, (rows.start * row) as u64, &packed)
         }
-        Layout::Rows | Layout::Blocks => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
+        Layout::Rows | Layout::Blocks(_) | Layout::Signed(_) => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
     }
 }
 
 fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, source: &Rows<'_>, file: &WeightsWriter) -> Result<()> {
     let k = def.shape.last().copied().unwrap_or(1);
     let codes = source.codes(&def.recipe, rows.clone(), k)?;
-    if s.layout == Layout::Blocks {
+    let at = |bytes: &[u8]| (rows.start * (bytes.len() / rows.len().max(1))) as u64;
+    if let Layout::Signed(float) = s.layout {
+        let (bytes, scales) = (signed(&codes.codes, scheme), scales_as(&codes.scales, float));
+        file.write_at(&format!("{}.codes", s.name), at(&bytes), &bytes)?;
+        return file.write_at(&format!("{}.scales", s.name), at(&scales), &scales);
+    }
+    if let Layout::Blocks(float) = s.layout {
         let (bytes, scales, zeros) = pack_blocks(&codes, k, scheme);
-        let at = |bytes: &[u8]| (rows.start * (bytes.len() / rows.len().max(1))) as u64;
+        let scales = scales_as(&scales, float);
         file.write_at(&format!("{}.codes", s.name), at(&bytes), &bytes)?;
         file.write_at(&format!("{}.scales", s.name), at(&scales), &scales)?;
         return if scheme.zero_points { file.write_at(&format!("{}.zeros", s.name), at(&zeros), &zeros) } else { Ok(()) };
@@ -91,8 +97,22 @@ fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, 
     file.write_at(&s.name, (rows.start / PANEL * panel) as u64, &quant::pack_panels(&codes, k, scheme))
 }
 
+/// Scales in a float type.
+fn scales_as(scales: &[f32], float: DType) -> Vec<u8> {
+    let bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+    if float == DType::F32 { bytes } else { convert(&bytes, DType::F32, float) }
+}
+
+/// Codes less the middle one, in two's complement; of 4 bits two in a byte, low half first.
+fn signed(codes: &[u8], scheme: Scheme) -> Vec<u8> {
+    match scheme.bits {
+        4 => codes.chunks(2).map(|pair| (pair[0] ^ 8) | pair.get(1).map_or(0, |c| (c ^ 8) << 4)).collect(),
+        _ => codes.iter().map(|c| c ^ 128).collect(),
+    }
+}
+
 /// Rows of codes as [`Layout::Blocks`] has them: codes, scales, zero points.
-fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
+fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
     let (block, blocks) = blocks(scheme, k);
     let groups = scheme.groups(k);
     let (mut codes, mut scales, mut zeros) = (vec![], vec![], vec![]);
@@ -107,7 +127,7 @@ fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme) -> (Vec<u8>, Vec<u8>, Vec
     for (r, row) in rows.codes.chunks_exact(k.max(1)).enumerate() {
         let group = |b: usize| r * groups + if scheme.group.is_some() { b } else { 0 };
         row.chunks(block).for_each(|row| pack(row, block * bits / 8, &mut codes));
-        scales.extend((0..blocks).flat_map(|b| rows.scales[group(b)].to_le_bytes()));
+        scales.extend((0..blocks).map(|b| rows.scales[group(b)]));
         let row_zeros: Vec<u8> = (0..blocks).map(|b| rows.zeros[group(b)]).collect();
         pack(&row_zeros, (blocks * bits).div_ceil(8), &mut zeros);
     }

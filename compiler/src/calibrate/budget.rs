@@ -1,11 +1,14 @@
 //! Mixed precision: which weights keep more bits, by what fewer would cost.
 
 use super::{Measured, Report};
-use crate::{Error, Result, checkpoint::Checkpoint, compile::Model, target, verify::Request};
+use crate::{Error, Result, checkpoint::Checkpoint, compile::Model, verify::Request};
 use std::collections::BTreeMap;
 use vlmc_ir::{Scheme, interp, quant::Method};
 use vlmc_kernels::Isa;
-use vlmc_passes::quantize::{Calibration, Choice, Part, Policy};
+use vlmc_passes::{
+    Target,
+    quantize::{Calibration, Choice, Part, Policy},
+};
 
 /// What a weight may be kept in: 4.125, 4.5 and 8 bits, and a little more for scales of rows.
 const SCHEMES: [Scheme; 3] = [Scheme { bits: 4, group: Some(128), zero_points: false }, Scheme::INT4, Scheme::INT8];
@@ -29,7 +32,7 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::calibrate`], or the budget is too small.
-    pub fn within_budget(self, target: &str, budget: f64, requests: &[Request], progress: &dyn Fn(&str)) -> Result<Budgeted> {
+    pub fn within_budget(self, target: &Target, budget: f64, requests: &[Request], progress: &dyn Fn(&str)) -> Result<Budgeted> {
         let candidates = |_: &str, part: Part| match part {
             Part::First | Part::Router | Part::Table => vec![],
             Part::Decoder | Part::Experts | Part::Head | Part::Tower => {
@@ -48,10 +51,10 @@ impl Model {
     }
 
     /// Errors of the weights themselves.
-    fn measure(self, target: &str, candidates: super::Candidates<'_>, progress: &dyn Fn(&str)) -> Result<(Self, Report)> {
+    fn measure(self, target: &Target, candidates: super::Candidates<'_>, progress: &dyn Fn(&str)) -> Result<(Self, Report)> {
         let program = self.lower()?.program;
         let mut report = Report::new();
-        for (name, choices) in self.choices(target::named(target)?, &program, candidates) {
+        for (name, choices) in self.choices(target, &program, candidates) {
             progress(&name);
             let def = program.weights.get(&name).ok_or_else(|| Error::tensor(&name, "is not declared"))?;
             let rows = weight(self.checkpoint(), def)?;

@@ -15,7 +15,7 @@ pub(crate) use recipes::Recipes;
 use crate::{
     Error, Result,
     compile::{Lowered, Model, entry},
-    samples, target,
+    samples,
     verify::Request,
 };
 use found::Found;
@@ -118,12 +118,11 @@ impl Model {
     /// There are no requests, or one does not fit the model.
     pub fn calibrate(
         self,
-        target: &str,
+        target: &Target,
         candidates: Candidates<'_>,
         requests: &[Request],
         progress: &dyn Fn(&str),
     ) -> Result<(Self, Report)> {
-        let target = target::named(target)?;
         let Lowered { program, task, .. } = self.lower()?;
         let choices = self.choices(target, &program, candidates);
         let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new(), factors: BTreeMap::new(), folds: vec![] });

@@ -11,7 +11,7 @@ use std::{
     num::NonZero,
     path::{Path, PathBuf},
 };
-use vlmc::{compile::Model, target};
+use vlmc::compile::Model;
 use vlmc_ir::{Graph, Program};
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{
@@ -335,12 +335,12 @@ pub(super) fn dump(args: &DumpArgs) -> Result<()> {
     let model = open(&args.path)?;
     let mut program = (*model.lower()?.program).clone();
     if let Some(wanted) = &args.after {
-        let target = target::named(&args.target.target)?;
+        let target = args.target.target()?;
         let passes: Vec<&str> = target.passes.iter().map(|p| p.name).collect();
         if !passes.contains(&wanted.as_str()) {
             bail!("--after: target '{}' has no pass '{wanted}'; its passes are {}", target.name, passes.join(", "));
         }
-        model.lower_for(target, &policy, |trace, after| {
+        model.lower_for(&target, &policy, |trace, after| {
             if trace.pass == wanted {
                 program = (**after).clone();
             }

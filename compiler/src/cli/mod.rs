@@ -27,7 +27,7 @@ use vlmc::{
 };
 use vlmc_ir::DType;
 use vlmc_passes::{
-    Trace,
+    Target, Trace,
     quantize::{Part, Policy},
 };
 use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
@@ -154,6 +154,11 @@ struct CompileArgs {
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
     #[arg(long)]
     with_loss: bool,
+    /// Compile even if the target's execution provider has no kernel for a node
+    ///
+    /// Such nodes are told of. They run on another provider (the CPU, for a GPU), with copies before and after.
+    #[arg(long)]
+    allow_fallback: bool,
     /// Print what each pass did: where rules fired and where they did not, and why
     #[arg(long, conflicts_with = "json")]
     trace_passes: bool,
@@ -193,12 +198,46 @@ struct TargetArgs {
     /// stay as they are. A file in TOML names weights by patterns: see the README.
     #[arg(long, default_value = "none", value_name = "POLICY")]
     quant: String,
+    /// What ONNX graphs for GPUs compute in [default: f16]
+    ///
+    /// Norms, softmax and sums are in f32 within their kernels whatever this says, and so are rotary angles, routing, and the inputs
+    /// and outputs of graphs. Some towers leave the range of f16 (see `vlmc ranges`): bf16 has that of f32.
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<Float>,
+    /// Version of the ONNX operators, 17 to 23 (target onnx-tensorrt only) [default: 23]
+    ///
+    /// Before 23 there is no attention: it is written in products and a softmax.
+    #[arg(long, value_name = "N")]
+    opset: Option<i64>,
+}
+
+/// Types that graphs may compute in.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Float {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl From<Float> for DType {
+    fn from(float: Float) -> Self {
+        match float {
+            Float::F16 => Self::F16,
+            Float::Bf16 => Self::BF16,
+            Float::F32 => Self::F32,
+        }
+    }
 }
 
 impl TargetArgs {
+    /// The target as the options configure it.
+    fn target(&self) -> Result<Target> {
+        Ok(target::configured(&self.target, self.dtype.map(Into::into), self.opset)?)
+    }
+
     /// The policy; an error if there is no such target either.
     fn policy(&self) -> Result<Policy> {
-        target::named(&self.target)?;
+        self.target()?;
         let path = Path::new(&self.quant);
         if path.extension().is_some_and(|e| e == "toml") {
             let text = std::fs::read_to_string(path).with_context(|| format!("--quant {}", self.quant))?;
@@ -321,12 +360,13 @@ fn checkpoint_dir(model: &str) -> Result<PathBuf> {
     Ok(dir?)
 }
 
-fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path) -> Result<compile::Report> {
+fn compile_to(model: &compile::Model, target: &Target, policy: &Policy, out: &Path, allow_fallback: bool) -> Result<compile::Report> {
     let bar = bytes_bar("writing weights");
     let report = model.compile(&compile::Options {
         target,
         policy,
         out,
+        allow_fallback,
         progress: &|done, total| {
             bar.set_length(total);
             bar.set_position(done);
@@ -340,7 +380,7 @@ fn compile_to(model: &compile::Model, target: &str, policy: &Policy, out: &Path)
 
 /// The model and the policy to compile it with, after calibration and the choice of schemes, if these are asked for.
 fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Model, Policy)> {
-    let target = &args.target.target;
+    let target = &args.target.target()?;
     let data = args.calibrate.as_ref();
     let requests = |d: &PathBuf| calibrate::requests(&model, &samples::read(d, None)?);
     let requests = data.map(|d| requests(d).with_context(|| format!("--calibrate {}", d.display()))).transpose()?;
@@ -382,7 +422,7 @@ fn budget_text(policy: &Policy, bits: f64, report: &Report) -> String {
 }
 
 fn compile_command(args: &CompileArgs) -> Result<()> {
-    target::named(&args.target.target)?;
+    let target = args.target.target()?;
     let layout = layout::named(&args.layout)?;
     if args.target.quant != AUTO {
         args.target.policy()?;
@@ -401,12 +441,12 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
     }
     let (model, policy) = quantized(args, model)?;
     if args.check_passes {
-        let checked = model.check_passes(target::named(&args.target.target)?, &policy)?;
+        let checked = model.check_passes(&target, &policy)?;
         if !args.json {
             print(&checked.iter().map(|c| format!("{c}\n")).collect::<String>())?;
         }
     }
-    let report = compile_to(&model.with_layout(layout), &args.target.target, &policy, &out)?;
+    let report = compile_to(&model.with_layout(layout), &target, &policy, &out, args.allow_fallback)?;
     if args.trace_passes {
         print(&report.passes.iter().map(Trace::to_string).collect::<String>())?;
     }
@@ -447,7 +487,7 @@ fn targets(json: bool) -> Result<()> {
         let all: Vec<_> = target::TARGETS.iter().map(|t| serde_json::json!({"name": t.name, "summary": t.summary})).collect();
         return print_json(&all);
     }
-    print(&target::TARGETS.iter().map(|t| format!("{:10} {}\n", t.name, t.summary)).collect::<String>())
+    print(&target::TARGETS.iter().map(|t| format!("{:14} {}\n", t.name, t.summary)).collect::<String>())
 }
 
 fn synth_command(args: &SynthArgs) -> Result<()> {

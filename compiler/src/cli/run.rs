@@ -244,8 +244,8 @@ fn report(r: &Reply, regions: &[boxes::Region]) -> serde_json::Value {
 }
 
 /// The artifact of a model: itself, or made from a checkpoint and kept in a cache.
-pub(super) fn artifact(model: &str, target: &TargetArgs) -> Result<PathBuf> {
-    let policy = target.policy()?;
+pub(super) fn artifact(model: &str, args: &TargetArgs) -> Result<PathBuf> {
+    let (policy, target) = (args.policy()?, args.target()?);
     let given = Path::new(model);
     if is_artifact(given) {
         return Ok(given.into());
@@ -255,11 +255,15 @@ pub(super) fn artifact(model: &str, target: &TargetArgs) -> Result<PathBuf> {
         return Ok(dir);
     }
     let model = compile::Model::open(&dir)?;
-    let out = cache_dir()?.join("artifacts").join(format!("{}-{}", model.fingerprint(&policy)?, target.target));
+    let mut name = format!("{}-{}", model.fingerprint(&policy)?, target.name);
+    if let Some(opset) = target.opset {
+        name += &format!("-{}-{opset}", target.float);
+    }
+    let out = cache_dir()?.join("artifacts").join(name);
     // An artifact that another version made, or that is damaged, is made again.
     let usable = Artifact::open(&out).is_ok_and(|a| a.manifest().compiler == compile::COMPILER);
     if !usable {
-        compile_to(&model, &target.target, &policy, &out)?;
+        compile_to(&model, &target, &policy, &out, false)?;
     }
     Ok(out)
 }

@@ -59,7 +59,7 @@ pub(super) fn decoder(graph: &Graph) -> Result<Graph, BuildError> {
 /// A decoder that keeps the values of attention as wide as the keys, with zeros behind them.
 pub(super) fn values_as_wide_as_keys(graph: &Graph) -> Result<Graph, BuildError> {
     let key = |value: &str| graph.states.iter().find(|s| s.past_name == value.replace(".value", ".key")).map(|s| graph.ty(s.past).clone());
-    let wide = graph.with_state_types(|s, ty| key(&s.past_name).unwrap_or_else(|| ty.clone()));
+    let wide = graph.with_states(|s, ty| key(&s.past_name).unwrap_or_else(|| ty.clone()));
     rewrite(&wide, |g, node, args| {
         let Op::Append(_) = node.op else { return None };
         let (last, mut gap) = (args[1].ty().rank().checked_sub(1)?, args[1].ty());

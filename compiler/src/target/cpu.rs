@@ -6,7 +6,7 @@ use vlmc_passes::{Support, Target};
 pub(super) const TARGET: Target = Target {
     name: "cpu",
     summary: "vlmc's own CPU runtime: no other library",
-    supports: |op, args| match op {
+    supports: |_, op, args| match op {
         _ if args.iter().any(|t| t.dtype.scheme().is_some()) && !matches!(op, Op::Linear(_) | Op::Embedding(_) | Op::Moe(_)) => {
             Support::Reject("only linear layers, tables and experts read quantized weights".into())
         }
@@ -46,6 +46,7 @@ pub(super) const TARGET: Target = Target {
         | Op::AddLayerNorm(_)
         | Op::AddRmsNorm(_)
         | Op::RotaryAttention(_) => Support::Native,
+        Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) => Support::Decompose,
         Op::SplitHeads(_)
         | Op::BatchNorm(_)
         | Op::MergeHeads(_)
@@ -66,6 +67,11 @@ pub(super) const TARGET: Target = Target {
     },
     // Matrices stay as they are: kernels widen them exactly. Vectors are small, and kernels want them in f32.
     storage: |w| if w.shape.len() < 2 { DType::F32 } else { w.dtype },
+    float: DType::F32,
+    floats: &[DType::F32],
+    opset: None,
+    opsets: &[],
+    own_operators: false,
     passes: vlmc_passes::CPU,
 };
 

@@ -22,6 +22,8 @@ struct Tap {
     weights: Vec<String>,
     operands: Vec<String>,
     result: String,
+    /// Heads that lie side by side in operands of three axes and in the result, where the reference has them apart.
+    heads: Option<usize>,
 }
 
 /// An engine of such an artifact, which looks like that of the original.
@@ -99,22 +101,37 @@ fn find(graph: &onnx::proto::GraphProto) -> Vec<Tap> {
         let data = if matches!(node.op_type(), "Reshape" | "Expand" | "Slice") { 1 } else { node.input.len() };
         let inputs: Vec<&str> = node.input.iter().take(data).map(String::as_str).filter(|n| !n.is_empty()).collect();
         let weights: Vec<String> = inputs.iter().filter_map(|n| constants.get(n)).flatten().cloned().collect();
-        let operands: Vec<String> = inputs.iter().filter(|n| !constants.contains_key(*n)).map(|n| (*n).to_string()).collect();
+        let operands: Vec<String> = match node.op_type() {
+            // What is normed is the sum, the last result.
+            "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => node.output.last().cloned().into_iter().collect(),
+            _ => inputs.iter().filter(|n| !constants.contains_key(*n)).map(|n| (*n).to_string()).collect(),
+        };
         if operands.is_empty() && !inputs.is_empty() {
             node.output.iter().for_each(|o| drop(constants.insert(o, weights.clone())));
             continue;
         }
         let Some(result) = node.output.iter().find(|o| !o.is_empty()).filter(|_| !weights.is_empty()) else { continue };
-        let mut tap = Tap { weights, operands, result: result.clone() };
+        let heads = node.attribute.iter().find(|a| node.op_type() == "MultiHeadAttention" && a.name() == "num_heads");
+        let heads = heads.and_then(|a| usize::try_from(a.i()).ok());
+        let mut tap = Tap { weights, operands, result: result.clone(), heads };
         // A linear layer with a bias is two nodes here.
         let product = taps.iter().position(|t| node.op_type() == "Add" && tap.operands == [t.result.clone()]);
         if let Some(product) = product.filter(|p| taps[*p].result.starts_with(&format!("{result}/"))) {
             let product = taps.remove(product);
-            tap = Tap { weights: [product.weights, tap.weights].concat(), operands: product.operands, result: tap.result };
+            tap = Tap { weights: [product.weights, tap.weights].concat(), operands: product.operands, ..tap };
         }
         taps.push(tap);
     }
     taps
+}
+
+/// `f32[batch, s, heads * d]` as `[batch, heads, s, d]`; `None` for other tensors.
+fn apart(t: &Tensor, heads: usize) -> Option<Tensor> {
+    let [batch, s, width] = t.shape()[..] else { return None };
+    let (x, d) = (t.f32().ok()?, width.checked_div(heads)?);
+    let rows = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..s).map(move |i| ((b * s + i) * heads + h) * d)));
+    let split: Vec<f32> = rows.flat_map(|from| &x[from..from + d]).copied().collect();
+    Tensor::new([batch, heads, s, d], split).ok()
 }
 
 impl Engine for Tapped {
@@ -130,6 +147,7 @@ impl Engine for Tapped {
             input.or_else(|| Some(outputs[ports.iter().position(|p| p.name == *name)?].clone()))
         };
         for tap in self.taps.get(entry).into_iter().flatten() {
+            let value = |name| value(name).map(|t| tap.heads.and_then(|heads| apart(&t, heads)).unwrap_or(t));
             let operands = tap.operands.iter().map(value).collect::<Option<Vec<_>>>();
             let (Some(operands), Some(result)) = (operands, value(&tap.result)) else { continue };
             (self.observer)(Observed { entry: entry.into(), weights: tap.weights.clone(), operands, result, act: None })?;

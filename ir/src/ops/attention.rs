@@ -1,6 +1,6 @@
 //! Attention, its heads, and its cache.
 
-use super::{OpDef, expect, expect_dtype, expect_rank, expect_shape, operands};
+use super::{OpDef, expect, expect_dtype, expect_number, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use half::bf16;
 use ndarray::Axis;
@@ -85,13 +85,13 @@ impl OpDef for Rotary {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [x, cos, sin] = operands(args)?;
-        expect_dtype(x, DType::F32, "x")?;
+        expect_number(x, "x")?;
         expect_rank(x, 3, "x")?;
         let (lead, [_, s, d]) = split3(&x.shape);
         let half = d.exact_div(&2.into()).ok_or_else(|| format!("head dim {d} is odd"))?;
         let shape = [lead, &[s.clone(), half]].concat();
         for (t, what) in [(cos, "cos"), (sin, "sin")] {
-            expect_dtype(t, DType::F32, what)?;
+            expect_dtype(t, x.dtype, what)?;
             expect_shape(t, &shape, what)?;
         }
         Ok(vec![x.clone()])
@@ -146,8 +146,9 @@ impl OpDef for Attention {
             ([q, k, v, mask], _) if self.mask != Mask::Full => (q, k, v, Some(mask)),
             _ => return Err(format!("takes {} operands with this mask, got {}", if self.mask == Mask::Full { 3 } else { 4 }, args.len())),
         };
+        expect_number(q, "q")?;
         for (t, what) in [(q, "q"), (k, "k"), (v, "v")] {
-            expect_dtype(t, DType::F32, what)?;
+            expect_dtype(t, q.dtype, what)?;
             expect_rank(t, 3, what)?;
         }
         let ((lead, [heads, s, d]), (lead_k, [kv_heads, t, _])) = (split3(&q.shape), split3(&k.shape));
@@ -163,7 +164,9 @@ impl OpDef for Attention {
                 expect_shape(mask, &[lead[0].clone(), t.clone()], "mask")?;
             }
             (Mask::Given, Some(mask)) => {
-                expect(matches!(mask.dtype, DType::Bool | DType::F32), || format!("mask must be bool or f32, is {}", mask.dtype))?;
+                expect(mask.dtype == DType::Bool || mask.dtype == q.dtype, || {
+                    format!("mask must be bool or {}, is {}", q.dtype, mask.dtype)
+                })?;
                 let scores = [lead, &[heads.clone(), s.clone(), t.clone()]].concat();
                 let fits = super::broadcast_shapes(&mask.shape, &scores)? == scores;
                 expect(fits, || format!("mask {mask} does not broadcast to the scores"))?;
@@ -175,7 +178,7 @@ impl OpDef for Attention {
             }
             _ => {}
         }
-        Ok(vec![Type { dtype: DType::F32, shape: [lead, &[heads.clone(), s.clone(), dv]].concat() }])
+        Ok(vec![Type { dtype: q.dtype, shape: [lead, &[heads.clone(), s.clone(), dv]].concat() }])
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
@@ -274,6 +277,113 @@ impl OpDef for RotaryAttention {
         let rotate = |args: &[Val<'g>]| Ok::<_, Infallible>(g.rotary(args[0], (args[1], args[2])));
         let append = |args: &[Val<'g>]| Ok(g.append(args[0], args[1], args[0].ty().rank().saturating_sub(2)));
         Self::parts(args, rotate, append, |args| Ok(g.apply::<1>(self.attention(), args)[0])).ok()?
+    }
+}
+
+/// [`Rotary`] of heads that lie side by side: `x f32[..., s, heads * d]`, `cos` and `sin f32[..., s, d/2]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MergedRotary {
+    /// Number of heads.
+    pub heads: usize,
+}
+
+impl OpDef for MergedRotary {
+    const NAME: &'static str = "merged_rotary";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, cos, sin] = operands(args)?;
+        let split = SplitHeads { heads: self.heads }.infer(std::slice::from_ref(x))?.remove(0);
+        Rotary {}.infer(&[split, cos.clone(), sin.clone()])?;
+        Ok(vec![x.clone()])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        Some(vec![g.merge_heads(g.rotary(g.split_heads(args[0], self.heads), (args[1], args[2])))])
+    }
+}
+
+/// [`Attention`] over heads that lie side by side: `q f32[..., s, heads * d]`, `k f32[..., t, kv_heads * d]`,
+/// `v f32[..., t, kv_heads * dv]` and a mask operand to `f32[..., s, heads * dv]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MultiHeadAttention {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// Which keys a query sees.
+    pub mask: Mask,
+}
+
+/// Number of heads of each of q, k and v.
+fn heads_of(heads: usize, kv_heads: usize) -> [SplitHeads; 3] {
+    [heads, kv_heads, kv_heads].map(|heads| SplitHeads { heads })
+}
+
+impl OpDef for MultiHeadAttention {
+    const NAME: &'static str = "multi_head_attention";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [q, k, v, mask @ ..] = args else { return Err(format!("takes 3 or 4 operands, got {}", args.len())) };
+        let mut split = vec![];
+        for (x, op) in [q, k, v].into_iter().zip(heads_of(self.heads, self.kv_heads)) {
+            split.extend(op.infer(std::slice::from_ref(x))?);
+        }
+        split.extend_from_slice(mask);
+        MergeHeads {}.infer(&Attention { scale: self.scale, mask: self.mask, bf16: false }.infer(&split)?)
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let [q, k, v, mask @ ..] = args else { return None };
+        let [q, k, v] = [(q, self.heads), (k, self.kv_heads), (v, self.kv_heads)].map(|(x, heads)| g.split_heads(*x, heads));
+        Some(vec![g.merge_heads(g.attention(q, k, v, self.scale, self.mask, mask.first().copied()))])
+    }
+}
+
+/// A decoder's attention over its cache, of heads that lie side by side: `k f32[batch, s, kv_heads * d]` and
+/// `v f32[batch, s, kv_heads * dv]` are appended to `past_k` and `past_v f32[batch, kv_heads, past, d or dv]` ([`Append`]), and
+/// `q f32[batch, s, heads * d]` attends to both ([`MultiHeadAttention`]). The operands are in the order q, k, v, past_k, past_v,
+/// mask; the results are `f32[batch, s, heads * dv]` and those of the two appends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupQueryAttention {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// Which keys a query sees.
+    pub mask: Mask,
+}
+
+impl GroupQueryAttention {
+    const APPEND: Append = Append { axis: 2, keep: DType::F32 };
+}
+
+impl OpDef for GroupQueryAttention {
+    const NAME: &'static str = "group_query_attention";
+    const APPENDS: &'static [(usize, usize)] = &[(3, 1), (4, 2)];
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [q, k, v, past_k, past_v, mask] = operands(args)?;
+        let mut split = vec![];
+        for (x, op) in [q, k, v].into_iter().zip(heads_of(self.heads, self.kv_heads)) {
+            expect(x.rank() == 3, || format!("q, k and v must be [batch, s, heads * d], one is {x}"))?;
+            split.extend(op.infer(std::slice::from_ref(x))?);
+        }
+        let keys = Self::APPEND.infer(&[past_k.clone(), split[1].clone()])?.remove(0);
+        let values = Self::APPEND.infer(&[past_v.clone(), split[2].clone()])?.remove(0);
+        let attention = Attention { scale: self.scale, mask: self.mask, bf16: false };
+        let out = attention.infer(&[split[0].clone(), keys.clone(), values.clone(), mask.clone()])?;
+        Ok([MergeHeads {}.infer(&out)?, vec![keys, values]].concat())
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let [q, k, v, past_k, past_v, mask] = args.try_into().ok()?;
+        let [q, k, v] = [(q, self.heads), (k, self.kv_heads), (v, self.kv_heads)].map(|(x, heads)| g.split_heads(x, heads));
+        let (keys, values) = (g.append(past_k, k, 2), g.append(past_v, v, 2));
+        Some(vec![g.merge_heads(g.attention(q, keys, values, self.scale, self.mask, Some(mask))), keys, values])
     }
 }
 

@@ -1,6 +1,6 @@
 //! Functions of each element.
 
-use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, operands};
+use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, expect_number, operands};
 use crate::{
     Bindings, Builder, DType, Dim, Type, Val,
     interp::{Array, broadcast2},
@@ -42,7 +42,10 @@ impl OpDef for Elementwise1 {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [x] = operands(args)?;
-        expect_dtype(x, if self.f == Unary::Not { DType::Bool } else { DType::F32 }, "operand")?;
+        match self.f {
+            Unary::Not => expect_dtype(x, DType::Bool, "operand")?,
+            _ => expect_number(x, "operand")?,
+        }
         Ok(vec![x.clone()])
     }
 
@@ -164,11 +167,12 @@ impl OpDef for Elementwise2 {
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [a, b] = operands(args)?;
         expect(a.dtype == b.dtype, || format!("operands must have one dtype, are {} and {}", a.dtype, b.dtype))?;
+        const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
         let allowed: &[DType] = match self.f {
             Binary::And | Binary::Or => &[DType::Bool],
             Binary::Mod => &[DType::I64],
-            Binary::Pow => &[DType::F32],
-            _ => &[DType::F32, DType::I64],
+            Binary::Pow => &FLOATS,
+            _ => &[DType::F32, DType::F16, DType::BF16, DType::I64],
         };
         expect(allowed.contains(&a.dtype), || format!("does not take {}", a.dtype))?;
         let dtype = if matches!(self.f, Binary::Eq | Binary::Lt | Binary::Le) { DType::Bool } else { a.dtype };

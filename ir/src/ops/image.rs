@@ -1,6 +1,6 @@
 //! Convolutions and resizing.
 
-use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, operands};
+use super::{OpDef, expect, expect_dtype, expect_float, expect_number, expect_shape, operands};
 use crate::{Builder, DType, Dim, Literal, Type, Val};
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::program::{Binary, Reduce, Unary};
@@ -35,7 +35,7 @@ impl OpDef for Conv2d {
             [x, w, b] => (x, w, Some(b)),
             _ => return Err(format!("takes 2 or 3 operands, got {}", args.len())),
         };
-        expect_dtype(x, DType::F32, "x")?;
+        expect_number(x, "x")?;
         expect_float(w, "weight")?;
         expect(x.rank() == 4 && w.rank() == 4 && x.shape[1] == w.shape[1], || format!("{x} and {w} are no picture and kernel"))?;
         if let Some(b) = bias {
@@ -43,7 +43,7 @@ impl OpDef for Conv2d {
             expect_shape(b, &w.shape[..1], "bias")?;
         }
         let ((_, oh), (_, ow)) = (self.windows(&x.shape[2], &w.shape[2])?, self.windows(&x.shape[3], &w.shape[3])?);
-        Ok(vec![Type::new(DType::F32, [x.shape[0].clone(), w.shape[0].clone(), oh.into(), ow.into()])])
+        Ok(vec![Type::new(x.dtype, [x.shape[0].clone(), w.shape[0].clone(), oh.into(), ow.into()])])
     }
 
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {

@@ -1,6 +1,6 @@
 //! Matrix products and tables.
 
-use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, expect_rank, expect_shape, operands};
+use super::{OpDef, broadcast_shapes, expect, expect_dtype, expect_float, expect_number, expect_rank, expect_shape, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, Axis, Dimension, linalg::general_mat_mul};
 use rayon::prelude::*;
@@ -20,14 +20,15 @@ impl OpDef for MatMul {
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [a, b] = operands(args)?;
         for (t, what) in [(a, "left operand"), (b, "right operand")] {
-            expect_dtype(t, DType::F32, what)?;
+            expect_number(t, what)?;
+            expect_dtype(t, a.dtype, what)?;
             expect_rank(t, 2, what)?;
         }
         let ((batch_a, [m, k]), (batch_b, [k2, n])) = (split2(&a.shape), split2(&b.shape));
         expect(k == k2, || format!("inner dims {k} and {k2} differ"))?;
         let mut shape = broadcast_shapes(batch_a, batch_b)?;
         shape.extend([m.clone(), n.clone()]);
-        Ok(vec![Type { dtype: DType::F32, shape }])
+        Ok(vec![Type { dtype: a.dtype, shape }])
     }
 
     fn eval(&self, args: &[&Array], _: &Bindings) -> Result<Vec<Array>, String> {
@@ -91,7 +92,7 @@ impl OpDef for Linear {
             [x, w, b] => (x, w, Some(b)),
             _ => return Err(format!("takes 2 or 3 operands, got {}", args.len())),
         };
-        expect_dtype(x, DType::F32, "x")?;
+        expect_number(x, "x")?;
         expect_float(w, "weight")?;
         expect(w.rank() == 2, || format!("weight must have 2 axes, is {w}"))?;
         expect(x.last()? == &w.shape[1], || format!("last dim of {x} and {w} differ"))?;

@@ -12,7 +12,10 @@ mod positions;
 mod shape;
 mod tiles;
 
-pub use attention::{Append, Attention, Mask, MergeHeads, Rotary, RotaryAttention, SplitHeads, causal_mask, segment_mask};
+pub use attention::{
+    Append, Attention, GroupQueryAttention, Mask, MergeHeads, MergedRotary, MultiHeadAttention, Rotary, RotaryAttention, SplitHeads,
+    causal_mask, segment_mask,
+};
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Gated, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
 pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
@@ -34,7 +37,8 @@ pub trait OpDef: Serialize + DeserializeOwned {
     /// Operands that may be states, with the results that are the states' next values.
     const APPENDS: &'static [(usize, usize)] = &[];
 
-    /// Types of the results for operands of types `args`.
+    /// Types of the results for operands of types `args`. An op that computes with `f32` may take `f16` or `bf16` instead, for all
+    /// operands but weights: its results then have that type, and are those of `f32`, rounded.
     ///
     /// # Errors
     /// Why the op does not accept them.
@@ -149,7 +153,7 @@ ops! {
     GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, WindowOrder, NtkRope, LogN,
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
     // Composites that no frontend writes: passes make them of the ones above.
-    Gated, AddLayerNorm, AddRmsNorm, RotaryAttention,
+    Gated, AddLayerNorm, AddRmsNorm, RotaryAttention, MergedRotary, MultiHeadAttention, GroupQueryAttention,
 }
 
 // What type rules share.
@@ -169,6 +173,11 @@ fn expect_dtype(t: &Type, dtype: DType, what: &str) -> Result<(), String> {
 
 fn expect_float(t: &Type, what: &str) -> Result<(), String> {
     expect(t.dtype.is_float(), || format!("{what} must be f32, f16 or bf16, is {}", t.dtype))
+}
+
+/// Numbers that are computed with: floats that are not packed.
+fn expect_number(t: &Type, what: &str) -> Result<(), String> {
+    expect(t.dtype.is_float() && t.dtype.scheme().is_none(), || format!("{what} must be f32, f16 or bf16, is {}", t.dtype))
 }
 
 fn expect_rank(t: &Type, at_least: usize, what: &str) -> Result<(), String> {

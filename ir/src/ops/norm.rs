@@ -1,12 +1,12 @@
 //! Normalisations.
 
-use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, operands};
+use super::{OpDef, expect, expect_dtype, expect_float, expect_number, expect_shape, operands};
 use crate::{Builder, DType, Type, Val};
 use serde::{Deserialize, Serialize};
 use vlmc_artifact::program::{Reduce, Unary};
 
 fn check(x: &Type, vectors: &[(&Type, &str)], eps: f64) -> Result<Vec<Type>, String> {
-    expect_dtype(x, DType::F32, "x")?;
+    expect_number(x, "x")?;
     let n = x.last()?.clone();
     for (t, what) in vectors {
         expect_float(t, what)?;

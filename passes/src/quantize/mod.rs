@@ -143,7 +143,7 @@ pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -
             return None;
         }
         let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() };
-        match (target.supports)(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
+        match target.support(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
             Support::Native => None,
             Support::Reject(why) => Some(why),
             Support::Decompose => Some(format!("'{}' is run in parts, which read no quantized weights", node.op.name())),

@@ -5,7 +5,9 @@
 //! others need as well, an operand of another kind where the pattern says [`Pattern::or_say_why`], or what the replacement
 //! says. So a reader of `--trace-passes` learns why a layer was left as it is.
 
+pub(crate) mod late_split;
 mod linear_activation;
+pub(crate) mod merged_attention;
 mod pack_gate_up;
 mod pack_qkv;
 mod packed;

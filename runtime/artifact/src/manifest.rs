@@ -152,6 +152,9 @@ pub struct Entry {
     /// with. The runtime places them so that they take hardly more (`vlmc inspect --context` tells how much a request takes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arena: Option<Dim>,
+    /// Options of ONNX Runtime's execution provider for the target, for this graph.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub provider_options: BTreeMap<String, String>,
 }
 
 /// What a model is for, and what a client must know to feed it.

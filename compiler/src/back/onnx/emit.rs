@@ -1,7 +1,11 @@
 //! IR to ONNX, op by op.
 
-use super::{IR_VERSION, MICROSOFT, OPSET, layout, proto, stored_name};
-use crate::{Error, Result, back::blocks};
+use super::{MICROSOFT, ir_version, layout, proto, stored_name};
+use crate::{
+    Error, Result,
+    back::{Layout, blocks},
+    target::onnx::AXES_OPSET,
+};
 use proto::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataLocation,
@@ -13,17 +17,26 @@ use vlmc_artifact::{
     program::{Binary, Reduce, Unary},
 };
 use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
+use vlmc_passes::Target;
 
-/// One model per graph, by the graph's name. `place` gives the offset and length of a stored weight in `weight_file`.
+/// One model per graph, by the graph's name, for `target`. `place` gives the offset and length of a stored weight in `weight_file`.
 ///
 /// # Errors
 /// [`Error::Backend`] if the program was not legalised for ONNX.
-pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Option<(u64, u64)>) -> Result<Vec<(String, ModelProto)>> {
+pub fn emit(
+    target: &Target,
+    program: &Verified,
+    weight_file: &str,
+    place: &dyn Fn(&str) -> Option<(u64, u64)>,
+) -> Result<Vec<(String, ModelProto)>> {
+    let opset = target.opset.ok_or_else(|| Error::Backend(format!("target '{}' has no ONNX graphs", target.name)))?;
     program
         .graphs
         .iter()
         .map(|g| {
             let mut e = Emitter {
+                target,
+                opset,
                 graph: g,
                 weight_file,
                 place,
@@ -31,6 +44,7 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
                 names: HashMap::new(),
                 dims: BTreeMap::new(),
                 masks: HashMap::new(),
+                lengths: HashMap::new(),
                 stored: BTreeSet::new(),
                 least: program.symbols.iter().map(|s| (s.name.as_str(), s.min)).collect(),
             };
@@ -38,10 +52,10 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
             let domain = |name: &str, version| OperatorSetIdProto { domain: Some(name.into()), version: Some(version) };
             let own = e.out.node.iter().any(|n| n.domain() == MICROSOFT).then(|| domain(MICROSOFT, 1));
             let model = ModelProto {
-                ir_version: Some(IR_VERSION),
+                ir_version: Some(ir_version(opset)),
                 producer_name: Some("vlmc".into()),
                 producer_version: Some(env!("CARGO_PKG_VERSION").into()),
-                opset_import: [domain("", OPSET)].into_iter().chain(own).collect(),
+                opset_import: [domain("", opset)].into_iter().chain(own).collect(),
                 graph: Some(e.out),
                 ..ModelProto::default()
             };
@@ -53,6 +67,8 @@ pub fn emit(program: &Verified, weight_file: &str, place: &dyn Fn(&str) -> Optio
 type Emitted<T = ()> = Result<T, String>;
 
 struct Emitter<'a> {
+    target: &'a Target,
+    opset: i64,
     graph: &'a Graph,
     weight_file: &'a str,
     place: &'a dyn Fn(&str) -> Option<(u64, u64)>,
@@ -60,8 +76,10 @@ struct Emitter<'a> {
     names: HashMap<ValueId, String>,
     /// Dims computed so far, as `i64[1]`.
     dims: BTreeMap<Dim, String>,
-    /// Masks so far, by their `bool` tensors, as what is added to scores.
-    masks: HashMap<ValueId, String>,
+    /// Masks so far, by their `bool` tensors and number of axes, as what is added to scores.
+    masks: HashMap<(ValueId, usize), String>,
+    /// Lengths of rows so far, by their masks, as GroupQueryAttention wants them.
+    lengths: HashMap<ValueId, [String; 2]>,
     stored: BTreeSet<String>,
     /// The least values of the symbols.
     least: Bindings,
@@ -117,6 +135,11 @@ fn string(name: &str, v: &str) -> AttributeProto {
         r#type: Some(AttributeType::String as i32),
         ..Default::default()
     }
+}
+
+/// A port that has this very dim, and which of its axes that is.
+fn axis_of<'p>(g: &Graph, d: &Dim, mut ports: impl Iterator<Item = (&'p String, ValueId)>) -> Option<(String, usize)> {
+    ports.find_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?)))
 }
 
 impl Emitter<'_> {
@@ -176,13 +199,13 @@ impl Emitter<'_> {
     }
 
     fn weight(&mut self, weight: &str, ty: &Type, op: &Op, operand: usize) -> Emitted<String> {
-        let layout = layout(op, operand, ty.dtype);
+        let layout = layout(self.target, op, operand, ty.dtype);
         let name = stored_name(weight, layout);
         if !self.stored.insert(name.clone()) {
             return Ok(name);
         }
         let mut dims: Vec<i64> = ty.shape.iter().map(|d| d.as_const().ok_or("a weight has a symbolic dim")).collect::<Result<_, _>>()?;
-        if layout == super::Layout::Transposed {
+        if layout == Layout::Transposed {
             dims.reverse();
         }
         self.external(&name, &name, ty.dtype, dims)?;
@@ -212,7 +235,7 @@ impl Emitter<'_> {
     /// `[n, bytes]`, which are the same bytes.
     fn codes(&mut self, weight: &str, scheme: Scheme, [n, k]: [usize; 2], table: bool) -> Emitted<[String; 3]> {
         let (block, blocks) = blocks(scheme, k);
-        let bits = usize::from(scheme.bits);
+        let (bits, float) = (usize::from(scheme.bits), self.target.float);
         let mut part = |part: &str, name: String, dtype, dims: &[usize]| {
             let dims = dims.iter().map(|d| *d as i64).collect();
             let new = self.stored.insert(name.clone());
@@ -223,7 +246,7 @@ impl Emitter<'_> {
         } else {
             part("codes", format!("{weight}.codes"), DType::U8, &[n, blocks, block * bits / 8])?
         };
-        let scales = part("scales", format!("{weight}.scales"), DType::F32, &[n, blocks])?;
+        let scales = part("scales", format!("{weight}.scales"), float, &[n, blocks])?;
         let zeros = match scheme.zero_points {
             true => part("zeros", format!("{weight}.zeros"), DType::U8, &[n, (blocks * bits).div_ceil(8)])?,
             false => String::new(),
@@ -240,6 +263,9 @@ impl Emitter<'_> {
             self.graph.ty(weight).shape.iter().map(|d| d.as_const().and_then(|d| usize::try_from(d).ok())).collect();
         let [n, k] = extents.and_then(|e| e.try_into().ok()).ok_or("a quantized matrix must have two axes of known length")?;
         let name = name.clone();
+        if layout(self.target, &node.op, usize::from(!table), DType::Quant(scheme)) == Layout::Signed(self.target.float) {
+            return self.dequantized(node, &name, scheme, [n, k], output);
+        }
         let [codes, scales, zeros] = self.codes(&name, scheme, [n, k], table)?;
         let x = self.operand(x, &node.op, usize::from(table))?;
         let bits = int("bits", scheme.bits.into());
@@ -256,17 +282,54 @@ impl Emitter<'_> {
         };
         let given = inputs.iter().rposition(|i| !i.is_empty()).map_or(0, |last| last + 1);
         let inputs: Vec<&str> = inputs.iter().take(given).map(String::as_str).collect();
-        self.named(op, &inputs, output, attributes);
-        if let Some(node) = self.out.node.last_mut() {
-            node.domain = Some(MICROSOFT.into());
-        }
+        self.own(op, &inputs, &[output], attributes);
         Ok(())
+    }
+
+    /// A linear layer of weights that are numbers again before the product.
+    fn dequantized(&mut self, node: &Node, weight: &str, scheme: Scheme, [n, k]: [usize; 2], output: &str) -> Emitted {
+        let (codes, scales) = (format!("{weight}.codes"), format!("{weight}.scales"));
+        if self.stored.insert(codes.clone()) {
+            let dims = |d: &[usize]| d.iter().map(|d| *d as i64).collect();
+            self.external(&codes, &codes, DType::I8, dims(&[n, k]))?;
+            if let (4, Some(t)) = (scheme.bits, self.out.initializer.last_mut()) {
+                t.data_type = Some(proto::tensor_proto::DataType::Int4 as i32);
+            }
+            let groups = scheme.group.map(|g| k / usize::from(g));
+            self.external(&scales, &scales, self.target.float, dims(&[&[n], groups.as_slice()].concat()))?;
+        }
+        let attributes = match scheme.group {
+            Some(g) => vec![int("axis", 1), int("block_size", g.into())],
+            None => vec![int("axis", 0)],
+        };
+        let matrix = format!("{weight}.T");
+        if self.stored.insert(matrix.clone()) {
+            let rows = self.helper("DequantizeLinear", &[&codes, &scales], weight, attributes);
+            self.named("Transpose", &[&rows], &matrix, vec![ints("perm", [1, 0])]);
+        }
+        let x = self.operand(node.args[0], &node.op, 0)?;
+        let bias = node.args.get(2).map(|b| self.operand(*b, &node.op, 2)).transpose()?;
+        self.product(&[&x, &matrix], bias.as_deref(), output);
+        Ok(())
+    }
+
+    /// A product, and what is added to it.
+    fn product(&mut self, x: &[&str], bias: Option<&str>, output: &str) {
+        match bias {
+            Some(bias) => {
+                let product = self.helper("MatMul", x, output, vec![]);
+                self.named("Add", &[&product, bias], output, vec![]);
+            }
+            None => self.named("MatMul", x, output, vec![]),
+        }
     }
 
     fn literal(&mut self, name: &str, l: &Literal) {
         let raw: Vec<u8> = match l.dtype {
             DType::I64 => l.data.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
             DType::Bool => l.data.iter().map(|v| u8::from(*v != 0.0)).collect(),
+            DType::F16 => l.data.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
+            DType::BF16 => l.data.iter().flat_map(|v| half::bf16::from_f64(*v).to_le_bytes()).collect(),
             _ => l.data.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
         };
         self.out.initializer.push(TensorProto {
@@ -300,6 +363,15 @@ impl Emitter<'_> {
         });
     }
 
+    /// A node of ONNX Runtime's own operators.
+    fn own(&mut self, op: &str, inputs: &[&str], outputs: &[&str], attributes: Vec<AttributeProto>) {
+        self.named(op, inputs, outputs[0], attributes);
+        if let Some(node) = self.out.node.last_mut() {
+            node.domain = Some(MICROSOFT.into());
+            node.output = outputs.iter().map(|o| (*o).into()).collect();
+        }
+    }
+
     /// A node of its own result.
     fn helper(&mut self, op: &str, inputs: &[&str], hint: &str, attribute: Vec<AttributeProto>) -> String {
         let name = format!("{hint}/{}", self.out.node.len());
@@ -315,22 +387,27 @@ impl Emitter<'_> {
         if let Some(name) = self.dims.get(d) {
             return Ok(name.clone());
         }
-        let name = match self.axis_of(d) {
-            Some((port, axis)) => {
+        let g = self.graph;
+        let inputs = || g.inputs.iter().map(|p| (&p.name, p.value));
+        let dims = || inputs().flat_map(|(_, v)| &g.ty(v).shape);
+        let port = axis_of(g, d, inputs());
+        // A client may give a state more room than it has positions, so that its axes are asked last: `past` is `past + seq` less
+        // `seq`.
+        let sum = if port.is_none() { dims().find(|x| *x != d && dims().any(|y| *y == *x - d)) } else { None };
+        let states = g.states.iter().map(|s| (&s.past_name, s.past));
+        let name = match (sum, port.or_else(|| axis_of(g, d, states))) {
+            (Some(sum), _) => {
+                let (sum, rest) = (self.dim(sum)?, self.dim(&(sum - d))?);
+                self.helper("Sub", &[&sum, &rest], &format!("dim {d}"), vec![])
+            }
+            (None, Some((port, axis))) => {
                 let attributes = vec![int("start", axis as i64), int("end", axis as i64 + 1)];
                 self.helper("Shape", &[&port], &format!("dim {d}"), attributes)
             }
-            None => self.computed_dim(d)?,
+            (None, None) => self.computed_dim(d)?,
         };
         self.dims.insert(d.clone(), name.clone());
         Ok(name)
-    }
-
-    /// An input that has this very dim.
-    fn axis_of(&self, d: &Dim) -> Option<(String, usize)> {
-        let g = self.graph;
-        let ports = g.inputs.iter().map(|p| (&p.name, p.value)).chain(g.states.iter().map(|s| (&s.past_name, s.past)));
-        ports.filter_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?))).next()
     }
 
     fn computed_dim(&mut self, d: &Dim) -> Emitted<String> {
@@ -398,16 +475,13 @@ impl Emitter<'_> {
 
     fn node(&mut self, node: &Node) -> Emitted {
         let g = self.graph;
-        let result = *node.outs.first().ok_or("an op without results")?;
-        let out = match self.names.get(&result) {
-            Some(name) => name.clone(),
-            None => {
-                let scope = if node.scope.is_empty() { &g.name } else { &node.scope };
-                let name = format!("{scope}/{}_{}", node.op.name(), result.index());
-                self.names.insert(result, name.clone());
-                name
-            }
+        let scope = if node.scope.is_empty() { &g.name } else { &node.scope };
+        let mut result = |v: &ValueId| {
+            let name = || format!("{scope}/{}_{}", node.op.name(), v.index());
+            self.names.entry(*v).or_insert_with(name).clone()
         };
+        let outs: Vec<String> = node.outs.iter().map(&mut result).collect();
+        let out = outs.first().ok_or("an op without results")?.clone();
         if let Some(scheme) = node.args.iter().find_map(|a| g.ty(*a).dtype.scheme()) {
             return self.quantized(node, scheme, &out);
         }
@@ -432,7 +506,11 @@ impl Emitter<'_> {
                     Unary::Not => ("Not", vec![]),
                     Unary::Gelu => ("Gelu", vec![string("approximate", "none")]),
                     Unary::GeluTanh => ("Gelu", vec![string("approximate", "tanh")]),
-                    Unary::Silu | Unary::QuickGelu => return Err("was not legalised".into()),
+                    Unary::Silu | Unary::QuickGelu => {
+                        let alpha = if o.f == Unary::Silu { 1.0 } else { 1.702 };
+                        self.own("QuickGelu", &x, &[&out], vec![float("alpha", alpha)]);
+                        return Ok(());
+                    }
                 };
                 self.named(op, &x, &out, attributes);
             }
@@ -508,66 +586,144 @@ impl Emitter<'_> {
                     Reduce::Mean => "ReduceMean",
                     Reduce::Max => "ReduceMax",
                 };
-                let axes: Vec<i64> = o.axes.iter().map(|a| *a as i64).collect();
-                let axes = self.constant(&[axes.len()], &axes);
-                self.named(op, &[x[0], &axes], &out, vec![int("keepdims", 0)]);
+                if self.opset < AXES_OPSET && o.f != Reduce::Sum {
+                    self.named(op, &x, &out, vec![int("keepdims", 0), ints("axes", o.axes.iter().copied())]);
+                } else {
+                    let axes: Vec<i64> = o.axes.iter().map(|a| *a as i64).collect();
+                    let axes = self.constant(&[axes.len()], &axes);
+                    self.named(op, &[x[0], &axes], &out, vec![int("keepdims", 0)]);
+                }
             }
             Op::CumSum(o) => {
                 let axis = self.constant(&[], &[o.axis as i64]);
-                self.named("CumSum", &[x[0], &axis], &out, vec![]);
+                if self.target.own_operators || ty(0).dtype != DType::I64 {
+                    self.named("CumSum", &[x[0], &axis], &out, vec![]);
+                } else {
+                    // TensorRT sums floats only. These are counts, exact in f32 up to 16 million.
+                    let x = self.helper("Cast", &x, &out, vec![int("to", data_type(DType::F32).into())]);
+                    let sums = self.helper("CumSum", &[&x, &axis], &out, vec![]);
+                    self.named("Cast", &[&sums], &out, vec![int("to", data_type(DType::I64).into())]);
+                }
             }
             Op::MatMul(_) => self.named("MatMul", &x, &out, vec![]),
-            Op::Linear(_) => match x[..] {
-                [_, _, bias] => {
-                    let product = self.helper("MatMul", &x[..2], &out, vec![]);
-                    self.named("Add", &[&product, bias], &out, vec![]);
-                }
-                _ => self.named("MatMul", &x, &out, vec![]),
-            },
+            Op::Linear(_) => self.product(&x[..2], x.get(2).copied(), &out),
+            Op::Embedding(_) if ty(0).dtype != DType::F32 => {
+                let rows = self.helper("Gather", &x, &out, vec![int("axis", 0)]);
+                self.named("Cast", &[&rows], &out, vec![int("to", data_type(DType::F32).into())]);
+            }
             Op::Embedding(_) => self.named("Gather", &x, &out, vec![int("axis", 0)]),
             Op::LayerNorm(o) => self.named("LayerNormalization", &x, &out, vec![int("axis", -1), float("epsilon", o.eps)]),
             Op::RmsNorm(o) => self.named("RMSNormalization", &x, &out, vec![int("axis", -1), float("epsilon", o.eps)]),
-            Op::Rotary(_) => self.batched("RotaryEmbedding", &x, ty(0).rank(), &[0, 1, 2], &out, vec![]),
+            Op::AddLayerNorm(o) => {
+                let (sum, normed) = (&outs[0], outs.get(1).ok_or("has one result")?);
+                self.own("SkipLayerNormalization", &x, &[normed, "", "", sum], vec![float("epsilon", o.eps)]);
+            }
+            Op::AddRmsNorm(o) => {
+                let (sum, normed) = (&outs[0], outs.get(1).ok_or("has one result")?);
+                self.own("SkipSimplifiedLayerNormalization", &x, &[normed, "", "", sum], vec![float("epsilon", o.eps)]);
+            }
+            Op::Rotary(_) => self.batched("RotaryEmbedding", &x, 4 - ty(0).rank(), &[0, 1, 2], &out, vec![]),
+            Op::MergedRotary(o) => {
+                self.batched("RotaryEmbedding", &x, 3 - ty(0).rank(), &[0, 1, 2], &out, vec![int("num_heads", o.heads as i64)]);
+            }
+            Op::MultiHeadAttention(o) => {
+                let heads = [int("num_heads", o.heads as i64), float("scale", o.scale)];
+                let mut inputs = x[..3].to_vec();
+                let mask = node.args.get(3).zip(x.get(3)).map(|(value, name)| self.additive_mask(*value, name, ty(0).dtype, 4));
+                if let Some(mask) = &mask {
+                    inputs.extend(["", "", mask]);
+                }
+                self.batched("MultiHeadAttention", &inputs, 3 - ty(0).rank(), &[0, 1, 2], &out, heads.into());
+            }
+            Op::GroupQueryAttention(o) => {
+                let [last, total] = self.lengths(node.args[5], x[5], o.mask, &ty(4).shape, &ty(0).shape[1])?;
+                let mask = (o.mask == Mask::Given).then(|| self.additive_mask(node.args[5], x[5], ty(0).dtype, 4));
+                let mut inputs = [&x[..5], &[&last, &total]].concat();
+                if let Some(mask) = &mask {
+                    inputs.extend(["", "", "", mask]);
+                }
+                let heads = [int("num_heads", o.heads as i64), int("kv_num_heads", o.kv_heads as i64), float("scale", o.scale)];
+                let outs: Vec<&str> = outs.iter().map(String::as_str).collect();
+                self.own("GroupQueryAttention", &inputs, &outs, heads.into());
+            }
             Op::Attention(o) => {
                 if matches!(o.mask, Mask::Causal | Mask::Segments) {
                     return Err("was not legalised".into());
                 }
                 let mut inputs = x.clone();
-                let mask = node.args.get(3).zip(x.get(3)).map(|(value, name)| self.additive_mask(*value, name));
+                let mask = node.args.get(3).zip(x.get(3)).map(|(value, name)| self.additive_mask(*value, name, ty(0).dtype, 0));
                 if let Some(mask) = &mask {
                     inputs[3] = mask;
                 }
-                self.batched("Attention", &inputs, ty(0).rank(), &[0, 1, 2], &out, vec![float("scale", o.scale)]);
+                self.batched("Attention", &inputs, 4 - ty(0).rank(), &[0, 1, 2], &out, vec![float("scale", o.scale)]);
             }
             op => return Err(format!("'{}' was not legalised", op.name())),
         }
         Ok(())
     }
 
-    /// A mask as what is added to scores: 0 where a key is seen, else the lowest number, which unlike infinity leaves no NaN where
-    /// nothing is seen. ONNX Runtime takes `bool` masks too, but tract adds them.
-    fn additive_mask(&mut self, mask: ValueId, name: &str) -> String {
-        if self.graph.ty(mask).dtype == DType::F32 {
-            return name.into();
-        }
-        if let Some(name) = self.masks.get(&mask) {
+    /// A mask of at least `rank` axes as what is added to scores: 0 where a key is seen, else the lowest number, which unlike
+    /// infinity leaves no NaN where nothing is seen. ONNX Runtime takes `bool` masks too, but tract adds them.
+    fn additive_mask(&mut self, mask: ValueId, name: &str, dtype: DType, rank: usize) -> String {
+        if let Some(name) = self.masks.get(&(mask, rank)) {
             return name.clone();
         }
-        let [seen, hidden] = [("mask_seen", 0.0), ("mask_hidden", f64::from(f32::MIN))].map(|(name, v)| {
-            if self.stored.insert(name.into()) {
-                self.literal(name, &Literal::scalar(DType::F32, v));
-            }
-            name
-        });
-        let additive = self.helper("Where", &[name, seen, hidden], name, vec![]);
-        self.masks.insert(mask, additive.clone());
+        let ty = self.graph.ty(mask);
+        let mut additive = name.to_string();
+        if ty.dtype == DType::Bool {
+            let lowest = match dtype {
+                DType::F16 => half::f16::MIN.to_f64(),
+                DType::BF16 => half::bf16::MIN.to_f64(),
+                _ => f64::from(f32::MIN),
+            };
+            let [seen, hidden] = [("mask_seen", 0.0), ("mask_hidden", lowest)].map(|(name, v)| {
+                if self.stored.insert(name.into()) {
+                    self.literal(name, &Literal::scalar(dtype, v));
+                }
+                name
+            });
+            additive = self.helper("Where", &[name, seen, hidden], name, vec![]);
+        }
+        let missing: Vec<i64> = (0..rank.saturating_sub(ty.rank()) as i64).collect();
+        if !missing.is_empty() {
+            let axes = self.constant(&[missing.len()], &missing);
+            additive = self.helper("Unsqueeze", &[&additive, &axes], name, vec![]);
+        }
+        self.masks.insert((mask, rank), additive.clone());
         additive
     }
 
-    /// An op that wants a batch axis: where there is none, operands in `with_batch` and the result get one of length 1.
-    fn batched(&mut self, op: &str, x: &[&str], rank: usize, with_batch: &[usize], out: &str, attributes: Vec<AttributeProto>) {
-        if rank == 4 {
-            return self.named(op, x, out, attributes);
+    /// For each row of a batch the place of its last token, `i32[batch]`, and the places in all, `i32[]`. A mask of kind
+    /// [`Mask::Causal`] tells how many tokens a row has, which stand before its padding; with another, rows are full.
+    fn lengths(&mut self, mask: ValueId, name: &str, kind: Mask, past: &[Dim], new: &Dim) -> Emitted<[String; 2]> {
+        if let Some(known) = self.lengths.get(&mask) {
+            return Ok(known.clone());
+        }
+        let to_i32 = || vec![int("to", data_type(DType::I32).into())];
+        let (all, one, first) = (&past[2] + new, self.constant(&[1], &[1]), self.constant(&[1], &[0]));
+        let total = self.dim(&all)?;
+        let last = if kind == Mask::Causal {
+            let live = self.helper("Cast", &[name], name, vec![int("to", data_type(DType::Bool).into())]);
+            let live = self.helper("Cast", &[&live], name, vec![int("to", data_type(DType::I64).into())]);
+            let count = self.helper("ReduceSum", &[&live, &one], name, vec![int("keepdims", 0)]);
+            self.helper("Sub", &[&count, &one], name, vec![])
+        } else {
+            let (last, batch) = (self.helper("Sub", &[&total, &one], name, vec![]), self.dim(&past[0])?);
+            self.helper("Expand", &[&last, &batch], name, vec![])
+        };
+        let last = self.helper("Cast", &[&last], name, to_i32());
+        let total = self.helper("Squeeze", &[&total, &first], name, vec![]);
+        let lengths = [last, self.helper("Cast", &[&total], name, to_i32())];
+        self.lengths.insert(mask, lengths.clone());
+        Ok(lengths)
+    }
+
+    /// An op that wants `missing` more axes (0 or 1), a batch in front: operands in `with_batch` and the result get one of
+    /// length 1.
+    fn batched(&mut self, op: &str, x: &[&str], missing: usize, with_batch: &[usize], out: &str, attributes: Vec<AttributeProto>) {
+        let own = op == "MultiHeadAttention";
+        if missing == 0 {
+            return if own { self.own(op, x, &[out], attributes) } else { self.named(op, x, out, attributes) };
         }
         let axes = self.constant(&[1], &[0]);
         let mut inputs: Vec<String> = x.iter().map(|s| (*s).to_string()).collect();
@@ -575,7 +731,12 @@ impl Emitter<'_> {
             inputs[*i] = self.helper("Unsqueeze", &[x[*i], &axes], out, vec![]);
         }
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
-        let y = self.helper(op, &inputs, out, attributes);
+        let y = format!("{out}/{op}");
+        if own {
+            self.own(op, &inputs, &[&y], attributes)
+        } else {
+            self.named(op, &inputs, &y, attributes)
+        };
         self.named("Squeeze", &[&y, &axes], out, vec![]);
     }
 

@@ -1,11 +1,15 @@
 //! The `onnx-*` targets: one ONNX model per graph, weights as external data inside the artifact's safetensors file.
 
+mod coverage;
 mod emit;
+mod profiles;
 #[rustfmt::skip]
 pub mod proto;
 mod text;
 
+pub use coverage::{Uncovered, uncovered};
 pub use emit::emit;
+pub use profiles::{provider_options, trtexec};
 pub use text::to_text;
 
 use super::{Layout, Stored};
@@ -13,32 +17,39 @@ use crate::{Error, Result};
 use prost::Message;
 use std::{collections::BTreeSet, path::Path};
 use vlmc_ir::{DType, Def, Op, Verified};
+use vlmc_passes::Target;
 
-/// Operator set that the models import.
-pub const OPSET: i64 = 23;
-/// Version of the file format: the first with opset 23.
-pub const IR_VERSION: i64 = 11;
+/// Version of the file format: that which came with the operator set.
+fn ir_version(opset: i64) -> i64 {
+    match opset {
+        ..=18 => 8,
+        19 | 20 => 9,
+        21 | 22 => 10,
+        _ => 11,
+    }
+}
 
 /// Domain of ONNX Runtime's own operators, which run quantized weights.
 pub const MICROSOFT: &str = "com.microsoft";
 
 /// The weights that the models read. Matrices of linear layers are stored transposed, as `MatMul` wants them; a table that is
 /// also a matrix (tied embedding) is stored both ways, unless it is quantized.
-pub fn stored(program: &Verified) -> Vec<Stored> {
+pub fn stored(target: &Target, program: &Verified) -> Vec<Stored> {
     let mut found = BTreeSet::new();
     for (g, n) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
         for (i, a) in n.args.iter().enumerate() {
             if let Def::Weight(name) = g.def(*a) {
-                found.insert((name.clone(), layout(&n.op, i, g.ty(*a).dtype)));
+                found.insert((name.clone(), layout(target, &n.op, i, g.ty(*a).dtype)));
             }
         }
     }
     found.into_iter().map(|(weight, layout)| Stored { name: stored_name(&weight, layout), weight, layout }).collect()
 }
 
-fn layout(op: &Op, operand: usize, dtype: DType) -> Layout {
+fn layout(target: &Target, op: &Op, operand: usize, dtype: DType) -> Layout {
     match (op, operand, dtype) {
-        (_, _, DType::Quant(_)) => Layout::Blocks,
+        (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(target.float),
+        (_, _, DType::Quant(_)) => Layout::Blocks(target.float),
         (Op::Linear(_), 1, _) => Layout::Transposed,
         _ => Layout::Rows,
     }
