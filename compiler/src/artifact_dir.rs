@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
+    io::{self, Read, Seek},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -89,15 +89,27 @@ fn list(dir: &Path, prefix: &str, files: &mut BTreeMap<String, FileEntry>) -> Re
         if !stat.is_file() {
             return Err(Error::file(&path, "is not a regular file"));
         }
-        let sha256 = if is_weights(&name) {
+        let (sha256, header_sha256) = if is_weights(&name) {
             let mut header = Header::read(&path, &file)?;
-            header.metadata.remove(DATA_SHA256).ok_or_else(|| Error::file(&path, format!("has no `{DATA_SHA256}`")))?
+            match header.metadata.remove(DATA_SHA256) {
+                Some(sha256) => (sha256, None),
+                None => (data_sha256(&file).map_err(Error::io(&path))?, Some(header.sha256)),
+            }
         } else {
-            digest::sha256_of(file).map_err(Error::io(&path))?
+            (digest::sha256_of(file).map_err(Error::io(&path))?, None)
         };
-        files.insert(name, FileEntry { bytes: stat.len(), sha256 });
+        files.insert(name, FileEntry { bytes: stat.len(), sha256, header_sha256 });
     }
     Ok(())
+}
+
+/// Digest of the data section of a safetensors file.
+fn data_sha256(mut file: &File) -> io::Result<String> {
+    let mut length = [0; 8];
+    file.seek(io::SeekFrom::Start(0))?;
+    file.read_exact(&mut length)?;
+    file.seek(io::SeekFrom::Start(8 + u64::from_le_bytes(length)))?;
+    digest::sha256_of(file)
 }
 
 /// A directory that is renamed to its destination when it is complete.
@@ -270,7 +282,7 @@ mod tests {
         assert_eq!(listing(&out), [MANIFEST, "tokenizer.json", "weights.safetensors"]);
         assert_eq!(listing(out.parent().unwrap()), ["model.vlmc"]);
         let written: Manifest = serde_json::from_slice(&fs::read(out.join(MANIFEST)).unwrap()).unwrap();
-        assert_eq!(written.files["tokenizer.json"], FileEntry { bytes: 3, sha256: digest::sha256(b"two") });
+        assert_eq!(written.files["tokenizer.json"], FileEntry { bytes: 3, sha256: digest::sha256(b"two"), header_sha256: None });
         assert_eq!(written.files["weights.safetensors"].sha256, digest::sha256(b"abc"));
         write_artifact(&out, "one");
         assert_eq!(fs::read_to_string(out.join(MANIFEST)).unwrap(), first);
@@ -348,10 +360,15 @@ mod tests {
     }
 
     #[test]
-    fn weights_without_digest() {
+    fn weights_of_others() {
         let root = tempfile::tempdir().unwrap();
-        let dir = ArtifactDir::create(root.path().join("out")).unwrap();
-        fs::write(dir.path().join("w.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
-        assert!(dir.commit(manifest()).unwrap_err().to_string().ends_with("w.safetensors: has no `data_sha256`"));
+        let out = root.path().join("out");
+        let dir = ArtifactDir::create(&out).unwrap();
+        let json = br#"{"x":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
+        fs::write(dir.path().join("w.safetensors"), [&(json.len() as u64).to_le_bytes(), &json[..], b"abc"].concat()).unwrap();
+        dir.commit(manifest()).unwrap();
+        let artifact = Artifact::open(&out).unwrap();
+        let entry = &artifact.manifest().files["w.safetensors"];
+        assert_eq!((&entry.sha256, entry.header_sha256.as_ref()), (&digest::sha256(b"abc"), Some(&digest::sha256(json))));
     }
 }

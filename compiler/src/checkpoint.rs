@@ -248,6 +248,15 @@ impl Checkpoint {
         found.or_else(|| self.found.tensor(name))
     }
 
+    /// Where a tensor's bytes lie as they are read: the name and the path of a safetensors file, and their range in it. `None` if they
+    /// lie nowhere so: adapters change them, or they come from a file of another kind.
+    pub(crate) fn place(&self, name: &str) -> Option<(&str, &Path, Range<u64>)> {
+        let Weights::Files { shards, tensors } = &self.weights else { return None };
+        let Tensor { shard, stored } = tensors.get(name).filter(|_| !self.adapters.contains_key(name) && !self.packed.owns(name))?;
+        let shard = shards.get(*shard).filter(|s| s.name.ends_with(".safetensors") && stored.strides.is_none())?;
+        Some((&shard.name, &shard.path, stored.range.clone()))
+    }
+
     /// Replaces `buf` with the bytes (little endian, row major) of some indices of the tensor's first axis. A scalar is one
     /// row. May be called from several threads at once.
     ///

@@ -14,7 +14,7 @@ use crate::{
 use prost::Message;
 use serde_json::Value;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -351,14 +351,23 @@ impl Model {
             let mut inside = places.iter().map(|p| p.weights == file);
             part.graphs.retain(|_| inside.next().unwrap_or(false));
             let part = verified(part)?;
-            let stored = back::onnx::stored(target, &part);
+            let mut stored = back::onnx::stored(target, &part);
+            // Clients want files of their own names.
+            let linked = if self.layout.is_plain() { linked(&part, &self.checkpoint, &stored) } else { BTreeMap::new() };
+            stored.retain(|s| !linked.contains_key(&s.name));
+            for (file, from) in linked.values().map(|(place, from)| (&place.file, from)).collect::<BTreeMap<_, _>>() {
+                link(from, &dir.join(file))?;
+            }
             let path = dir.join(file);
             make_parent(&path)?;
             let writer = writer(&part, &stored, &path)?;
-            let place = |name: &str| Some((writer.offset_of(name).ok()?, writer.len_of(name).ok()?));
             let beside = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or(file);
+            let written = |name: &str| {
+                Some(back::Place { file: beside.into(), offset: writer.offset_of(name).ok()?, bytes: writer.len_of(name).ok()? })
+            };
+            let place = |name: &str| linked.get(name).map(|(place, _)| place.clone()).or_else(|| written(name));
             let inside = places.iter().filter(|p| p.weights == file);
-            for ((_, mut model), place) in back::onnx::emit(target, &part, beside, &place)?.into_iter().zip(inside) {
+            for ((_, mut model), place) in back::onnx::emit(target, &part, &place)?.into_iter().zip(inside) {
                 uncovered.extend(back::onnx::uncovered(target, &model));
                 back::onnx::rename_axes(&mut model, self.layout.symbols);
                 write_file(&dir.join(&place.onnx), &model.encode_to_vec())?;
@@ -515,6 +524,32 @@ fn make_parent(path: &Path) -> Result<()> {
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).map_err(Error::io(path))
+}
+
+/// Weights that the checkpoint's files have as the artifact wants them, by their names in the artifact, each with the path of its
+/// file. All weights of such a file are used so.
+fn linked<'c>(program: &Verified, checkpoint: &'c Checkpoint, stored: &[Stored]) -> BTreeMap<String, (back::Place, &'c Path)> {
+    let (mut found, mut touched) = (BTreeMap::new(), BTreeSet::new());
+    for s in stored {
+        let Some(def) = program.weights.get(&s.weight) else { continue };
+        let same = |name: &&str| s.layout == back::Layout::Rows && checkpoint.tensor(name).is_some_and(|(dtype, _)| dtype == def.dtype);
+        match def.untouched().filter(same).and_then(|name| checkpoint.place(name)) {
+            Some((file, path, range)) if !file.contains('/') && file != WEIGHTS => {
+                let place = back::Place { file: file.into(), offset: range.start, bytes: range.end - range.start };
+                found.insert(s.name.clone(), (place, path));
+            }
+            _ => touched
+                .extend(def.recipe.sources().into_iter().filter_map(|name| checkpoint.place(name).map(|(file, ..)| file.to_string()))),
+        }
+    }
+    found.retain(|_, (place, _)| !touched.contains(&place.file));
+    found
+}
+
+/// The same file under another name; where that cannot be, a copy.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let from = from.canonicalize().map_err(Error::io(from))?;
+    fs::hard_link(&from, to).or_else(|_| fs::copy(&from, to).map(|_| ())).map_err(Error::io(to))
 }
 
 fn specs(program: &Verified, stored: &[Stored]) -> Result<Vec<TensorSpec>> {

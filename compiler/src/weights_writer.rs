@@ -163,7 +163,7 @@ impl WeightsWriter {
         file.seek(SeekFrom::Start(self.data_start)).map_err(Error::io(&self.path))?;
         let sha256 = digest::sha256_of(file).map_err(Error::io(&self.path))?;
         self.file.write_all_at(sha256.as_bytes(), self.digest_at).map_err(Error::io(&self.path))?;
-        Ok(FileEntry { bytes: self.file_len(), sha256 })
+        Ok(FileEntry { bytes: self.file_len(), sha256, header_sha256: None })
     }
 
     fn slot(&self, tensor: &str) -> Result<&Slot> {

@@ -77,6 +77,20 @@ impl WeightDef {
         self.shape.iter().map(|d| *d as u64).product()
     }
 
+    /// The checkpoint tensor whose bytes are the weight's, if it is of the weight's own type: nothing is done to it but to change its
+    /// shape, and to convert it to a type that holds it exactly and back.
+    pub fn untouched(&self) -> Option<&str> {
+        let mut recipe = &self.recipe;
+        loop {
+            recipe = match recipe {
+                Recipe::Source(name) => return Some(name),
+                Recipe::Reshape(inner, _) => inner,
+                Recipe::Cast(inner, to) if *to == DType::F32 || *to == self.dtype => inner,
+                _ => return None,
+            };
+        }
+    }
+
     /// The same weight in another float type.
     pub fn cast(&self, dtype: DType) -> Self {
         if self.dtype == dtype {

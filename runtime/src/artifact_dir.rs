@@ -116,6 +116,11 @@ impl Artifact {
                 format!("has {} bytes, the manifest says {}; compile the checkpoint again", stat.len(), entry.bytes),
             ));
         }
+        if let Some(header) = &entry.header_sha256 {
+            let file = File::open(&path).map_err(Error::io(&path))?;
+            let json = header_json(&path, &file, stat.len())?;
+            return same_digest(&path, &hash(json.as_slice(), &path, &mut |_| {})?, header);
+        }
         let digest = if is_weights(name) {
             let file = File::open(&path).map_err(Error::io(&path))?;
             safetensors_metadata(&path, &file, stat.len())?.remove(DATA_SHA256).unwrap_or_default()
@@ -188,15 +193,21 @@ fn header_len(path: &Path, file: &File, len: u64) -> Result<u64> {
     Ok(header)
 }
 
-fn safetensors_metadata(path: &Path, file: &File, len: u64) -> Result<std::collections::HashMap<String, String>> {
+/// The JSON header of a safetensors file.
+fn header_json(path: &Path, file: &File, len: u64) -> Result<Vec<u8>> {
     use std::os::unix::fs::FileExt;
+    let mut json = vec![0; header_len(path, file, len)? as usize];
+    file.read_exact_at(&mut json, 8).map_err(Error::io(path))?;
+    Ok(json)
+}
+
+fn safetensors_metadata(path: &Path, file: &File, len: u64) -> Result<std::collections::HashMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Header {
         #[serde(rename = "__metadata__", default)]
         metadata: std::collections::HashMap<String, String>,
     }
-    let mut json = vec![0; header_len(path, file, len)? as usize];
-    file.read_exact_at(&mut json, 8).map_err(Error::io(path))?;
+    let json = header_json(path, file, len)?;
     let header: Header = serde_json::from_slice(&json).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
     Ok(header.metadata)
 }

@@ -10,6 +10,17 @@ use crate::{Error, Result, weights_writer::TensorSpec};
 use vlmc_artifact::{Scheme, program::PANEL, quant};
 use vlmc_ir::{DType, weights::WeightDef};
 
+/// Where the bytes of a stored weight are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// File of the artifact.
+    pub file: String,
+    /// Offset in it, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
 /// A weight as it lies in the weight file of an artifact.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {

@@ -61,7 +61,9 @@ impl Tapped {
             let bytes = model.encode_to_vec();
             let path = dir.path().join(&entry.file);
             fs::write(&path, &bytes).map_err(Error::io(&path))?;
-            tapped.files.insert(entry.file.clone(), FileEntry { bytes: bytes.len() as u64, sha256: digest::sha256(&bytes) });
+            tapped
+                .files
+                .insert(entry.file.clone(), FileEntry { bytes: bytes.len() as u64, sha256: digest::sha256(&bytes), header_sha256: None });
             taps.insert(entry.name.clone(), found);
         }
         for name in tapped.files.keys().filter(|n| !tapped.entries.iter().any(|e| e.file == **n)) {

@@ -99,6 +99,9 @@ pub struct FileEntry {
     /// SHA-256 (hex) of the file; for a `.safetensors` file of its data section, which its own header repeats under
     /// [`DATA_SHA256`]: so a part of another artifact is noticed without reading gigabytes at each load.
     pub sha256: String,
+    /// Of a checkpoint's own file, whose header does not repeat the digest: SHA-256 (hex) of its header's JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header_sha256: Option<String>,
 }
 
 /// A named tensor at the boundary of a graph.

@@ -3,7 +3,7 @@
 use super::{MICROSOFT, ir_version, layout, proto, stored_name};
 use crate::{
     Error, Result,
-    back::{Layout, blocks},
+    back::{Layout, Place, blocks},
     target::onnx::AXES_OPSET,
 };
 use proto::{
@@ -19,16 +19,11 @@ use vlmc_artifact::{
 use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
 use vlmc_passes::Target;
 
-/// One model per graph, by the graph's name, for `target`. `place` gives the offset and length of a stored weight in `weight_file`.
+/// One model per graph, by the graph's name, for `target`. `place` tells where a stored weight is.
 ///
 /// # Errors
 /// [`Error::Backend`] if the program was not legalised for ONNX.
-pub fn emit(
-    target: &Target,
-    program: &Verified,
-    weight_file: &str,
-    place: &dyn Fn(&str) -> Option<(u64, u64)>,
-) -> Result<Vec<(String, ModelProto)>> {
+pub fn emit(target: &Target, program: &Verified, place: &dyn Fn(&str) -> Option<Place>) -> Result<Vec<(String, ModelProto)>> {
     let opset = target.opset.ok_or_else(|| Error::Backend(format!("target '{}' has no ONNX graphs", target.name)))?;
     program
         .graphs
@@ -38,7 +33,6 @@ pub fn emit(
                 target,
                 opset,
                 graph: g,
-                weight_file,
                 place,
                 out: GraphProto::default(),
                 names: HashMap::new(),
@@ -70,8 +64,7 @@ struct Emitter<'a> {
     target: &'a Target,
     opset: i64,
     graph: &'a Graph,
-    weight_file: &'a str,
-    place: &'a dyn Fn(&str) -> Option<(u64, u64)>,
+    place: &'a dyn Fn(&str) -> Option<Place>,
     out: GraphProto,
     names: HashMap<ValueId, String>,
     /// Dims computed so far, as `i64[1]`.
@@ -212,20 +205,16 @@ impl Emitter<'_> {
         Ok(name)
     }
 
-    /// An initializer that lies in the weight file as `stored`.
+    /// An initializer that lies in a file of the artifact as `stored`.
     fn external(&mut self, name: &str, stored: &str, dtype: DType, dims: Vec<i64>) -> Emitted {
-        let (offset, length) = (self.place)(stored).ok_or_else(|| format!("weight '{stored}' is not stored"))?;
+        let Place { file, offset, bytes } = (self.place)(stored).ok_or_else(|| format!("weight '{stored}' is not stored"))?;
         let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
         self.out.initializer.push(TensorProto {
             name: Some(name.into()),
             dims,
             data_type: Some(data_type(dtype)),
             data_location: Some(DataLocation::External as i32),
-            external_data: vec![
-                entry("location", self.weight_file.into()),
-                entry("offset", offset.to_string()),
-                entry("length", length.to_string()),
-            ],
+            external_data: vec![entry("location", file), entry("offset", offset.to_string()), entry("length", bytes.to_string())],
             ..Default::default()
         });
         Ok(())
@@ -606,7 +595,25 @@ impl Emitter<'_> {
                 }
             }
             Op::MatMul(_) => self.named("MatMul", &x, &out, vec![]),
-            Op::Linear(_) => self.product(&x[..2], x.get(2).copied(), &out),
+            Op::Linear(_) if layout(self.target, &node.op, 1, ty(1).dtype) == Layout::Transposed => {
+                self.product(&x[..2], x.get(2).copied(), &out);
+            }
+            // The matrix lies in rows.
+            Op::Linear(_) if self.target.own_operators => match x.get(2) {
+                Some(bias) => {
+                    let product = format!("{out}/FusedMatMul");
+                    self.own("FusedMatMul", &x[..2], &[&product], vec![int("transB", 1)]);
+                    self.named("Add", &[&product, bias], &out, vec![]);
+                }
+                None => self.own("FusedMatMul", &x[..2], &[&out], vec![int("transB", 1)]),
+            },
+            Op::Linear(_) => {
+                let matrix = format!("{}.T", x[1]);
+                if self.stored.insert(matrix.clone()) {
+                    self.named("Transpose", &[x[1]], &matrix, vec![ints("perm", [1, 0])]);
+                }
+                self.product(&[x[0], &matrix], x.get(2).copied(), &out);
+            }
             Op::Embedding(_) if ty(0).dtype != DType::F32 => {
                 let rows = self.helper("Gather", &x, &out, vec![int("axis", 0)]);
                 self.named("Cast", &[&rows], &out, vec![int("to", data_type(DType::F32).into())]);

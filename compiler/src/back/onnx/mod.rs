@@ -32,8 +32,8 @@ fn ir_version(opset: i64) -> i64 {
 /// Domain of ONNX Runtime's own operators, which run quantized weights.
 pub const MICROSOFT: &str = "com.microsoft";
 
-/// The weights that the models read. Matrices of linear layers are stored transposed, as `MatMul` wants them; a table that is
-/// also a matrix (tied embedding) is stored both ways, unless it is quantized.
+/// The weights that the models read. In `f32`, matrices of linear layers are stored transposed, as `MatMul` wants them; a table
+/// that is also a matrix (tied embedding) is stored both ways, unless it is quantized.
 pub fn stored(target: &Target, program: &Verified) -> Vec<Stored> {
     let mut found = BTreeSet::new();
     for (g, n) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
@@ -50,7 +50,8 @@ fn layout(target: &Target, op: &Op, operand: usize, dtype: DType) -> Layout {
     match (op, operand, dtype) {
         (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(target.float),
         (_, _, DType::Quant(_)) => Layout::Blocks(target.float),
-        (Op::Linear(_), 1, _) => Layout::Transposed,
+        // Narrow matrices stay as checkpoints have them, so that their files can be used as they are.
+        (Op::Linear(_), 1, _) if target.float == DType::F32 => Layout::Transposed,
         _ => Layout::Rows,
     }
 }
