@@ -156,6 +156,8 @@ impl Steps<'_> {
         let arg = |i: usize| self.shapes[step.args[i] as usize].as_slice();
         let is_first = matches!(self.f.values[step.args[0] as usize].place, Place::Weight(i) if i as usize == weight);
         Ok(match step.kernel {
+            // A block of a prompt that needs no logits has no rows for the head.
+            Kernel::Linear { .. } if product(arg(0)) == 0 => 0,
             Kernel::Embedding if is_first => {
                 let filled_up = if w.layout == Layout::Panel16 { arg(0)[0].next_multiple_of(PANEL) } else { arg(0)[0] };
                 share(product(arg(1)), filled_up)
@@ -248,6 +250,7 @@ mod tests {
         // Queries see 8, 9 and 10 keys; a key is 64 bytes and a scale, a value 128 bytes, and there are two heads of them.
         assert_eq!((attention.shape, attention.operations), ([12, 10, 64], 2 * 4 * (8 + 9 + 10) * 128));
         assert_eq!((attention.weight_bytes, attention.state_bytes), (0, 2 * 10 * (64 + 4 + 128)));
+        assert_eq!((of(0, 9)[1].weight_bytes, of(0, 9)[1].operations), (0, 0));
         assert_eq!(of(1, 9)[2].operations, 2 * 4 * 10 * 128);
         // Many rows go to tiles, in which groups are widened.
         let many = if cfg!(target_arch = "x86_64") { Arithmetic::Bf16 } else { Arithmetic::Int8 };
