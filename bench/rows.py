@@ -10,7 +10,7 @@ class Row:
     name: str
     title: str
     unit: str
-    # Measured in one process, one after the other.
+    # Measured in one process, one after the other; rows of a group follow each other.
     group: str
     # Rates, of which more is better; times and sizes otherwise.
     rate: bool = False
@@ -22,11 +22,11 @@ class Row:
 
 ROWS = [
     Row("decode", "decode 64 tokens", "tok/s", "text", rate=True),
+    Row("prefill-512", "prefill 512 tokens", "tok/s", "text", rate=True),
+    Row("prefill-733", "prefill 733 tokens", "tok/s", "text", rate=True),
     Row("equal-accuracy", "decode 64 tokens, no less accurate", "tok/s", "equal accuracy", rate=True, artifact="equal"),
     Row("lookup", "decode 64 tokens that quote, prompt lookup beside none", "tok/s", "lookup", rate=True, artifact="quoting"),
     Row("context", "weights and cache read, decoding after 4096 tokens beside after 128", "GB/s", "context", rate=True),
-    Row("prefill-512", "prefill 512 tokens", "tok/s", "text", rate=True),
-    Row("prefill-733", "prefill 733 tokens", "tok/s", "text", rate=True),
     Row("encode-448", "encode a 448x448 picture", "s", "picture"),
     Row("encode-1344", "encode a 1344x1344 picture", "s", "large picture", long=True),
     Row("first-token", "start to first token, text", "s", "start"),
