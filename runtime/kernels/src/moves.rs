@@ -254,10 +254,16 @@ pub fn cumsum<T: Copy>(x: &[T], [outer, axis, inner]: [usize; 3], add: impl Fn(T
 /// # Panics
 /// If `x` has fewer elements.
 pub fn top_k(x: &[f32], out: &mut [i64]) {
-    let mut order: Vec<usize> = (0..x.len()).collect();
-    order.sort_by(|a, b| x[*b].total_cmp(&x[*a]));
     assert!(out.len() <= x.len(), "there are fewer elements");
-    out.iter_mut().zip(&order).for_each(|(o, i)| *o = *i as i64);
+    let mut found = 0;
+    for (i, v) in x.iter().enumerate() {
+        let at = out[..found].partition_point(|o| x[*o as usize].total_cmp(v).is_ge());
+        if at < out.len() {
+            found = out.len().min(found + 1);
+            out[at..found].rotate_right(1);
+            out[at] = i as i64;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -322,6 +328,17 @@ mod tests {
                 let upto = (0..=i[axis]).map(|a| { let mut i = i.clone(); i[axis] = a; x[offset(&i, &strides(&shape))] }).sum::<i64>();
                 prop_assert_eq!(*v, upto);
             }
+        }
+
+        #[test]
+        fn the_largest_come_first(x in proptest::collection::vec(-3i8..3, 0..20), k in 0usize..20) {
+            let x: Vec<f32> = x.into_iter().map(f32::from).collect();
+            let mut out = vec![-1; k.min(x.len())];
+            top_k(&x, &mut out);
+            let mut order: Vec<i64> = (0..x.len() as i64).collect();
+            // Stable: of equals the first stays first.
+            order.sort_by(|a, b| x[*b as usize].total_cmp(&x[*a as usize]));
+            prop_assert_eq!(&out[..], &order[..out.len()]);
         }
 
         #[test]
