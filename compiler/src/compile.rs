@@ -199,7 +199,7 @@ impl Model {
             program = keep_states(program, self.kv)?;
         }
         self.layout.check(&program.name, target.name)?;
-        let program = self.layout.adapt(program, &lowered.task)?;
+        let program = (self.layout.adapt)(program, &lowered.task)?;
         let program = vlmc_passes::run(target, verified(program)?, target.passes, after)?;
         Ok(Lowered { program, outcomes, ..lowered })
     }
@@ -309,7 +309,7 @@ impl Model {
             weight_bytes += writer.finish()?.bytes;
         }
         let manifest = self.manifest(target, &lowered, entries)?;
-        for (name, bytes) in self.layout.files(self, &manifest)? {
+        for (name, bytes) in (self.layout.files)(self, &manifest)? {
             let path = dir.path().join(name);
             make_parent(&path)?;
             write_file(&path, &bytes)?;
@@ -341,7 +341,7 @@ impl Model {
         allow_fallback: bool,
         warnings: &mut Vec<String>,
     ) -> Result<(Vec<Entry>, Parts)> {
-        let places: Vec<Place> = program.graphs.iter().map(|g| self.layout.place(g)).collect();
+        let places: Vec<Place> = program.graphs.iter().map(|g| (self.layout.place)(g)).collect();
         let mut files: Vec<&str> = places.iter().map(|p| p.weights.as_str()).collect();
         files.sort_unstable();
         files.dedup();

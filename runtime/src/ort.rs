@@ -171,13 +171,12 @@ impl Engine for OrtEngine {
     fn run(&mut self, entry: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
         let index = self.manifest.entries.iter().position(|e| e.name == entry);
         let index = index.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
-        let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
-        let mut symbols = Bindings::default();
-        let bound = binding::bind(&self.manifest.symbols, e, inputs, |i| loaded.states.get(i).map(shape_of), &mut symbols)?;
-        if self.manifest.target == "onnx-cuda" && !e.states.is_empty() && self.past() == 0 {
+        if self.manifest.target == "onnx-cuda" && !self.manifest.entries[index].states.is_empty() && self.past() == 0 {
             padding_is_last(inputs)?;
         }
         let (e, loaded) = (&self.manifest.entries[index], &mut self.entries[index]);
+        let mut symbols = Bindings::default();
+        let bound = binding::bind(&self.manifest.symbols, e, inputs, |i| loaded.states.get(i).map(shape_of), &mut symbols)?;
         let bad = failed(entry);
 
         let mut feed: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = vec![];

@@ -365,12 +365,18 @@ fn tolerance(target: &Target) -> f32 {
 /// Compiles a fixture.
 pub fn compile(fixture_dir: &Path, target: &str, out: &Path) {
     let model = Model::open(fixture_dir).unwrap_or_else(|e| panic!("{e}"));
+    compile_with(&model, target, &Policy::none(), out).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Compiles a model for a target that [`target`] knows.
+///
+/// # Errors
+/// As [`Model::compile`].
+pub fn compile_with(model: &Model, target: &str, policy: &Policy, out: &Path) -> vlmc::Result<vlmc::compile::Report> {
     let target = self::target(target);
     // A GPU has no attention over a cache in f32; the CPU, where tests run it, has.
     let allow_fallback = (target.name, target.float) == ("onnx-cuda", DType::F32);
-    model
-        .compile(&Options { target, out, policy: &Policy::none(), allow_fallback, progress: &|_, _| {} })
-        .unwrap_or_else(|e| panic!("{e}"));
+    model.compile(&Options { target, out, policy, allow_fallback, progress: &|_, _| {} })
 }
 
 /// Largest difference, and largest absolute value of the reference.

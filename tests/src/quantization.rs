@@ -9,7 +9,7 @@ use std::{
 };
 use vlmc::{
     calibrate::{Budgeted, chosen, requests},
-    compile::{Model, Options},
+    compile::Model,
     eval::{self, Answer, Evaluated, Score},
     samples::{self, Sample},
     verify::Request,
@@ -95,15 +95,7 @@ impl Bench {
                 (model, policy)
             }
         };
-        let report = model
-            .compile(&Options {
-                target: crate::target(&self.target),
-                policy: &policy,
-                out: &artifact,
-                allow_fallback: false,
-                progress: &|_, _| {},
-            })
-            .unwrap_or_else(|e| panic!("{e}"));
+        let report = crate::compile_with(&model, &self.target, &policy, &artifact).unwrap_or_else(|e| panic!("{e}"));
         let artifact = Artifact::open(&artifact).unwrap_or_else(|e| panic!("{e}"));
         let score = Evaluated::open(&artifact, None).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));
         Outcome {

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::num::NonZero;
-use vlmc::compile::{Model, Options};
+use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{
     Artifact, CpuEngine, Features, Pipeline, Scored, Tensor, Tensors,
@@ -23,9 +23,7 @@ fn decode(fixture: &str, quant: &str, threads: usize) {
     let out = dir.path().join("artifact");
     let model = Model::open(&vlmc_tests::fixture(fixture)).unwrap();
     let policy = Policy::named(quant).unwrap();
-    model
-        .compile(&Options { target: vlmc_tests::target("cpu"), policy: &policy, out: &out, allow_fallback: false, progress: &|_, _| {} })
-        .unwrap();
+    vlmc_tests::compile_with(&model, "cpu", &policy, &out).unwrap();
     let engine = CpuEngine::open(&Artifact::open(&out).unwrap(), NonZero::new(threads)).unwrap();
     let mut pipeline = Pipeline::new(Box::new(engine)).unwrap();
     let prompt = Tensors::from([("input_ids".into(), Tensor::new([1, 3], vec![5i64, 6, 7]).unwrap())]);

@@ -2,17 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::path::Path;
-use vlmc::compile::{Model, Options};
+use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Pipeline, Scored, Tensor, Tensors, artifact::DType, open_engine};
 use vlmc_tests::{exec_case, fixture, floats, load};
 
 fn compile(name: &str, target: &str, kv: DType, out: &Path) -> Result<(), String> {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
-    model
-        .compile(&Options { target: vlmc_tests::target(target), out, policy: &Policy::none(), allow_fallback: false, progress: &|_, _| {} })
-        .map(|_| ())
-        .map_err(|e| e.to_string())
+    vlmc_tests::compile_with(&model, target, &Policy::none(), out).map(|_| ()).map_err(|e| e.to_string())
 }
 
 /// Size of the difference of two tensors, relative to the second.

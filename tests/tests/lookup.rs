@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
 use std::path::Path;
-use vlmc::compile::{Model, Options};
+use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Finish, Part, Pipeline, Reply, Scored, Tensor, Tensors, artifact::DType, image, open_engine};
 use vlmc_tests::fixture;
@@ -10,9 +10,7 @@ use vlmc_tests::fixture;
 fn compile(name: &str, target: &str, policy: &str, kv: DType, out: &Path) {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
     let policy = Policy::named(policy).unwrap();
-    model
-        .compile(&Options { target: vlmc_tests::target(target), out, policy: &policy, allow_fallback: false, progress: &|_, _| {} })
-        .unwrap_or_else(|e| panic!("{name}: {e}"));
+    vlmc_tests::compile_with(&model, target, &policy, out).unwrap_or_else(|e| panic!("{name}: {e}"));
 }
 
 /// Two turns, the first about a picture.

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 use std::{fs, path::Path};
-use vlmc::compile::{Model, Options};
+use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_tests::{check_case, exec_case, fixture, load};
 
@@ -15,15 +15,7 @@ fn agrees(name: &str, on_cpu: usize) {
         let out = tempfile::tempdir().unwrap();
         let out = out.path().join("artifact");
         let model = Model::open(&dir).unwrap_or_else(|e| panic!("{e}"));
-        let report = model
-            .compile(&Options {
-                target: vlmc_tests::target(target),
-                out: &out,
-                policy: &Policy::none(),
-                allow_fallback: false,
-                progress: &|_, _| {},
-            })
-            .unwrap();
+        let report = vlmc_tests::compile_with(&model, target, &Policy::none(), &out).unwrap();
         // All linear layers of the decoder keep their codes, and nothing of the checkpoint is left over.
         let kept: usize = report.weights.iter().filter(|(name, _)| name.starts_with("int4g32")).map(|(_, n)| n).sum();
         assert_eq!(kept, matrices, "{target}: {:?}", report.weights);

@@ -4,7 +4,7 @@
 use std::path::Path;
 use vlmc::{
     calibrate::{chosen, requests},
-    compile::{Model, Options},
+    compile::Model,
     samples,
     verify::Request,
 };
@@ -114,9 +114,7 @@ fn bad_calibration_data() {
 
     let gptq = policy("base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4\"\nmethod = \"gptq\"\n");
     let artifact = out.path().join("artifact");
-    let options =
-        Options { target: vlmc_tests::target("onnx-cpu"), policy: &gptq, out: &artifact, allow_fallback: false, progress: &|_, _| {} };
-    let error = model().compile(&options).unwrap_err().to_string();
+    let error = vlmc_tests::compile_with(&model(), "onnx-cpu", &gptq, &artifact).unwrap_err().to_string();
     assert!(error.contains("needs calibration data: give --calibrate"), "{error}");
     assert!(!artifact.exists());
 
@@ -156,9 +154,7 @@ fn errors(name: &str, target: &str, policies: &[(&Policy, bool)]) -> Vec<f64> {
                 .unwrap_or_else(|e| panic!("{name}: {e}"))
                 .0;
         }
-        model
-            .compile(&Options { target: vlmc_tests::target(target), policy, out: &artifact, allow_fallback: false, progress: &|_, _| {} })
-            .unwrap();
+        vlmc_tests::compile_with(&model, target, policy, &artifact).unwrap();
         let got = logits(&artifact);
         assert_eq!(got.len(), reference.len());
         out.push(got.iter().zip(&reference).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt());

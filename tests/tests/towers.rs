@@ -5,7 +5,7 @@
 use std::{fs, path::Path};
 use vlmc::{
     arch::{Architecture, SideFiles},
-    compile::{Model, Options},
+    compile::Model,
 };
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{artifact::Task, image::Rgb};
@@ -98,15 +98,7 @@ fn losses_agree(target: &str) {
     for (name, cases) in [("clip", &["clip"][..]), ("siglip", &["siglip", "siglip_far"])] {
         let artifact = dir.path().join(name);
         let model = Model::open(&fixture(name)).unwrap().with_loss();
-        model
-            .compile(&Options {
-                target: vlmc_tests::target(target),
-                out: &artifact,
-                policy: &Policy::none(),
-                allow_fallback: false,
-                progress: &|_, _| {},
-            })
-            .unwrap();
+        vlmc_tests::compile_with(&model, target, &Policy::none(), &artifact).unwrap();
         for case in cases {
             let out = exec_case(&fixture("losses"), &artifact, case, &["logits_per_image"], 0);
             assert_eq!(out.len(), if name == "clip" { 2 } else { 1 }, "{case}");

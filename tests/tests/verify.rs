@@ -74,15 +74,7 @@ fn quantized_artifacts_agree() {
             let out = dir.path().join("artifact");
             let model = Model::open(&checkpoint).unwrap();
             let policy = Policy::named(policy).unwrap();
-            model
-                .compile(&vlmc::compile::Options {
-                    target: vlmc_tests::target(target),
-                    out: &out,
-                    policy: &policy,
-                    allow_fallback: false,
-                    progress: &|_, _| {},
-                })
-                .unwrap();
+            vlmc_tests::compile_with(&model, target, &policy, &out).unwrap();
             let report = verified(&out, "shapes-vl");
             assert!(report.is_right(), "{target}: {:?}", report.first_wrong());
             let mlp = report.nodes.iter().filter(|n| n.weights[0].starts_with("model.layers.") && n.weights[0].contains("mlp"));
@@ -107,15 +99,7 @@ fn calibrated_artifacts_agree() {
         let samples = samples::read(&fixture("shapes-vl/heldout.jsonl"), Some(4)).unwrap();
         let requests = calibrate::requests(&model, &samples).unwrap();
         let (model, _) = model.calibrate(vlmc_tests::target(target), &calibrate::chosen(&policy), &requests, &|_| {}).unwrap();
-        model
-            .compile(&vlmc::compile::Options {
-                target: vlmc_tests::target(target),
-                out: &out,
-                policy: &policy,
-                allow_fallback: false,
-                progress: &|_, _| {},
-            })
-            .unwrap();
+        vlmc_tests::compile_with(&model, target, &policy, &out).unwrap();
         let artifact = Artifact::open(&out).unwrap();
         let report = verify(&artifact, Model::open(&fixture("shapes-vl")).unwrap(), &requests[..2], &OPTIONS).unwrap();
         assert!(report.is_right(), "{target}: {:?}", report.first_wrong());

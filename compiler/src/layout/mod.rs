@@ -24,11 +24,11 @@ pub struct Layout {
     /// Names of axes, by the names of symbols that they have elsewhere.
     pub(crate) symbols: &'static [(&'static str, &'static str)],
     /// The graphs as the client calls them, with its names.
-    adapt: fn(Program, &Task) -> Result<Program, BuildError>,
+    pub(crate) adapt: fn(Program, &Task) -> Result<Program, BuildError>,
     /// Where a graph of the program and its weights lie in the artifact.
-    place: fn(&Graph) -> Place,
+    pub(crate) place: fn(&Graph) -> Place,
     /// The other files, by path, but for those that come from the checkpoint as they are.
-    files: fn(&Model, &Manifest) -> Result<Files>,
+    pub(crate) files: fn(&Model, &Manifest) -> Result<Files>,
 }
 
 /// Contents of files by path.
@@ -85,19 +85,6 @@ impl Layout {
             return refuse("architecture", architecture, self.architectures.join(", "));
         }
         Ok(())
-    }
-
-    /// The program with the interface that the client wants.
-    pub(crate) fn adapt(&self, program: Program, task: &Task) -> Result<Program, BuildError> {
-        (self.adapt)(program, task)
-    }
-
-    pub(crate) fn place(&self, graph: &Graph) -> Place {
-        (self.place)(graph)
-    }
-
-    pub(crate) fn files(&self, model: &Model, manifest: &Manifest) -> Result<Files> {
-        (self.files)(model, manifest)
     }
 }
 

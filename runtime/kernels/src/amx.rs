@@ -98,6 +98,14 @@ thread_local! {
     static WORK: RefCell<Work> = RefCell::default();
 }
 
+/// `len` words of `words`, which grow if need be and keep what they hold, from a cache line's beginning on: rows of tiles that are
+/// lines are loaded twice as fast.
+pub(crate) fn lines(words: &mut Vec<i32>, len: usize) -> &mut [i32] {
+    words.resize(words.len().max(len + ROW / 4), 0);
+    let first = words.as_ptr().align_offset(ROW).min(ROW / 4);
+    &mut words[first..first + len]
+}
+
 /// Makes the tiles of this thread what [`CONFIG`] says, until [`release`]. Once for many products: it takes as long as a few of them.
 ///
 /// # Safety
@@ -504,10 +512,7 @@ impl Kernels {
             let blocks = rows.div_ceil(SIDE) * 2;
             // Tiles of 16 rows, then their scales and sums.
             let words = (steps * TILE) / 4 + 2 * N;
-            packed.resize(packed.len().max(blocks * words + ROW / 4), 0);
-            // Rows of tiles that are cache lines are loaded twice as fast.
-            let first = packed.as_ptr().align_offset(ROW).min(ROW / 4);
-            let (tiles, rest) = packed[first..first + blocks * words].split_at_mut(blocks * steps * TILE / 4);
+            let (tiles, rest) = lines(packed, blocks * words).split_at_mut(blocks * steps * TILE / 4);
             let (scales, sums) = bytemuck::cast_slice_mut::<i32, f32>(rest).split_at_mut(blocks * N);
             let x = &x[first_row * grid.k..(first_row + rows) * grid.k];
             let parts = tiles.chunks_mut(steps * TILE / 4).zip(scales.chunks_mut(N)).zip(sums.chunks_mut(N));

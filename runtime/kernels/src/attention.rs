@@ -435,12 +435,10 @@ impl Kernels {
             self.tile_attention(a, &runs, out);
             return;
         }
-        let pieces: Vec<_> = split(out, lead * heads, s * dv, &runs, dv);
-        self.pool.run_with(pieces.len(), scratch, |i, scratch| {
-            // Later runs of causal attention see more keys: start with the longest.
-            let i = pieces.len() - 1 - i;
+        // Later runs of causal attention see more keys: start with the longest.
+        let pieces = split(out, lead * heads, s * dv, &runs, dv).into_iter().enumerate().rev();
+        self.pool.pieces_with(pieces, scratch, |_, (i, out), scratch| {
             let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
-            let Some(out) = pieces[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() else { return };
             let (batch, kv_head) = (head / heads, head % heads / (heads / kv_heads));
             // Without keys there may be no rows at all.
             let of = |keys: &Keys<'_>| if t == 0 { 0 } else { (batch * kv_heads + kv_head) * keys.head_stride };
@@ -459,15 +457,13 @@ impl Kernels {
     }
 }
 
-pub(crate) type Piece<'a> = std::sync::Mutex<Option<&'a mut [f32]>>;
-
 /// The part of `out` of each head and run.
-pub(crate) fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<Piece<'a>> {
+pub(crate) fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<&'a mut [f32]> {
     let mut pieces = Vec::with_capacity(heads * runs.len());
     for mut head in out.chunks_exact_mut(head_len) {
         for run in runs {
             let (piece, rest) = head.split_at_mut(run.queries.len() * d);
-            pieces.push(std::sync::Mutex::new(Some(piece)));
+            pieces.push(piece);
             head = rest;
         }
     }
@@ -479,8 +475,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn naive(a: &Attention<'_>) -> Vec<f32> {
-        let mut out = vec![];
+    /// The results, and of each row the root of the sum of its squared weights: errors of single terms add up so.
+    fn naive(a: &Attention<'_>) -> (Vec<f32>, Vec<f32>) {
+        let (mut out, mut sizes) = (vec![], vec![]);
         for head in 0..a.lead * a.heads {
             let (batch, kv) = (head / a.heads, head % a.heads / (a.heads / a.kv_heads));
             let row = |x: &Keys<'_>, d: usize, j: usize| {
@@ -501,9 +498,10 @@ mod tests {
                     o.iter_mut().zip(row(&a.v, a.dv, j)).for_each(|(o, v)| *o += w / sum * v);
                 }
                 out.extend(o.iter().map(|v| *v as f32));
+                sizes.push(weights.iter().map(|w| (w / sum).powi(2)).sum::<f64>().sqrt() as f32);
             }
         }
-        out
+        (out, sizes)
     }
 
     proptest! {
@@ -549,7 +547,7 @@ mod tests {
                 _ => (Kept::I8(&k8.0, &k8.1), Kept::I8(&v8.0, &v8.1)),
             };
             let a = Attention { q: &q, k: keys(k), v: keys(v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None, bf16: false };
-            let expected = naive(&a);
+            let (expected, sizes) = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
                 // Whatever was left in it.
@@ -558,11 +556,11 @@ mod tests {
                 for (o, e) in out.iter().zip(&expected) {
                     prop_assert!((o - e).abs() <= 1e-5, "{isa:?}: {o} instead of {e}");
                 }
-                // Scores of 40 products at most, each rounded by 2^-8.
+                // Scores of 40 products at most, weights and values, each rounded by 2^-9; four times that was never seen.
                 let mut rounded = vec![f32::NAN; out.len()];
                 Kernels::with_isa(threads, isa).unwrap().attention(&Attention { bf16: true, ..a }, &mut scratch, &mut rounded);
-                for (o, e) in rounded.iter().zip(&expected) {
-                    prop_assert!((o - e).abs() <= 2e-2, "{isa:?}: {o} instead of {e}");
+                for (i, (o, e)) in rounded.iter().zip(&expected).enumerate() {
+                    prop_assert!((o - e).abs() <= 1e-5 + 0.012 * sizes[i / dv], "{isa:?}: {o} instead of {e}");
                 }
                 // Queries that are rotated here give what queries give that were rotated before.
                 if d.is_multiple_of(2) {

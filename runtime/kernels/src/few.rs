@@ -9,7 +9,6 @@ use crate::{
     linear::Element,
     norm::rotate,
 };
-use std::sync::{Mutex, PoisonError};
 
 /// Keys or values that stay in the first cache while queries go by.
 const BLOCK: usize = 32;
@@ -218,10 +217,7 @@ impl Kernels {
         let wanted = self.pool.threads().div_ceil(a.lead * kv_heads);
         let parts = (wanted..group).find(|n| group.is_multiple_of(*n)).unwrap_or(group);
         let count = group / parts;
-        let pieces = a.lead * kv_heads * parts;
-        let rest = Mutex::new(out.chunks_exact_mut(count * dv).enumerate());
-        self.pool.run_with(pieces, scratch, |_, scratch| {
-            let Some((i, out)) = rest.lock().unwrap_or_else(PoisonError::into_inner).next() else { return };
+        self.pool.pieces_with(out.chunks_exact_mut(count * dv), scratch, |i, out, scratch| {
             let (head, part) = (i / parts, i % parts);
             // Without keys there may be no rows at all.
             let of = |keys: &Keys<'_>| if a.t == 0 { 0 } else { head * keys.head_stride };

@@ -7,12 +7,12 @@
 
 use crate::{
     Isa, Kernels,
-    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, release},
+    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, lines, release},
     attention::{Attention, Kept, Run, Seen, split},
     lanes::N,
     norm::rotate,
 };
-use std::{arch::x86_64::*, cell::RefCell, ops::Range, sync::PoisonError};
+use std::{arch::x86_64::*, cell::RefCell, ops::Range};
 
 /// Queries that one task serves: their tiles and sums stay in the second cache while keys and values go by.
 const QUERIES: usize = 256;
@@ -130,6 +130,24 @@ unsafe fn narrow(first: __m512, second: __m512) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
 }
 
+/// A row, a multiple of 32 floats, as row `i` of tiles in rows of 16.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn put_row(row: &[f32], i: usize, tiles: &mut [u8]) {
+    let (parts, _) = row.as_chunks::<SIDE>();
+    for (step, part) in parts.iter().enumerate() {
+        let to = &mut tiles[(i / N * parts.len() + step) * TILE + i % N * ROW..][..ROW];
+        // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
+        unsafe {
+            let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
+        }
+    }
+}
+
 /// `2^x` to 5e-6 of it, and 0 below 2^-120, of which products would be subnormal and slow: `x` is an integer and a rest of at most a
 /// half, whose power is a polynomial (Taylor's of `e^(x ln 2)`, the last coefficient fitted).
 ///
@@ -174,14 +192,8 @@ impl Pack<'_> {
         }
         for j in 0..self.count {
             self.k.widen(j, &mut row[..self.d]);
-            for (step, part) in row.as_chunks::<SIDE>().0.iter().enumerate() {
-                let to = &mut keys[(j / N * depth + step) * TILE + j % N * ROW..][..ROW];
-                // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
-                unsafe {
-                    let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
-                    _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
-                }
-            }
+            // SAFETY: the caller's promise.
+            unsafe { put_row(row, j, keys) };
         }
         let width = across * N;
         row.clear();
@@ -328,14 +340,8 @@ impl Block<'_, '_> {
                 rotate(&mut row[..d], &cos[at..at + d / 2], &sin[at..at + d / 2]);
             }
             row.iter_mut().for_each(|v| *v *= scale);
-            for (step, part) in row.as_chunks::<SIDE>().0.iter().enumerate() {
-                let to = &mut tiles[(i / N * depth + step) * TILE + i % N * ROW..][..ROW];
-                // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
-                unsafe {
-                    let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
-                    _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
-                }
-            }
+            // SAFETY: the caller's promise.
+            unsafe { put_row(row, i, tiles) };
         }
         let used = self.run.queries.len().div_ceil(SIDE) * 2 * depth * TILE;
         for tile in tiles[..used].chunks_exact_mut(TILE) {
@@ -482,12 +488,10 @@ impl Kernels {
         let (blocks, group) = (a.t.div_ceil(KEYS), a.heads / a.kv_heads);
         let head_bytes = blocks * tiling.block();
         let runs: Vec<Run> = runs.iter().flat_map(|run| run.parts(QUERIES)).collect();
-        let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
         let heads = a.lead * a.kv_heads;
         let at_once = (PACKED / head_bytes.max(1)).clamp(1, heads);
-        words.resize(words.len().max((at_once * head_bytes + ROW) / 4), 0);
-        let first = words.as_ptr().align_offset(ROW).min(ROW / 4);
-        let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut words[first..][..at_once * head_bytes / 4]);
+        let mut words = self.take_scratch();
+        let tiles: &mut [u8] = bytemuck::cast_slice_mut(lines(&mut words, at_once * head_bytes / 4));
         for (some, out) in (0..heads).step_by(at_once).zip(out.chunks_mut(at_once * group * a.s * a.dv)) {
             let count = at_once.min(heads - some);
             let used = &mut tiles[..count * head_bytes];
@@ -502,12 +506,10 @@ impl Kernels {
                 WORK.set(work);
             });
             let used = &*used;
-            let pieces = split(out, count * group, a.s * a.dv, &runs, a.dv);
-            self.pool.run(pieces.len(), |i| {
-                // Later runs of causal attention see more keys: start with the longest.
-                let i = pieces.len() - 1 - i;
+            // Later runs of causal attention see more keys: start with the longest.
+            let pieces = split(out, count * group, a.s * a.dv, &runs, a.dv).into_iter().enumerate().rev();
+            self.pool.pieces(pieces, |_, (i, out)| {
                 let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
-                let Some(out) = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
                 let q = &a.q[(some * group + head) * a.s * a.d..][run.queries.start * a.d..run.queries.end * a.d];
                 let tiles = &used[head / group * head_bytes..][..head_bytes];
                 let lead = (some + head / group) / a.kv_heads;
@@ -526,6 +528,6 @@ impl Kernels {
                 WORK.set(work);
             });
         }
-        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+        self.give_scratch(words);
     }
 }

@@ -37,13 +37,13 @@ pub use moe::{Experts, Moe, moe_scratch};
 pub use pool::Pool;
 pub use probe::Arithmetic;
 pub use quantize::quantize;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 /// The kernels of one CPU: an instruction set and a pool of threads.
 pub struct Kernels {
     isa: Isa,
     pool: Pool,
-    /// Rounded activations of a product, kept from one to the next: of each row `k` bytes, and 8 for each scale.
+    /// Rounded or packed operands of a product, kept from one to the next.
     scratch: Mutex<Vec<i32>>,
 }
 
@@ -56,6 +56,15 @@ impl Kernels {
     /// With a given instruction set; `None` if this CPU lacks it.
     pub fn with_isa(threads: usize, isa: Isa) -> Option<Self> {
         isa.is_supported().then(|| Self { isa, pool: Pool::new(threads), scratch: Mutex::default() })
+    }
+
+    /// Memory to work in, until [`Self::give_scratch`].
+    fn take_scratch(&self) -> Vec<i32> {
+        std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn give_scratch(&self, words: Vec<i32>) {
+        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
     }
 
     /// The instruction set.

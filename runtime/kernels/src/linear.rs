@@ -9,7 +9,6 @@ use crate::{
     quantized::{Grid, Piece},
 };
 use half::{bf16, f16};
-use std::sync::PoisonError;
 use vlmc_artifact::{
     Scheme,
     program::{Layout, PANEL, Unary},
@@ -397,16 +396,16 @@ impl Kernels {
                     });
                 };
                 if dynamic {
-                    let mut words = std::mem::take(&mut *self.scratch.lock().unwrap_or_else(PoisonError::into_inner));
+                    let mut words = self.take_scratch();
                     #[cfg(target_arch = "x86_64")]
                     if in_tiles(self.isa, m) {
                         self.tile_product(x, m, grid, act, &mut words, pieces);
-                        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+                        self.give_scratch(words);
                         return;
                     }
                     self.round_rows(x, m, grid, &mut words);
                     pieces(&|piece| self.rounded_product(&words, piece));
-                    *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = words;
+                    self.give_scratch(words);
                 } else {
                     pieces(&|piece| self.widened_product(x, piece));
                 }

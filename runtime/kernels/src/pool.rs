@@ -94,24 +94,7 @@ impl Pool {
     /// # Panics
     /// If a task panics.
     pub fn run(&self, tasks: usize, job: impl Fn(usize) + Sync) {
-        self.run_with(tasks, &mut [(); 0], |task, _| job(task));
-    }
-
-    /// [`Self::run`] whose tasks have an equal part of `scratch` each while they run: a thread's share.
-    pub(crate) fn run_with<T: Send>(&self, tasks: usize, scratch: &mut [T], job: impl Fn(usize, &mut [T]) + Sync) {
-        let share = scratch.len() / self.threads();
-        let shares = Mutex::new(scratch[..share * self.threads()].chunks_exact_mut(share.max(1)));
-        let next = AtomicUsize::new(0);
-        self.region(tasks, &|| {
-            let mine = lock(&shares).next().unwrap_or_default();
-            loop {
-                let task = next.fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
-                    break;
-                }
-                job(task, mine);
-            }
-        });
+        self.pieces(0..tasks, |task, _| job(task));
     }
 
     /// Splits `data` into pieces of `len` elements and calls `job` with the index of each piece and the piece.
@@ -121,13 +104,25 @@ impl Pool {
 
     /// Calls `job` with the index of each piece and the piece.
     pub(crate) fn pieces<P>(&self, pieces: impl ExactSizeIterator<Item = P> + Send, job: impl Fn(usize, P) + Sync) {
-        let count = pieces.len();
+        self.pieces_with(pieces, &mut [(); 0], |i, piece, _| job(i, piece));
+    }
+
+    /// [`Self::pieces`] whose calls have an equal part of `scratch` each while they run: a thread's share.
+    pub(crate) fn pieces_with<P, T: Send>(
+        &self,
+        pieces: impl ExactSizeIterator<Item = P> + Send,
+        scratch: &mut [T],
+        job: impl Fn(usize, P, &mut [T]) + Sync,
+    ) {
+        let (count, share) = (pieces.len(), scratch.len() / self.threads());
         let pieces = Mutex::new(pieces.enumerate());
+        let shares = Mutex::new(scratch[..share * self.threads()].chunks_exact_mut(share.max(1)));
         self.region(count, &|| {
+            let mine = lock(&shares).next().unwrap_or_default();
             loop {
                 let next = lock(&pieces).next();
                 let Some((i, piece)) = next else { break };
-                job(i, piece);
+                job(i, piece, mine);
             }
         });
     }
@@ -232,14 +227,14 @@ mod tests {
     fn tasks_never_share_scratch() {
         for threads in 1..4 {
             let mut scratch = vec![0usize; threads * 8];
-            Pool::new(threads).run_with(500, &mut scratch, |i, mine| {
+            Pool::new(threads).pieces_with(0..500, &mut scratch, |i, _, mine| {
                 mine.fill(i);
                 std::thread::yield_now();
                 assert!(mine.len() == 8 && mine.iter().all(|v| *v == i));
             });
         }
         let ran = AtomicUsize::new(0);
-        Pool::new(2).run_with(5, &mut [0u8; 1], |_, mine| _ = ran.fetch_add(1 + mine.len(), Ordering::Relaxed));
+        Pool::new(2).pieces_with(0..5, &mut [0u8; 1], |_, _, mine| _ = ran.fetch_add(1 + mine.len(), Ordering::Relaxed));
         assert_eq!(ran.load(Ordering::Relaxed), 5, "less than one element each is none");
     }
 
