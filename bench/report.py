@@ -93,9 +93,9 @@ def table(results: dict, threads: int) -> str:
 
 
 WEIGHTS = {
-    "q4_0": "layers in 4 bits in groups of 32, rounded to the nearest, as Q4_0 of llama.cpp",
-    "int4": "layers in 4 bits in groups of 32, searched scales",
-    "equal": "layers in 4 bits in groups of 128, head and tokens in groups of 32, searched scales",
+    "q4_0": "layers in 4 bits in groups of 32, rounded to the nearest, as Q4_0 of llama.cpp; head in 8 bits, for its 6",
+    "int4": "layers and head in 4 bits in groups of 32, searched scales",
+    "equal": "layers in 4 bits in groups of 128, head in groups of 32, searched scales",
 }
 
 

@@ -9,26 +9,30 @@ use vlmc_tests::quantization::{Bench, Way};
 const MARKS: [&str; 2] = ["<!-- table: begin -->\n", "<!-- table: end -->\n"];
 
 const SMOOTH: &str = "base = \"int8\"\n[[rule]]\nweights = \"visual.blocks.*\"\nscheme = \"int8\"\nmethod = \"smooth\"\n";
-const ROUND: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
-const G64: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g64\"\n";
-const G128: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g128\"\n";
-const AWQ: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
-const ZEROS: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32z\"\n";
+/// Of the layers alone: the head in 8 bits.
+const G32: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\n";
+const ROUND: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
+const G64: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g64\"\n";
+const G128: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g128\"\n";
+const AWQ: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
+const ZEROS: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32z\"\n";
 
-const ROWS: [(&str, Way); 15] = [
+const ROWS: [(&str, Way); 17] = [
     ("none", Way::Policy("none")),
     ("int8", Way::Policy("int8")),
     ("int8, tower smoothed (SmoothQuant)", Way::Calibrated(SMOOTH)),
-    ("4 bits, groups of 32, round to nearest", Way::Policy(ROUND)),
-    ("Q4_0 of llama.cpp", Way::Q4_0),
-    ("int4 (groups of 32, searched scales)", Way::Policy("int4")),
-    ("int4, calibrated (GPTQ)", Way::Calibrated("int4")),
-    ("int4, calibrated by AWQ", Way::Calibrated(AWQ)),
-    ("int4, groups of 32 with zero points", Way::Policy(ZEROS)),
+    ("int4: decoder and head in groups of 32", Way::Policy("int4")),
+    ("the same, calibrated (GPTQ)", Way::Calibrated("int4")),
+    ("layers in 4 bits, groups of 32, round to nearest", Way::Policy(ROUND)),
+    ("layers in Q4_0 of llama.cpp", Way::Q4_0),
+    ("layers in 4 bits, groups of 32, searched scales", Way::Policy(G32)),
+    ("the same, calibrated (GPTQ)", Way::Calibrated(G32)),
+    ("the same, calibrated by AWQ", Way::Calibrated(AWQ)),
+    ("layers in 4 bits, groups of 32 with zero points", Way::Policy(ZEROS)),
     ("the same, calibrated", Way::Calibrated(ZEROS)),
-    ("int4, groups of 64", Way::Policy(G64)),
+    ("layers in 4 bits, groups of 64", Way::Policy(G64)),
     ("the same, calibrated", Way::Calibrated(G64)),
-    ("int4, groups of 128", Way::Policy(G128)),
+    ("layers in 4 bits, groups of 128", Way::Policy(G128)),
     ("the same, calibrated", Way::Calibrated(G128)),
     ("auto, 4.5 bits per weight, calibrated", Way::Budget(4.5)),
 ];

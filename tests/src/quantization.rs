@@ -30,7 +30,7 @@ pub enum Way {
     Calibrated(&'static str),
     /// Mixed schemes within a number of bits per weight, by the error of outputs.
     Budget(f64),
-    /// The decoder's layers as llama.cpp's Q4_0 has them, the rest as `int4`.
+    /// The decoder's layers as llama.cpp's Q4_0 has them, the rest as `int8`.
     Q4_0,
 }
 
@@ -79,7 +79,7 @@ impl Bench {
         };
         let (model, policy) = match way {
             Way::Policy(text) => (model, policy(text)),
-            Way::Q4_0 => (model, policy("int4")),
+            Way::Q4_0 => (model, policy("base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\n")),
             Way::Calibrated(text) => {
                 let (policy, requests) = (policy(text), calibration().unwrap_or_else(|e| panic!("{e}")));
                 let (model, report) =

@@ -193,8 +193,8 @@ struct TargetArgs {
     target: String,
     /// Quantization of the weights: none, int8, int4, auto (by --budget, only to compile), or a file of rules
     ///
-    /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder's layers in 4 bits with a scale
-    /// per 32 columns, the rest as int8. Norms, biases, positions, convolutions, routers and what reads the request's pixels
+    /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder in 4 bits with a scale per 32
+    /// columns, towers as int8. Norms, biases, positions, convolutions, routers and what reads the request's pixels
     /// stay as they are. A file in TOML names weights by patterns: see the README.
     #[arg(long, default_value = "none", value_name = "POLICY")]
     quant: String,

@@ -101,7 +101,7 @@ impl Choice {
 pub const BUILT_IN: [(&str, &str); 3] = [
     ("none", "weights as in the checkpoint"),
     ("int8", "8 bits with a scale per row, and activations rounded to 8 bits"),
-    ("int4", "a decoder's layers in 4 bits with a scale per 32 columns; the rest as int8"),
+    ("int4", "a decoder in 4 bits with a scale per 32 columns; towers as int8"),
 ];
 
 impl Policy {
@@ -114,16 +114,12 @@ impl Policy {
             "none" => return Ok(Self::none()),
             "int8" => |part| match part {
                 Part::First | Part::Router => None,
-                // Of a table that is the head, too, activations are those of the head.
-                Part::Table => Some(Choice::new(Scheme::INT8, true)),
                 _ => Some(Choice::new(Scheme::INT8, true)),
             },
             "int4" => |part| match part {
                 Part::First | Part::Router => None,
-                // Of a table that is the head, too, activations are those of the head.
-                Part::Table => Some(Choice::new(Scheme::INT8, true)),
-                Part::Head | Part::Tower => Some(Choice::new(Scheme::INT8, true)),
-                Part::Decoder | Part::Experts => Some(Choice::new(Scheme::INT4, true)),
+                Part::Tower => Some(Choice::new(Scheme::INT8, true)),
+                Part::Decoder | Part::Experts | Part::Head | Part::Table => Some(Choice::new(Scheme::INT4, true)),
             },
             other => return Err(PolicyError::Unknown(other.into())),
         };

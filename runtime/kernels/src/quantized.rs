@@ -465,31 +465,40 @@ impl IntTile<'_, '_> {
         let ((codes, _), (scales, _), (corrections, _)) =
             (codes.as_chunks::<ROWS>(), scales.as_chunks::<ROWS>(), corrections.as_chunks::<ROWS>());
         let first = grid.columns(self.block.start).start / WORD;
+        // Sums are in memory before and after, where rows are chosen; between they must stay in registers, so all indices there are
+        // constants.
+        let mut values = [[[0.0; N]; P]; R];
+        for (r, values) in values.iter_mut().enumerate().take(rows) {
+            for (p, values) in values.iter_mut().enumerate() {
+                let column = self.column + p * N;
+                // SAFETY: this thread has these columns.
+                *values = if self.block.start == 0 { out.bias(bias, column) } else { unsafe { out.read(self.first_row + row + r, column) } };
+            }
+        }
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[I::Floats::splat(0.0); P]; R];
-            for (r, sums) in sums.iter_mut().enumerate().take(rows) {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    let column = self.column + p * N;
-                    let start = if self.block.start == 0 { out.bias(bias, column) } else { out.read(self.first_row + row + r, column) };
-                    *sum = I::Floats::load(&start);
+            for r in 0..R {
+                for p in 0..P {
+                    sums[r][p] = I::Floats::load(&values[r][p]);
                 }
             }
             for (s, i) in self.block.clone().enumerate() {
                 let columns = grid.columns(i);
                 let vectors = columns.start / WORD - first..columns.end.div_ceil(WORD) - first;
                 let mut products = [[I::splat(0); P]; R];
-                for (r, products) in products.iter_mut().enumerate() {
+                for r in 0..R {
                     let correction = I::splat(corrections[i][row + r]);
-                    for (p, product) in products.iter_mut().enumerate() {
-                        *product = if ZEROS { Segment::zeros::<I>(&panels[p].zeros[s]).mul(correction) } else { correction };
+                    for p in 0..P {
+                        products[r][p] = if ZEROS { Segment::zeros::<I>(&panels[p].zeros[s]).mul(correction) } else { correction };
                     }
                 }
                 let x = &codes[first + vectors.start..first + vectors.end];
                 let panel_codes = panels.map(|p| &p.codes[vectors.clone()]);
                 for (v, x) in x.iter().enumerate() {
                     for p in 0..P {
-                        let codes = I::load(&panel_codes[p][v]);
+                        // SAFETY: as many vectors of codes as of `x` were taken.
+                        let codes = I::load(panel_codes[p].get_unchecked(v));
                         for r in 0..R {
                             products[r][p] = products[r][p].dot::<BITS>(codes, x[row + r]);
                         }
@@ -503,12 +512,16 @@ impl IntTile<'_, '_> {
                     }
                 }
             }
-            for (r, sums) in sums.iter().enumerate().take(rows) {
-                for (p, sum) in sums.iter().enumerate() {
-                    let mut values = [0.0; N];
-                    sum.store(&mut values);
-                    out.write(self.first_row + row + r, self.column + p * N, &values);
+            for r in 0..R {
+                for p in 0..P {
+                    sums[r][p].store(&mut values[r][p]);
                 }
+            }
+        }
+        for (r, values) in values.iter().enumerate().take(rows) {
+            for (p, values) in values.iter().enumerate() {
+                // SAFETY: this thread has these columns.
+                unsafe { out.write(self.first_row + row + r, self.column + p * N, values) };
             }
         }
     }
