@@ -51,6 +51,11 @@ pub trait Engine {
         Ok(())
     }
 
+    /// Bytes of weights that were copied to pages of 2 MiB when the artifact was loaded, since they are read faster there.
+    fn large_page_bytes(&self) -> usize {
+        0
+    }
+
     /// Number of positions in the states that grow with the text.
     fn past(&self) -> usize;
 

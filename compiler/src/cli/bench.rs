@@ -110,6 +110,8 @@ struct Report {
     peak_memory_bytes: Option<u64>,
     /// Weight files.
     weight_bytes: u64,
+    /// Of them, in pages of 2 MiB, if a measurement when the artifact was loaded chose such.
+    large_page_bytes: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     profile: Option<Vec<profile::Table>>,
 }
@@ -290,6 +292,13 @@ impl Ready {
             Self::Others(engine) => _ = forward(&mut **engine, inputs)?,
         }
         Ok(())
+    }
+
+    fn engine(&self) -> &dyn Engine {
+        match self {
+            Self::Answers(pipeline) => pipeline.engine(),
+            Self::Others(engine) => &**engine,
+        }
     }
 
     fn pipeline(&mut self) -> Result<&mut Pipeline> {
@@ -515,6 +524,7 @@ fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &Progres
         }
     }
 
+    let large_page_bytes = model.engine().large_page_bytes();
     const KINDS: [Arithmetic; 3] = [Arithmetic::Int8, Arithmetic::Bf16, Arithmetic::F32];
     let mut peaks: Vec<Vec<(Arithmetic, f64)>> = vec![];
     let mut encoded: Vec<Vec<Sample>> = asked.pictures.iter().map(|_| vec![]).collect();
@@ -605,6 +615,7 @@ fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &Progres
         decode: if decoded.is_empty() { None } else { Some(decode()?) },
         peak_memory_bytes,
         weight_bytes,
+        large_page_bytes,
         profile: None,
         machine: Machine {
             cpu: cpu(),
@@ -690,7 +701,11 @@ fn text(r: &Report) -> String {
     if let Some(peak) = r.peak_memory_bytes {
         let _ = writeln!(out, "{:22} {:>8}", "peak memory", bytes(peak));
     }
-    let _ = writeln!(out, "{:22} {:>8}", "weights", bytes(r.weight_bytes));
+    let large = match r.large_page_bytes {
+        0 => String::new(),
+        large => format!(", {} of them in 2 MiB pages", bytes(large as u64)),
+    };
+    let _ = writeln!(out, "{:22} {:>8}{large}", "weights", bytes(r.weight_bytes));
     if r.task != "generate" {
         let _ = writeln!(out, "The model answers no prompts: a picture is a whole run of it.");
     }

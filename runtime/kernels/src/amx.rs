@@ -199,17 +199,18 @@ products!(
     "tdpbf16ps"
 );
 
-/// What [`bf16_products`] makes, on a CPU without tiles.
+/// What [`bf16_products`] makes, on a CPU without tiles: of the first `rows` of `a`, others are left as they are, and the first
+/// `pairs` of elements.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], [rows, pairs]: [usize; 2], fresh: bool, sums: &mut Sums) {
     /// Rows at once: as many accumulators for two columns as half of the registers.
     const ROWS: usize = 8;
-    assert!([a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= steps * TILE));
-    let pairs = |half: usize| b[half].as_chunks::<ROW>().0[..steps * N].iter();
-    for (r, sums) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+    assert!([a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= pairs.div_ceil(N) * TILE));
+    let pairs = |half: usize| b[half].as_chunks::<ROW>().0[..pairs].iter();
+    for (r, sums) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().enumerate().take(rows.div_ceil(ROWS)) {
         let (tile, first) = (a[r * ROWS / N].as_ptr(), r * ROWS % N * ROW);
         // SAFETY: the caller's promise; sums and pairs are of 64 bytes, and elements of rows lie within `steps` tiles.
         unsafe {

@@ -367,7 +367,7 @@ impl Block<'_, '_> {
         for (step, scores) in steps.clone().zip(scores.iter_mut()) {
             let keys = [0, 1].map(|half| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE]);
             // SAFETY: the caller's promise.
-            unsafe { self.products(keys, queries, depth, true, scores) };
+            unsafe { self.products(keys, queries, [SIDE, self.a.d.div_ceil(2)], true, scores) };
         }
         self.hide(scores, group, block * KEYS + steps.start * SIDE, &keys);
         let state = &mut work.states[group];
@@ -414,18 +414,24 @@ impl Block<'_, '_> {
         for (i, out) in out.iter_mut().enumerate() {
             let values = [0, 1].map(|half| &value_tiles[((2 * i + half) * (KEYS / SIDE) + steps.start) * TILE..][..steps.len() * TILE]);
             // SAFETY: the caller's promise.
-            unsafe { self.products(values, weights, steps.len(), fresh, out) };
+            unsafe { self.products(values, weights, [SIDE.min(self.a.dv - i * SIDE), steps.len() * N], fresh, out) };
         }
     }
 
-    /// [`bf16_products`].
+    /// Products of the first rows of `a` and pairs of elements, as many as `size` says, or also of others.
     ///
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
-    unsafe fn products(&self, a: [&[u8]; 2], b: [&[u8]; 2], steps: usize, fresh: bool, sums: &mut Sums) {
+    unsafe fn products(&self, a: [&[u8]; 2], b: [&[u8]; 2], size: [usize; 2], fresh: bool, sums: &mut Sums) {
         // SAFETY: the caller's promise.
-        unsafe { if self.isa == Isa::Amx { bf16_products(a, b, steps, fresh, sums) } else { dot_products(a, b, steps, fresh, sums) } }
+        unsafe {
+            if self.isa == Isa::Amx {
+                bf16_products(a, b, size[1].div_ceil(N), fresh, sums);
+            } else {
+                dot_products(a, b, size, fresh, sums);
+            }
+        }
     }
 
     /// -inf for what queries do not see: `scores` are of keys from `first` on, of which there are those in `keys`.

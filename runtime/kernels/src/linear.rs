@@ -404,13 +404,10 @@ impl Kernels {
                         return;
                     }
                     self.round_rows(x, m, grid, &mut words);
-                    pieces(&|piece| self.rounded_product(&words, piece));
+                    pieces(&|piece| self.rounded_product(&words, piece, act));
                     self.give_scratch(words);
                 } else {
-                    pieces(&|piece| self.widened_product(x, piece));
-                }
-                if let Some(act) = act {
-                    self.unary(act, Src::InPlace, out);
+                    pieces(&|piece| self.widened_product(x, piece, act));
                 }
             }
         }

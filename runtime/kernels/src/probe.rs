@@ -33,12 +33,25 @@ pub enum Arithmetic {
 impl Kernels {
     /// Bytes per second that all threads together read of `data`, each a contiguous part of it, over and over.
     pub fn read_bandwidth(&self, data: &[u8]) -> f64 {
+        per_second(|rounds| self.read(data, rounds))
+    }
+
+    /// Reads `data` as often as that, each thread a contiguous part of it, and says how many bytes that were.
+    fn read(&self, data: &[u8], rounds: usize) -> usize {
         let vectors = data.as_chunks::<{ 4 * N }>().0;
         let parts: Vec<_> = vectors.chunks(vectors.len().div_ceil(self.pool.threads()).max(1)).collect();
-        per_second(|rounds| {
-            self.pool.run(parts.len(), |i| (0..rounds).for_each(|_| self.isa.run_ints(Read { vectors: parts[i] })));
-            rounds * size_of_val(vectors)
-        })
+        self.pool.run(parts.len(), |i| (0..rounds).for_each(|_| self.isa.run_ints(Read { vectors: parts[i] })));
+        rounds * size_of_val(vectors)
+    }
+
+    /// How long reading `data` once takes, the least of some times.
+    pub fn read_time(&self, data: &[u8]) -> Duration {
+        let time = |_| {
+            let start = Instant::now();
+            self.read(data, 1);
+            start.elapsed()
+        };
+        (0..4).map(time).min().unwrap_or_default()
     }
 
     /// Multiplications and additions per second of all threads together, with the instructions that do the most of them at once;

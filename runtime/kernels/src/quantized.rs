@@ -5,7 +5,7 @@
 //! long a row is. For many rows of `x` the codes of a block of segments are unpacked once.
 
 use crate::{
-    Kernels,
+    Kernels, elementwise,
     ints::Ints,
     isa::{IntTask, Task},
     lanes::{Lanes, N},
@@ -16,13 +16,13 @@ use half::f16;
 use std::ops::Range;
 use vlmc_artifact::{
     Scheme,
-    program::PANEL,
+    program::{PANEL, Unary},
     quant::{block_len, panel_bytes},
 };
 
-/// Most columns of a segment, and columns of a block of them: sums of 512 products of 255 * 127 are far from 2^31, and two
-/// panels' codes stay in the first cache. The sizes of groups divide it.
-const BLOCK: usize = 512;
+/// Most columns of a segment, and columns of a block of them: sums of 1536 products of 255 * 127 are far from 2^31, two panels'
+/// codes stay in the second cache, and sums are seldom put aside. The sizes of groups divide it.
+const BLOCK: usize = 1536;
 /// Most segments of a block: of groups of 16.
 const SEGMENTS: usize = BLOCK / 16;
 /// Columns whose codes make a vector: 4 bytes of each of 16 rows.
@@ -240,6 +240,47 @@ pub(crate) struct Piece<'a> {
 impl Piece<'_> {
     pub(crate) fn bytes(&self) -> usize {
         self.grid.panel_bytes().unwrap_or(0).max(1)
+    }
+
+    /// The same, [`PART`] panels at a time.
+    fn parts(self) -> impl Iterator<Item = Self> {
+        let panels = self.panels.chunks(PART * self.bytes()).enumerate();
+        panels.map(move |(i, panels)| Self { panels, first_panel: self.first_panel + i * PART, ..self })
+    }
+}
+
+/// Panels whose results stay in the second cache until they are done: of 512 rows 128 KiB.
+const PART: usize = 4;
+
+/// The results of a piece through an activation.
+struct Activate<'a> {
+    piece: Piece<'a>,
+    act: Unary,
+}
+
+impl Task for Activate<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { piece, act } = self;
+        let mut values = [[0.0; N]; PART];
+        let panels = piece.panels.len() / piece.bytes();
+        for row in 0..piece.m {
+            for first in (0..panels).step_by(PART) {
+                let columns = (first..panels.min(first + PART)).map(|p| (piece.first_panel + p) * N);
+                // SAFETY: the caller's promise, and the piece's columns are this thread's.
+                unsafe {
+                    for (values, column) in values.iter_mut().zip(columns.clone()) {
+                        *values = piece.out.read(row, column);
+                    }
+                    elementwise::map::<L>(act, values.as_flattened_mut());
+                    for (values, column) in values.iter().zip(columns) {
+                        piece.out.write(row, column, values);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -465,22 +506,28 @@ impl IntTile<'_, '_> {
         let ((codes, _), (scales, _), (corrections, _)) =
             (codes.as_chunks::<ROWS>(), scales.as_chunks::<ROWS>(), corrections.as_chunks::<ROWS>());
         let first = grid.columns(self.block.start).start / WORD;
-        // Sums are in memory before and after, where rows are chosen; between they must stay in registers, so all indices there are
-        // constants.
-        let mut values = [[[0.0; N]; P]; R];
-        for (r, values) in values.iter_mut().enumerate().take(rows) {
-            for (p, values) in values.iter_mut().enumerate() {
-                let column = self.column + p * N;
-                // SAFETY: this thread has these columns.
-                *values = if self.block.start == 0 { out.bias(bias, column) } else { unsafe { out.read(self.first_row + row + r, column) } };
-            }
-        }
-        // SAFETY: the caller's promise.
+        let whole = rows == R && self.column + P * N <= out.columns();
+        // SAFETY: the caller's promise, and this thread has these columns.
         unsafe {
+            // Sums stay in registers if all indices of theirs are constants.
             let mut sums = [[I::Floats::splat(0.0); P]; R];
-            for r in 0..R {
-                for p in 0..P {
-                    sums[r][p] = I::Floats::load(&values[r][p]);
+            let start = |r: usize, p: usize| {
+                let column = self.column + p * N;
+                if self.block.start == 0 { out.bias(bias, column) } else { out.read(self.first_row + row + r, column) }
+            };
+            if whole {
+                for r in 0..R {
+                    for p in 0..P {
+                        sums[r][p] = I::Floats::load(&start(r, p));
+                    }
+                }
+            } else {
+                let mut values = [[[0.0; N]; P]; R];
+                values.iter_mut().enumerate().take(rows).for_each(|(r, v)| *v = std::array::from_fn(|p| start(r, p)));
+                for r in 0..R {
+                    for p in 0..P {
+                        sums[r][p] = I::Floats::load(&values[r][p]);
+                    }
                 }
             }
             for (s, i) in self.block.clone().enumerate() {
@@ -512,16 +559,21 @@ impl IntTile<'_, '_> {
                     }
                 }
             }
+            let mut values = [[[0.0; N]; P]; R];
             for r in 0..R {
                 for p in 0..P {
                     sums[r][p].store(&mut values[r][p]);
+                    if whole {
+                        out.write(self.first_row + row + r, self.column + p * N, &values[r][p]);
+                    }
                 }
             }
-        }
-        for (r, values) in values.iter().enumerate().take(rows) {
-            for (p, values) in values.iter().enumerate() {
-                // SAFETY: this thread has these columns.
-                unsafe { out.write(self.first_row + row + r, self.column + p * N, values) };
+            if !whole {
+                for (r, values) in values.iter().enumerate().take(rows) {
+                    for (p, values) in values.iter().enumerate() {
+                        out.write(self.first_row + row + r, self.column + p * N, values);
+                    }
+                }
             }
         }
     }
@@ -621,14 +673,31 @@ impl Kernels {
         });
     }
 
-    /// Products of rows that [`Self::round_rows`] has rounded.
-    pub(crate) fn rounded_product(&self, x: &[i32], piece: Piece<'_>) {
-        if piece.m == 1 { self.isa.run_ints(Vector { piece, x }) } else { self.isa.run_ints(Matrix { piece, x }) }
+    /// Products of rows that [`Self::round_rows`] has rounded, through `act`.
+    pub(crate) fn rounded_product(&self, x: &[i32], piece: Piece<'_>, act: Option<Unary>) {
+        if piece.m == 1 {
+            self.isa.run_ints(Vector { piece, x });
+            self.activate(piece, act);
+            return;
+        }
+        for part in piece.parts() {
+            self.isa.run_ints(Matrix { piece: part, x });
+            self.activate(part, act);
+        }
     }
 
-    /// Products with widened codes; `x` is `[m, k]`.
-    pub(crate) fn widened_product(&self, x: &[f32], piece: Piece<'_>) {
-        self.isa.run_ints(Widened { piece, x });
+    /// Products with widened codes, through `act`; `x` is `[m, k]`.
+    pub(crate) fn widened_product(&self, x: &[f32], piece: Piece<'_>, act: Option<Unary>) {
+        for part in piece.parts() {
+            self.isa.run_ints(Widened { piece: part, x });
+            self.activate(part, act);
+        }
+    }
+
+    fn activate(&self, piece: Piece<'_>, act: Option<Unary>) {
+        if let Some(act) = act {
+            self.isa.run(Activate { piece, act });
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use observe::Watch;
 use std::{num::NonZero, time::Instant};
 use vlmc_artifact::{
     Bindings, Manifest, PROGRAM,
-    program::{Function, Place, Program},
+    program::{Function, Kernel, Place, Program},
 };
 use vlmc_kernels::Kernels;
 use weights::Weights;
@@ -105,22 +105,16 @@ impl CpuEngine {
         let program = program(artifact)?;
         let path = artifact.require(PROGRAM)?;
         let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
-        let weights = Weights::open(&artifact.require("weights.safetensors")?, &program.weights)?;
+        let mut weights = Weights::open(&artifact.require("weights.safetensors")?, &program.weights)?;
         let manifest = artifact.manifest().clone();
         let functions =
             program.functions.into_iter().map(|f| Loaded::new(f, &manifest)).collect::<Result<Vec<_>, String>>().map_err(invalid)?;
         if let Some(e) = manifest.entries.iter().enumerate().find(|(i, _)| !functions.iter().any(|f| f.entry == *i)) {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
-        Ok(Self {
-            manifest,
-            kernels: Kernels::new(engine::threads(threads)),
-            weights,
-            functions,
-            arena: Arena::default(),
-            observer: None,
-            profiler: None,
-        })
+        let kernels = Kernels::new(engine::threads(threads));
+        weights.enlarge(&kernels, &functions.iter().flat_map(|f| read_by_tokens(&f.function)).collect());
+        Ok(Self { manifest, kernels, weights, functions, arena: Arena::default(), observer: None, profiler: None })
     }
 
     /// Tells `observer` of every step with weights from now on.
@@ -132,6 +126,15 @@ impl CpuEngine {
     pub fn profile(&mut self, profiler: Profiler) {
         self.profiler = Some(profiler);
     }
+}
+
+/// Numbers of the weights that a function with states reads whole for every token.
+fn read_by_tokens(function: &Function) -> impl Iterator<Item = usize> + '_ {
+    let linear = function.steps.iter().filter(|s| !function.states.is_empty() && matches!(s.kernel, Kernel::Linear { .. }));
+    linear.filter_map(|s| match function.values[*s.args.get(1)? as usize].place {
+        Place::Weight(i) => Some(i as usize),
+        _ => None,
+    })
 }
 
 impl Loaded {
@@ -264,6 +267,10 @@ impl Engine for CpuEngine {
             profiler(TimedRun { entry, symbols, call: [call, Instant::now()], steps });
         }
         result
+    }
+
+    fn large_page_bytes(&self) -> usize {
+        self.weights.large_bytes()
     }
 
     fn past(&self) -> usize {

@@ -2,27 +2,85 @@
 
 use crate::{Error, Result};
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use safetensors::{Dtype, SafeTensors};
-use std::{fs::File, ops::Range, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    ops::Range,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 use vlmc_artifact::{
     DType,
     program::{Layout, PANEL, Weight},
     quant::panel_bytes,
 };
-use vlmc_kernels::Floats;
+use vlmc_kernels::{Floats, Kernels};
+
+/// Fewer bytes than this are not worth the time that it takes to find out how to read them: caches hold much of them.
+const WORTH_A_SAMPLE: usize = 256 << 20;
+/// What is read to find out: more than caches hold.
+const SAMPLE: usize = 64 << 20;
+/// Tokens within which copying weights must pay.
+const TOKENS: u32 = 256;
+/// Bytes that a thread copies at once.
+const PIECE: usize = 8 << 20;
+/// A cache line: copies begin at one.
+const LINE: usize = 64;
 
 /// Weights of a program, in its order.
 pub(super) struct Weights {
+    file: File,
     map: Mmap,
+    /// Copies of some, in pages of 2 MiB.
+    large: Option<MmapMut>,
     tensors: Vec<Tensor>,
 }
 
 struct Tensor {
     name: String,
+    /// Where it is in the file.
     range: Range<usize>,
+    /// Where its copy begins, if there is one.
+    copy: Option<usize>,
     dtype: DType,
     layout: Layout,
+}
+
+/// A weight that is copied.
+struct Copy {
+    tensor: usize,
+    at: usize,
+}
+
+/// Memory in pages of 2 MiB; `None` if the system has none.
+fn large_pages(len: usize) -> Option<MmapMut> {
+    let map = MmapMut::map_anon(len).ok()?;
+    #[cfg(target_os = "linux")]
+    map.advise(memmap2::Advice::HugePage).ok()?;
+    cfg!(target_os = "linux").then_some(map)
+}
+
+/// Bytes of memory that this process may still take; `None` if the system does not say.
+fn spare_memory() -> Option<usize> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let available =
+        read("/proc/meminfo")?.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok())?;
+    let number = |path: &str| read(path)?.trim().parse::<usize>().ok();
+    let [limit, used] = ["memory.max", "memory.current"].map(|file| number(&format!("/sys/fs/cgroup/{file}")));
+    Some((available * 1024).min(limit.map_or(usize::MAX, |limit| limit.saturating_sub(used.unwrap_or(0)))))
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, bytes: &mut [u8], from: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, from)
+}
+
+#[cfg(not(unix))]
+fn read_at(_: &File, _: &mut [u8], _: u64) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
 }
 
 /// Type and shape of a weight's tensor in the file.
@@ -78,16 +136,78 @@ impl Weights {
                 if !range.start.is_multiple_of(dtype.size()) {
                     return Err(wrong(format!("starts at byte {}, which is not aligned", range.start)));
                 }
-                Ok(Tensor { name: w.name.clone(), range, dtype: w.dtype, layout: w.layout })
+                Ok(Tensor { name: w.name.clone(), range, copy: None, dtype: w.dtype, layout: w.layout })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { map, tensors })
+        Ok(Self { file, map, large: None, tensors })
+    }
+
+    /// Copies weights that every token reads, `chosen` by their numbers, to pages of 2 MiB, if a sample of them is read so much faster
+    /// there that this pays within [`TOKENS`] tokens. Where there are no such pages or not the memory, all stays as it is.
+    pub(super) fn enlarge(&mut self, kernels: &Kernels, chosen: &BTreeSet<usize>) {
+        let mut chosen: Vec<_> = chosen.iter().copied().collect();
+        chosen.sort_unstable_by_key(|i| self.tensors[*i].range.start);
+        let mut len = 0;
+        let mut copies = vec![];
+        let mut sampled = 0;
+        for i in chosen {
+            sampled += usize::from(len < SAMPLE);
+            copies.push(Copy { tensor: i, at: len });
+            len += self.tensors[i].range.len().next_multiple_of(LINE);
+        }
+        if len < WORTH_A_SAMPLE || spare_memory().is_none_or(|spare| spare / 2 < len) {
+            return;
+        }
+        let Some(mut large) = large_pages(len) else { return };
+        let (sample, rest) = copies.split_at(sampled);
+        let start = Instant::now();
+        if !self.copy(kernels, sample, &mut large) {
+            return;
+        }
+        let copying = start.elapsed();
+        let range = |c: &Copy| self.tensors[c.tensor].range.clone();
+        let before: Duration = sample.iter().map(|c| kernels.read_time(&self.map[range(c)])).sum();
+        let after: Duration = sample.iter().map(|c| kernels.read_time(&large[c.at..][..range(c).len()])).sum();
+        if before.saturating_sub(after) * TOKENS > copying && self.copy(kernels, rest, &mut large) {
+            copies.iter().for_each(|c| self.tensors[c.tensor].copy = Some(c.at));
+            self.large = Some(large);
+        }
+    }
+
+    /// Reads weights from the file, which takes no memory besides; whether that could be done.
+    fn copy(&self, kernels: &Kernels, copies: &[Copy], mut to: &mut [u8]) -> bool {
+        let mut pieces = vec![];
+        let mut start = 0;
+        for c in copies {
+            let Range { start: from, end } = self.tensors[c.tensor].range;
+            let (_, rest) = std::mem::take(&mut to).split_at_mut(c.at - start);
+            let (bytes, rest) = rest.split_at_mut(end - from);
+            (to, start) = (rest, c.at + end - from);
+            pieces.extend(bytes.chunks_mut(PIECE).enumerate().map(|(i, bytes)| (from + i * PIECE, bytes)));
+        }
+        let failed = AtomicBool::new(false);
+        kernels.pool().chunks(&mut pieces, 1, |_, piece| {
+            for (from, bytes) in piece {
+                if read_at(&self.file, bytes, *from as u64).is_err() {
+                    failed.store(true, Ordering::Relaxed);
+                }
+            }
+        });
+        !failed.into_inner()
+    }
+
+    /// Bytes of weights in pages of 2 MiB.
+    pub(super) fn large_bytes(&self) -> usize {
+        self.large.as_ref().map_or(0, |large| large.len())
     }
 
     /// Elements of weight `i`.
     pub(super) fn floats(&self, i: usize) -> Floats<'_> {
         let t = &self.tensors[i];
-        let bytes = &self.map[t.range.clone()];
+        let bytes = match (&self.large, t.copy) {
+            (Some(large), Some(at)) => &large[at..][..t.range.len()],
+            _ => &self.map[t.range.clone()],
+        };
         match t.dtype {
             DType::F16 => Floats::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
             DType::BF16 => Floats::BF16(bytemuck::cast_slice::<u8, bf16>(bytes)),
