@@ -19,10 +19,10 @@ use vlmc::{
 use vlmc_ir::interp::Array;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::Manifest, open_engine, prepare::Preparer};
-use vlmc_tests::{compile, difference, fixture, load};
+use vlmc_tests::{CPU, compile, difference, fixture, load};
 
 const TARGETS: [&str; 2] = ["cpu", "onnx-cpu"];
-const OPTIONS: Options<'_> = Options { threads: None, new_tokens: 3, progress: &|_| {} };
+const OPTIONS: Options<'_> = Options { engine: CPU, new_tokens: 3, progress: &|_| {} };
 
 fn compiled(name: &str, target: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -217,7 +217,7 @@ fn certificates() {
     assert!(certificate.right && certificate.requests.len() == 2 && certificate.nodes > 50, "{certificate:?}");
     assert!(certificate.worst_relative_error.unwrap() < 1e-5 && certificate.top1_agreement == Some(1.0), "{certificate:?}");
     assert_eq!(Manifest { certificate: None, ..certified.manifest().clone() }, *artifact.manifest());
-    open_engine(&certified, None).unwrap();
+    open_engine(&certified, &CPU).unwrap();
     let text = fs::read(dir.join("manifest.json")).unwrap();
     certify(&certified, run(&certified).certificate()).unwrap();
     assert_eq!(fs::read(dir.join("manifest.json")).unwrap(), text);

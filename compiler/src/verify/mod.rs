@@ -36,7 +36,6 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
     fs::File,
-    num::NonZero,
     ops::Range,
     path::PathBuf,
     rc::Rc,
@@ -54,15 +53,15 @@ use vlmc_ir::{
     weights::WeightDef,
 };
 use vlmc_runtime::{
-    Artifact, CpuEngine, Data, Engine, Observed, Observer, Pipeline, Scored, Tensor, Tensors,
+    Artifact, CpuEngine, Data, Engine, EngineOptions, Observed, Observer, Pipeline, Scored, Tensor, Tensors,
     artifact::{Certificate, PROGRAM},
     forward,
 };
 
 /// What to compare on, and how.
 pub struct Options<'a> {
-    /// Threads of the artifact's engine, as [`vlmc_runtime::threads`] takes it.
-    pub threads: Option<NonZero<usize>>,
+    /// How the artifact runs.
+    pub engine: EngineOptions,
     /// Tokens to generate greedily by both, for models that answer prompts.
     pub new_tokens: usize,
     /// Called with what is being done.
@@ -261,11 +260,11 @@ pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: 
         Box::new(move |observed| state.borrow_mut().record(observed).map_err(|e| vlmc_runtime::Error::Input(e.to_string())))
     };
     let engine: Box<dyn Engine> = if manifest.target == "cpu" {
-        let mut engine = CpuEngine::open(artifact, options.threads)?;
+        let mut engine = CpuEngine::open(artifact, options.engine.threads)?;
         engine.observe(recorder);
         Box::new(engine)
     } else {
-        Box::new(Tapped::open(artifact, options.threads, recorder)?)
+        Box::new(Tapped::open(artifact, &options.engine, recorder)?)
     };
     let watcher = {
         let state = state.clone();
