@@ -12,7 +12,7 @@ use ort::{
 };
 use provider::Device;
 use resize::Resizer;
-use vlmc_artifact::{Bindings, DType, Manifest, State};
+use vlmc_artifact::{Bindings, DType, MANIFEST, Manifest, State};
 
 /// Runs an `onnx-*` artifact on ONNX Runtime.
 ///
@@ -66,13 +66,17 @@ impl OrtEngine {
     /// # Errors
     /// The library is not there or too old, has not the provider, or refuses a graph.
     pub(crate) fn open(artifact: &Artifact, options: &EngineOptions) -> Result<Self> {
-        let device = Device::open(artifact, options)?;
         let manifest = artifact.manifest().clone();
+        let device = Device::open(&manifest, options)?;
         let entries = manifest
             .entries
             .iter()
             .map(|e| {
                 let path = artifact.require(&e.file)?;
+                if let Some(s) = e.states.iter().find(|s| s.axis >= s.shape.len()) {
+                    let why = format!("state '{}' has no axis {}", s.past, s.axis);
+                    return Err(Error::file(artifact.dir().join(MANIFEST), why));
+                }
                 let session = device.session(e, &path)?;
                 let takes: Vec<&str> = session.inputs().iter().map(|i| i.name()).collect();
                 let gives: Vec<&str> = session.outputs().iter().map(|o| o.name()).collect();
@@ -204,6 +208,14 @@ impl Engine for OrtEngine {
         // Of a state that was written in place this is the same buffer.
         let kept = |(i, state): (usize, &State)| {
             let value = result(&state.present)?;
+            if value.shape().len() != state.shape.len() {
+                return Err(Error::Input(format!(
+                    "{entry}: '{}' has {} axes, not {}",
+                    state.present,
+                    value.shape().len(),
+                    state.shape.len()
+                )));
+            }
             let before = loaded.states.get(i).filter(|_| state.in_place);
             Ok(Kept { len: before.map_or_else(|| shape_of(&value)[state.axis], |b| b.len + new), value })
         };
@@ -238,5 +250,140 @@ impl Engine for OrtEngine {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Provider;
+    use ::ort::{
+        editor::{Graph, Model, Node, ONNX_DOMAIN, Opset},
+        operator::Attribute,
+        value::{Outlet, Shape, SymbolicDimensions, ValueType},
+    };
+    use serde_json::json;
+
+    const OPTIONS: EngineOptions = EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, progress: |_| {} };
+    /// Of a row of queries, keys and values.
+    const WIDTH: usize = 8;
+
+    fn outlet(name: &str, ty: TensorElementType, rank: usize) -> Outlet {
+        let (shape, dimension_symbols) = (Shape::new(std::iter::repeat_n(-1, rank)), SymbolicDimensions::empty(rank));
+        Outlet::new(name, ValueType::Tensor { ty, shape, dimension_symbols })
+    }
+
+    /// A decoder of one head whose keys are also its queries and values: attention over its cache, written in place, or nothing but a
+    /// cache, by concatenation.
+    fn engine(in_place: bool) -> OrtEngine {
+        let f32 = TensorElementType::Float32;
+        let mut graph = Graph::new().unwrap();
+        let places = ["last", "total"].map(|name| outlet(name, TensorElementType::Int64, usize::from(name == "last")));
+        let pasts = ["past.key", "past.value"].map(|name| outlet(name, f32, 4));
+        graph.set_inputs(std::iter::once(outlet("x", f32, 3)).chain(places).chain(pasts)).unwrap();
+        graph.set_outputs([outlet("y", f32, 3), outlet("present.key", f32, 4), outlet("present.value", f32, 4)]).unwrap();
+        let int = |name, v: i64| Attribute::new(name, v).unwrap();
+        let mut node = |op, domain, name, inputs: &[&str], outputs: &[&str], attributes: Vec<Attribute>| {
+            graph.add_node(Node::new(op, domain, name, inputs, outputs, attributes).unwrap()).unwrap();
+        };
+        if in_place {
+            node("Cast", ONNX_DOMAIN, "cast last", &["last"], &["last32"], vec![int("to", 6)]);
+            node("Cast", ONNX_DOMAIN, "cast total", &["total"], &["total32"], vec![int("to", 6)]);
+            let inputs = ["x", "x", "x", "past.key", "past.value", "last32", "total32"];
+            let outputs = ["y", "present.key", "present.value"];
+            node("GroupQueryAttention", "com.microsoft", "attend", &inputs, &outputs, vec![int("num_heads", 1), int("kv_num_heads", 1)]);
+        } else {
+            node("Identity", ONNX_DOMAIN, "y", &["x"], &["y"], vec![]);
+            let axes = || vec![Attribute::new("perm", vec![0i64, 2, 1, 3]).unwrap()];
+            node("Unsqueeze", ONNX_DOMAIN, "head", &["x", "two"], &["x4"], vec![]);
+            node("Transpose", ONNX_DOMAIN, "order", &["x4"], &["new"], axes());
+            for part in ["key", "value"] {
+                node("Concat", ONNX_DOMAIN, part, &[&format!("past.{part}"), "new"], &[&format!("present.{part}")], vec![int("axis", 2)]);
+            }
+            let mut two = ::ort::value::Tensor::<i64>::new(&Default::default(), [1usize]).unwrap();
+            two.extract_tensor_mut().1[0] = 2;
+            graph.add_initializer("two", two, false).unwrap();
+        }
+        let state = |part: &str| {
+            json!({"past": format!("past.{part}"), "present": format!("present.{part}"), "dtype": "f32",
+                   "shape": ["batch", 1, "past", WIDTH], "axis": 2, "in_place": in_place})
+        };
+        let port = |name: &str, dtype: &str, shape: serde_json::Value| json!({"name": name, "dtype": dtype, "shape": shape});
+        let manifest = json!({
+            "format": 2, "compiler": "", "target": "onnx-cpu", "architecture": "", "parameters": 0,
+            "source": {"config_sha256": "", "weights": {}},
+            "symbols": [{"name": "batch", "min": 1, "max": 9}, {"name": "seq", "min": 1, "max": 99}, {"name": "past", "min": 0, "max": 99}],
+            "entries": [{
+                "name": "decoder", "file": "",
+                "inputs": [port("x", "f32", json!(["batch", "seq", WIDTH])), port("last", "i64", json!(["batch"])), port("total", "i64", json!([]))],
+                "outputs": [port("y", "f32", json!(["batch", "seq", WIDTH]))],
+                "states": [state("key"), state("value")],
+            }],
+            "task": {"kind": "classify", "labels": []}, "processor": null, "generation": {}, "files": {},
+        });
+        let manifest: Manifest = serde_json::from_value(manifest).unwrap();
+        let device = Device::open(&manifest, &OPTIONS).unwrap();
+        let mut model = Model::new([Opset::new(ONNX_DOMAIN, 21).unwrap(), Opset::new("com.microsoft", 1).unwrap()]).unwrap();
+        model.set_graph(graph).unwrap();
+        let session = model.into_session(&device.builder(None).unwrap()).unwrap();
+        let host = MemoryInfo::default();
+        OrtEngine { manifest, entries: vec![Loaded { session, states: vec![] }], device, host, resizer: Resizer::new() }
+    }
+
+    /// Runs the tokens `from..to` of one sequence; each has other numbers.
+    fn run(engine: &mut OrtEngine, from: usize, to: usize) -> Vec<f32> {
+        assert_eq!(engine.past(), from);
+        let x: Vec<f32> = (from * WIDTH..to * WIDTH).map(|i| (i as f32 * 0.7).sin()).collect();
+        let x = Tensor::new([1, to - from, WIDTH], x).unwrap();
+        let (last, total) = (Tensor::new([1], vec![to as i64 - 1]).unwrap(), Tensor::new([], vec![to as i64]).unwrap());
+        let out = engine.run("decoder", &[("x", &x), ("last", &last), ("total", &total)]).unwrap();
+        out[0].f32().unwrap().to_vec()
+    }
+
+    fn buffers(engine: &OrtEngine) -> Vec<(usize, usize)> {
+        let states = engine.entries[0].states.iter();
+        states.map(|s| (s.value.data_ptr() as usize, s.room(2))).collect()
+    }
+
+    #[test]
+    fn a_state_in_place_is_one_buffer_until_it_doubles() {
+        let mut whole = engine(true);
+        let expected = run(&mut whole, 0, 33);
+        let mut stepped = engine(true);
+        run(&mut stepped, 0, 4);
+        let mut rooms = vec![];
+        for at in 4..33 {
+            let before = buffers(&stepped);
+            let y = run(&mut stepped, at, at + 1);
+            let row = &expected[at * WIDTH..][..WIDTH];
+            assert!(y.iter().zip(row).all(|(a, b)| (a - b).abs() < 1e-5), "token {at}: {y:?} instead of {row:?}");
+            // Nothing is allocated or copied but when it is full.
+            assert_eq!(buffers(&stepped) == before, !at.is_power_of_two(), "token {at}");
+            rooms.push(buffers(&stepped)[0].1);
+        }
+        rooms.dedup();
+        assert_eq!(rooms, [8, 16, 32, 64]);
+        // Forgetting some takes no other memory either, and what follows is as if they had not been.
+        let before = buffers(&stepped);
+        stepped.truncate(20).unwrap();
+        let y = run(&mut stepped, 20, 33);
+        assert!(y.iter().zip(&expected[20 * WIDTH..]).all(|(a, b)| (a - b).abs() < 1e-5));
+        assert_eq!(buffers(&stepped), before);
+        stepped.truncate(0).unwrap();
+        assert!(buffers(&stepped).is_empty() && stepped.past() == 0);
+    }
+
+    #[test]
+    fn other_states_are_what_the_graph_made() {
+        let mut engine = engine(false);
+        run(&mut engine, 0, 4);
+        run(&mut engine, 4, 9);
+        engine.truncate(3).unwrap();
+        assert_eq!((engine.past(), buffers(&engine)[0].1), (3, 3), "shortened");
+        run(&mut engine, 3, 7);
+        let kept = engine.entries[0].states[1].value.try_extract_tensor::<f32>().unwrap().1.to_vec();
+        let expected: Vec<f32> = (0..7 * WIDTH).map(|i| (i as f32 * 0.7).sin()).collect();
+        assert_eq!(kept, expected);
+        assert!(engine.truncate(8).unwrap_err().to_string().contains("cannot keep 8 positions of 7"));
     }
 }

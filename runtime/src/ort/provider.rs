@@ -1,7 +1,7 @@
 //! Execution providers: the sessions that compute on them, and what to do where one cannot be used.
 
 use crate::{
-    Artifact, EngineOptions, Error, Provider, Result,
+    EngineOptions, Error, Provider, Result,
     artifact_dir::{hex, identity},
     engine::cache_dir,
 };
@@ -59,9 +59,8 @@ impl Device {
     ///
     /// # Errors
     /// The library is not there or too old, or has no such provider.
-    pub(super) fn open(artifact: &Artifact, options: &EngineOptions) -> Result<Self> {
+    pub(super) fn open(manifest: &Manifest, options: &EngineOptions) -> Result<Self> {
         let (environment, library) = environment()?;
-        let manifest = artifact.manifest();
         let provider = options.provider.unwrap_or(match manifest.target.as_str() {
             "onnx-cuda" => Provider::Cuda,
             "onnx-tensorrt" => Provider::TensorRt,
