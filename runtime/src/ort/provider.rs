@@ -139,8 +139,8 @@ impl Device {
             tensorrt.register(&mut builder)?;
         }
         if self.provider != Provider::Cpu {
-            // Also beside TensorRT, for what it does not take.
-            CUDA::default().register(&mut builder)?;
+            // Also beside TensorRT, for what it does not take. What a graph computes in f32 needs more bits than TF32 has.
+            CUDA::default().with_tf32(false).register(&mut builder)?;
         }
         Ok(builder)
     }
