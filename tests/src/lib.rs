@@ -361,7 +361,7 @@ pub fn target(name: &str) -> &'static Target {
 }
 
 /// What results of a target may differ by, relative to the largest.
-fn tolerance(target: &Target) -> f32 {
+pub fn tolerance(target: &Target) -> f32 {
     if target.float == DType::F32 { 1e-4 } else { 2e-2 }
 }
 

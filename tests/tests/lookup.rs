@@ -96,11 +96,17 @@ fn answers_of_quantized_models_are_the_same() {
 #[test]
 fn answers_on_onnx_runtime_are_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["qwen2-vl", "llama-3.2-vision"] {
-        let artifact = dir.path().join(name);
-        compile(name, "onnx-cpu", "none", DType::F32, &artifact);
-        let accepted = answers_are_the_same(&artifact, name);
-        eprintln!("{name}: {accepted} accepted");
+    for (name, target) in [
+        ("qwen2-vl", "onnx-cpu"),
+        ("llama-3.2-vision", "onnx-cpu"),
+        ("qwen2-vl", "onnx-cuda:f32"),
+        ("qwen2-vl", "onnx-tensorrt:f32"),
+        ("llama-3.2-vision", "onnx-tensorrt:f32"),
+    ] {
+        let artifact = dir.path().join(format!("{name} {target}"));
+        compile(name, target, "none", DType::F32, &artifact);
+        let accepted = answers_are_the_same(&artifact, &format!("{name} {target}"));
+        eprintln!("{name} {target}: {accepted} accepted");
     }
 }
 

@@ -77,9 +77,11 @@ fn conversations_share_on_cpu() {
 }
 
 #[test]
-fn conversations_share_on_onnx_cpu() {
+fn conversations_share_on_onnx_runtime() {
     for name in ["qwen2-vl", "llama-3.2-vision"] {
-        conversations_share(name, "onnx-cpu");
+        for target in ["onnx-cpu", "onnx-cuda:f32", "onnx-tensorrt:f32"] {
+            conversations_share(name, target);
+        }
     }
 }
 
