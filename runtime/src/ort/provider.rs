@@ -30,8 +30,13 @@ const LIBRARY: &str = "ORT_DYLIB_PATH";
 /// What provides GPUs.
 const GPU_PACKAGE: &str = "install the Python package onnxruntime-gpu, or download a release for GPUs";
 
-/// What ONNX Runtime loads for the provider, from beside its own library.
+/// What ONNX Runtime loads for providers, from beside its own library.
+const SHARED_LIBRARY: &str = "libonnxruntime_providers_shared.so";
+const TENSORRT_LIBRARY: &str = "libonnxruntime_providers_tensorrt.so";
 const CUDA_LIBRARY: &str = "libonnxruntime_providers_cuda.so";
+
+/// Options that an artifact may set. Others of TensorRT's load libraries that they name.
+const OPTIONS: [&str; 3] = ["trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"];
 
 /// Where graphs are computed.
 pub(super) struct Device {
@@ -68,16 +73,19 @@ impl Device {
         });
         let kind = if provider == Provider::Cpu { AllocationDevice::CPU } else { AllocationDevice::CUDA };
         let memory = MemoryInfo::new(kind, 0, AllocatorType::Device, MemoryType::Default);
-        let device = Self {
+        let mut device = Self {
             environment,
             provider,
             threads: crate::threads(options.threads),
             target: manifest.target.clone(),
             memory: memory.map_err(super::failed("memory"))?,
-            engines: if provider == Provider::TensorRt { Some(Engines::open(options, manifest)?) } else { None },
+            engines: None,
             progress: options.progress,
         };
         device.check(&library)?;
+        if provider == Provider::TensorRt {
+            device.engines = Some(Engines::open(options, manifest)?);
+        }
         Ok(device)
     }
 
@@ -92,49 +100,49 @@ impl Device {
         let instead = "or run it on the CPU (--provider cpu)";
         if !available.map_err(super::failed(name))? {
             return Err(Error::Unsupported(format!(
-                "target '{}' runs on the provider '{name}', which {at} was built without: {GPU_PACKAGE}, and let {LIBRARY} name its \
+                "an artifact for '{}' is to run on the provider '{name}', which {at} was built without: {GPU_PACKAGE}, and let {LIBRARY} name its \
                  libonnxruntime.so (in the package: onnxruntime/capi), {instead}",
                 self.target
             )));
         }
-        self.builder(None).map(drop).map_err(|e| {
+        let usable = || {
+            let mut builder = self.builder(None)?;
+            if self.provider == Provider::TensorRt { TensorRT::default().register(&mut builder) } else { Ok(()) }
+        };
+        usable().map_err(|e| {
             // ONNX Runtime only logs what the loader said; so it is asked again.
             let dir = library.parent().unwrap_or(Path::new("."));
-            let (libraries, needs): (&[&str], _) = match self.provider {
-                Provider::TensorRt => (&["libonnxruntime_providers_tensorrt.so", CUDA_LIBRARY], "TensorRT, CUDA and cuDNN"),
-                _ => (&[CUDA_LIBRARY], "CUDA and cuDNN"),
-            };
-            let unloadable = libraries.iter().find_map(|file| ort::util::preload_dylib(dir.join(file)).err());
+            let needs = if self.provider == Provider::TensorRt { "TensorRT, CUDA and cuDNN" } else { "CUDA and cuDNN" };
+            let libraries = [SHARED_LIBRARY, TENSORRT_LIBRARY, CUDA_LIBRARY];
+            let mut libraries = libraries.iter().filter(|file| self.provider == Provider::TensorRt || **file != TENSORRT_LIBRARY);
+            let unloadable = libraries.find_map(|file| ort::util::preload_dylib(dir.join(file)).err());
             let why = unloadable.map_or_else(|| e.to_string(), |e| e.source().map_or_else(|| e.to_string(), ToString::to_string));
             let paths = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
             let paths = if paths.is_empty() { "which is not set".into() } else { format!("which is {paths}") };
             Error::Unsupported(format!(
                 "the provider '{name}' of {at} cannot be used: {why}. Its libraries are looked for in {}, in LD_LIBRARY_PATH, {paths}, and \
-                 where the system has libraries; it needs a driver and {} of the versions that are named here; {instead}",
+                 where the system has libraries. It needs a driver, and {needs} in the versions that their names have: install them \
+                 (CUDA and cuDNN: pip install 'onnxruntime-gpu[cuda,cudnn]') and let LD_LIBRARY_PATH name their directories, {instead}",
                 dir.display(),
-                needs,
             ))
         })
     }
 
-    /// Of sessions; with `engines`, TensorRT builds engines by the options of that entry.
-    pub(super) fn builder(&self, engines: Option<&Entry>) -> ort::Result<SessionBuilder> {
+    /// Of sessions. That of an entry runs on the provider; others run beside it, on the CPU or on CUDA.
+    pub(super) fn builder(&self, entry: Option<&Entry>) -> ort::Result<SessionBuilder> {
         let mut builder =
             Session::builder(self.environment)?.with_optimization_level(GraphOptimizationLevel::All)?.with_intra_threads(self.threads)?;
-        if self.provider == Provider::TensorRt {
-            let mut tensorrt = TensorRT::default();
-            for (key, value) in engines.iter().flat_map(|e| &e.provider_options) {
+        if let (Some(dirs), Some(entry)) = (&self.engines, entry) {
+            let text = |path: &Path| path.to_string_lossy().into_owned();
+            let mut tensorrt = TensorRT::default()
+                .with_engine_cache(true)
+                .with_engine_cache_path(text(&dirs.own))
+                .with_timing_cache(true)
+                .with_timing_cache_path(text(&dirs.timing))
+                // Protobuf, by which graphs are handed to TensorRT, holds 2 GB.
+                .with_arbitrary_config("trt_load_user_initializer", "1");
+            for (key, value) in &entry.provider_options {
                 tensorrt = tensorrt.with_arbitrary_config(key, value);
-            }
-            if let Some(dirs) = self.engines.as_ref().filter(|_| engines.is_some()) {
-                let text = |path: &Path| path.to_string_lossy().into_owned();
-                tensorrt = tensorrt
-                    .with_engine_cache(true)
-                    .with_engine_cache_path(text(&dirs.own))
-                    .with_timing_cache(true)
-                    .with_timing_cache_path(text(&dirs.timing))
-                    // Protobuf, by which graphs are handed to TensorRT, holds 2 GB.
-                    .with_arbitrary_config("trt_load_user_initializer", "1");
             }
             tensorrt.register(&mut builder)?;
         }
@@ -148,8 +156,15 @@ impl Device {
     /// Loads the graph of an entry.
     ///
     /// # Errors
-    /// ONNX Runtime refuses it.
+    /// Its options are not those of a graph, or ONNX Runtime refuses it.
     pub(super) fn session(&self, entry: &Entry, path: &Path) -> Result<Session> {
+        let foreign = entry.provider_options.iter().find(|(key, value)| !OPTIONS.contains(&key.as_str()) || value.contains('\0'));
+        if let Some((key, value)) = foreign {
+            return Err(Error::file(
+                path,
+                format!("the manifest has '{key}' = {value:?} among its provider_options, which can only be {}", OPTIONS.join(", ")),
+            ));
+        }
         if let Some(engines) = &self.engines {
             let dir = engines.own.display();
             (self.progress)(&format!("{}: TensorRT builds engines, which takes minutes the first time (kept in {dir})", entry.file));
