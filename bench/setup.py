@@ -133,13 +133,16 @@ def versions(place: Place, environment: str) -> dict[str, str]:
     return {package["name"]: package["version"] for package in json.loads(listed.splitlines()[0])}
 
 
+def built() -> Path:
+    """The binary, built from this repository."""
+    log("building vlmc")
+    run(["cargo", "build", "--release", "--package", "vlmc"], cwd=REPOSITORY)
+    return REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target") / "release/vlmc"
+
+
 def vlmc(place: Place, binary: Path | None, artifacts: set[str]) -> Path:
     """The binary, built from this repository unless it is given, after it has made the weights and its artifacts of these names."""
-    if binary is None:
-        log("building vlmc")
-        run(["cargo", "build", "--release", "--package", "vlmc"], cwd=REPOSITORY)
-        target = Path(os.environ.get("CARGO_TARGET_DIR", "target"))
-        binary = REPOSITORY / target / "release/vlmc"
+    binary = binary or built()
     make(place.checkpoint, "random weights", lambda part: run([binary, "synth", "qwen2-vl-2b", "-o", part]))
     for name in artifacts:
         if name == "quoting":

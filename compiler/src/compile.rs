@@ -378,7 +378,12 @@ impl Model {
             return Err(Error::Uncovered { target: target.name, nodes: uncovered });
         }
         warnings.extend(uncovered.iter().map(|node| format!("target '{}' leaves a node to another provider: {node}", target.name)));
-        let mut entries: Vec<Entry> = program.graphs.iter().zip(places).map(|(g, place)| entry(g, place.onnx, None)).collect();
+        let entry = |(g, place): (&Graph, Place)| {
+            let mut entry = entry(g, place.onnx, None);
+            entry.states.iter_mut().zip(&g.states).for_each(|(state, s)| state.in_place = back::onnx::in_place(g, s));
+            entry
+        };
+        let mut entries: Vec<Entry> = program.graphs.iter().zip(places).map(entry).collect();
         if target.name == "onnx-tensorrt" {
             let mut commands = String::new();
             for entry in &mut entries {
@@ -573,7 +578,14 @@ pub(crate) fn entry(g: &Graph, file: String, arena: Option<vlmc_artifact::Dim>) 
     };
     let state = |s: &vlmc_ir::State| {
         let ty = g.ty(s.past);
-        State { past: s.past_name.clone(), present: s.present_name.clone(), dtype: g.kept(s), shape: ty.shape.clone(), axis: s.axis }
+        State {
+            past: s.past_name.clone(),
+            present: s.present_name.clone(),
+            dtype: g.kept(s),
+            shape: ty.shape.clone(),
+            axis: s.axis,
+            in_place: false,
+        }
     };
     Entry {
         name: g.name.clone(),

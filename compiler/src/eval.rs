@@ -6,8 +6,7 @@ use crate::{
     verify::{Request, kl},
 };
 use serde::Serialize;
-use std::num::NonZero;
-use vlmc_runtime::{Artifact, Pipeline, Scored, open_engine, prepare::Preparer, tokenizer::Tokenizer};
+use vlmc_runtime::{Artifact, EngineOptions, Pipeline, Scored, open_engine, prepare::Preparer, tokenizer::Tokenizer};
 
 /// A model that answers prompts greedily.
 pub struct Evaluated {
@@ -57,12 +56,12 @@ pub fn requests(artifact: &Artifact, samples: &[Sample]) -> Result<Vec<Request>>
 impl Evaluated {
     /// # Errors
     /// The artifact cannot be loaded, answers no prompts, or has no tokenizer.
-    pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(artifact: &Artifact, options: &EngineOptions) -> Result<Self> {
         let tokenizer = artifact.path("tokenizer.json").ok_or_else(|| Error::Model {
             model: artifact.manifest().architecture.clone(),
             message: "has no tokenizer.json, so its answers cannot be read".into(),
         })?;
-        Ok(Self { pipeline: Pipeline::new(open_engine(artifact, threads)?)?, tokenizer: Tokenizer::open(&tokenizer)? })
+        Ok(Self { pipeline: Pipeline::new(open_engine(artifact, options)?)?, tokenizer: Tokenizer::open(&tokenizer)? })
     }
 
     /// The answer to a request, of at most `limit` tokens; of a given answer, the first tokens are these.

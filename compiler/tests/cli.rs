@@ -561,3 +561,39 @@ fn layouts_refuse() {
     insta::assert_snapshot!(all);
     assert!(!other.exists());
 }
+
+/// A provider that is not there is an error that says what was looked for and what to do; the CPU runs what it has kernels for.
+#[test]
+fn providers_that_are_missing_are_told_of() {
+    let dir = TempDir::new().unwrap();
+    let picture = fixture("shapes-vl/example.png");
+    let artifact = |name: &str, options: &[&str]| {
+        let out = dir.path().join(name);
+        stdout(&vlmc(&[&["compile", text(&fixture("shapes-vl")), "-o", text(&out)], options].concat()));
+        out
+    };
+    let run = |artifact: &Path, options: &[&str]| -> Vec<String> {
+        let ask = ["run", text(artifact), "--image", text(&picture), "--prompt", "How many circles are there?"];
+        [&ask[..], options].concat().into_iter().map(String::from).collect()
+    };
+    let fails = |args: &[String]| failure(dir.path(), &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let library = std::env::var("ORT_DYLIB_PATH").unwrap();
+    let [cpu, cuda, tensorrt] =
+        [("cpu", "cpu"), ("cuda", "onnx-cuda"), ("tensorrt", "onnx-tensorrt")].map(|(name, target)| artifact(name, &["--target", target]));
+    for (artifact, provider) in [(&cuda, "cuda"), (&tensorrt, "tensorrt")] {
+        let message = fails(&run(artifact, &[]));
+        for part in [&format!("the provider '{provider}'"), &library, "onnxruntime-gpu", "ORT_DYLIB_PATH", "--provider cpu"] {
+            assert!(message.contains(part), "{message}");
+        }
+        let answer = vlmc(&run(artifact, &["--provider", "cpu"]).iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(stdout(&answer).trim(), "two");
+    }
+    assert!(fails(&run(&tensorrt, &["--provider", "cuda"])).contains("the provider 'cuda'"));
+    assert!(fails(&run(&cpu, &["--provider", "cuda"])).contains("target 'cpu' has no provider 'cuda'"));
+    let narrow = artifact("bf16", &["--target", "onnx-cuda", "--dtype", "bf16"]);
+    let message = fails(&run(&narrow, &["--provider", "cpu"]));
+    assert!(message.contains("for target 'onnx-cuda'") && message.contains("--dtype f16"), "{message}");
+    let args = run(&cuda, &["--provider", "gpu"]);
+    let out = vlmc(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(String::from_utf8_lossy(&out.stderr).contains("must be one of cpu, cuda, tensorrt"));
+}

@@ -168,13 +168,27 @@ pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// SHA-256 of the manifest, which has the digests of all other files. What a comparison found does not change the model.
+///
+/// # Errors
+/// The manifest cannot be written down.
+pub(crate) fn identity(manifest: &Manifest) -> Result<[u8; 32]> {
+    let manifest = serde_json::to_vec(&Manifest { certificate: None, ..manifest.clone() });
+    let manifest = manifest.map_err(|e| Error::Input(format!("the manifest cannot be written: {e}")))?;
+    Ok(Sha256::digest(manifest).into())
+}
+
 fn hash(mut file: impl Read, path: &Path, progress: &mut impl FnMut(u64)) -> Result<String> {
     let mut sha = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
         let n = file.read(&mut buffer).map_err(Error::io(path))?;
         if n == 0 {
-            return Ok(sha.finalize().iter().map(|b| format!("{b:02x}")).collect());
+            return Ok(hex(&sha.finalize()));
         }
         sha.update(&buffer[..n]);
         progress(n as u64);

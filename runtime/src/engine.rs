@@ -1,13 +1,69 @@
 //! What runs the graphs of an artifact.
 
-use crate::{Result, Tensor};
-use std::num::NonZero;
+use crate::{Error, Result, Tensor};
+use std::{num::NonZero, path::PathBuf};
 use vlmc_artifact::{Manifest, program::Unary};
 
 /// Threads to run with: as given, or as many as this process may use at once, which respects the affinity mask and, on Linux, the CPU
 /// limits of control groups.
 pub fn threads(given: Option<NonZero<usize>>) -> usize {
     given.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZero::get)
+}
+
+/// How to run an artifact.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Threads, as [`threads`] takes it.
+    pub threads: Option<NonZero<usize>>,
+    /// What computes the graphs of an `onnx-*` artifact, its target's if this is absent. A GPU is the first that CUDA shows
+    /// (`CUDA_VISIBLE_DEVICES`).
+    pub provider: Option<Provider>,
+    /// Directory for the engines that TensorRT builds; [`cache_dir`]'s `tensorrt` if this is absent.
+    pub engine_cache: Option<PathBuf>,
+    /// Is told what takes minutes: engines that are built.
+    pub progress: fn(&str),
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { threads: None, provider: None, engine_cache: None, progress: |_| {} }
+    }
+}
+
+/// What computes the graphs of an `onnx-*` artifact: an execution provider of ONNX Runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Provider {
+    /// The processor.
+    Cpu,
+    /// A GPU of NVIDIA.
+    Cuda,
+    /// A GPU of NVIDIA, by engines that TensorRT builds of the graphs.
+    TensorRt,
+}
+
+impl Provider {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Cuda, Self::TensorRt];
+
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::TensorRt => "tensorrt",
+        }
+    }
+}
+
+/// `VLMC_CACHE`, or vlmc's directory in the user's cache.
+///
+/// # Errors
+/// The environment tells neither.
+pub fn cache_dir() -> Result<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let dir =
+        var("VLMC_CACHE").or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vlmc"))).or_else(|| var("HOME").map(|d| d.join(".cache/vlmc")));
+    dir.ok_or_else(|| Error::Unsupported("there is no place for what is kept between runs: set VLMC_CACHE to a directory".into()))
 }
 
 /// A computation with weights, as an engine did it.

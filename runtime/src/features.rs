@@ -2,7 +2,7 @@
 
 use crate::{
     Data, Error, Result, Tensor,
-    artifact_dir::read_limited,
+    artifact_dir::{hex, identity, read_limited},
     forward::Tensors,
     pipeline::{Outputs, Pipeline},
     processor::Pixels,
@@ -50,10 +50,6 @@ fn add<'t>(sha: &mut Sha256, tensors: impl Iterator<Item = (&'t str, &'t Tensor)
             Data::Bool(v) => sha.update(bytemuck::cast_slice::<_, u8>(v)),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Of a file's content.
@@ -151,10 +147,7 @@ struct Files {
 
 impl Files {
     fn new(dir: &Path, manifest: &Manifest) -> Result<Self> {
-        // What a comparison found does not change the model.
-        let manifest = serde_json::to_vec(&Manifest { certificate: None, ..manifest.clone() });
-        let manifest = manifest.map_err(|e| Error::Input(format!("the manifest cannot be written: {e}")))?;
-        Ok(Self { dir: dir.into(), artifact: Sha256::digest(manifest).into() })
+        Ok(Self { dir: dir.into(), artifact: identity(manifest)? })
     }
 
     fn key(&self, picture: Digest) -> String {

@@ -29,7 +29,7 @@ mod vectors;
 
 pub use artifact_dir::Artifact;
 pub use cpu::{CpuEngine, Profiler, TimedRun, Work, Working, work};
-pub use engine::{Engine, Observed, Observer, threads};
+pub use engine::{Engine, EngineOptions, Observed, Observer, Provider, cache_dir, threads};
 pub use error::{Error, Result};
 pub use forward::{Tensors, forward};
 pub use generate::{Finish, GenerateOptions, Reply};

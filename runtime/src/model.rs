@@ -1,7 +1,7 @@
 //! What a service links: [`Model`] loads an artifact, a [`Conversation`] asks it.
 
 use crate::{
-    Engine, Error, Result, Tensor,
+    Engine, EngineOptions, Error, Provider, Result, Tensor,
     artifact_dir::Artifact,
     boxes::{self, Region},
     chat::{ChatTemplate, Content, Message},
@@ -15,22 +15,28 @@ use crate::{
     prompt::{self, Clip},
     tokenizer::Tokenizer,
 };
-use std::{num::NonZero, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 use vlmc_artifact::{Manifest, Processor, PromptRules};
 
 /// The engine of an artifact: vlmc's own for `cpu`, ONNX Runtime for `onnx-*`.
 ///
 /// # Errors
-/// The artifact is of another target, or cannot be loaded.
-pub fn open_engine(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Box<dyn Engine>> {
+/// The artifact is of another target, cannot be loaded, or its engine has not the provider that is asked for.
+pub fn open_engine(artifact: &Artifact, options: &EngineOptions) -> Result<Box<dyn Engine>> {
     artifact.check_layout()?;
-    match artifact.manifest().target.as_str() {
-        "cpu" => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, threads)?)),
+    match (artifact.manifest().target.as_str(), options.provider) {
+        ("cpu", None | Some(Provider::Cpu)) => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, options.threads)?)),
+        ("cpu", Some(gpu)) => {
+            let gpu = gpu.name();
+            Err(Error::Unsupported(format!("target 'cpu' has no provider '{gpu}': compile for onnx-cuda or onnx-tensorrt to run on a GPU")))
+        }
         #[cfg(feature = "ort")]
-        target if target.starts_with("onnx-") => Ok(Box::new(crate::ort::OrtEngine::open(artifact, threads)?)),
+        (target, _) if target.starts_with("onnx-") => Ok(Box::new(crate::ort::OrtEngine::open(artifact, options)?)),
         #[cfg(not(feature = "ort"))]
-        "onnx-cpu" => Err(Error::Unsupported("this build has no ONNX Runtime engine: build it with the feature `ort`".into())),
-        other => Err(Error::Unsupported(format!("no engine runs artifacts of target '{other}'"))),
+        (target, _) if target.starts_with("onnx-") => {
+            Err(Error::Unsupported("this build has no ONNX Runtime engine: build it with the feature `ort`".into()))
+        }
+        (other, _) => Err(Error::Unsupported(format!("no engine runs artifacts of target '{other}'"))),
     }
 }
 
@@ -64,11 +70,11 @@ pub enum Part {
 }
 
 impl Model {
-    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
+    /// Loads an artifact.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, or no engine runs it.
-    pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(dir: &Path, options: &EngineOptions) -> Result<Self> {
         let artifact = Artifact::open(dir)?;
         Ok(Self {
             tokenizer: artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?,
@@ -76,7 +82,7 @@ impl Model {
                 |name| artifact.path(name),
                 artifact.manifest().task.prompt().and_then(|p| p.template.as_deref()),
             )?,
-            pipeline: Pipeline::new(open_engine(&artifact, threads)?)?,
+            pipeline: Pipeline::new(open_engine(&artifact, options)?)?,
             cached: Cached::default(),
             features: FeatureCache::default(),
         })

@@ -2,7 +2,7 @@
 //! make vectors of them. [`Loaded::open`] opens an artifact as what it is for.
 
 use crate::{
-    Engine, Error, Model, Result, Tensor,
+    Engine, EngineOptions, Error, Model, Result, Tensor,
     artifact_dir::Artifact,
     forward::{Tensors, forward},
     image::Rgb,
@@ -10,7 +10,7 @@ use crate::{
     processor,
     tokenizer::Tokenizer,
 };
-use std::{num::NonZero, path::Path};
+use std::path::Path;
 use vlmc_artifact::{Manifest, Task, TextRules};
 
 /// A loaded artifact, by what its model is for.
@@ -24,15 +24,15 @@ pub enum Loaded {
 }
 
 impl Loaded {
-    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
+    /// Loads an artifact.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, or no engine runs it.
-    pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(dir: &Path, options: &EngineOptions) -> Result<Self> {
         Ok(match Artifact::open(dir)?.manifest().task {
-            Task::Generate(_) => Self::Answers(Box::new(Model::open(dir, threads)?)),
-            Task::Contrast(_) => Self::Pairs(Box::new(PairScorer::open(dir, threads)?)),
-            Task::Classify { .. } => Self::Labels(Classifier::open(dir, threads)?),
+            Task::Generate(_) => Self::Answers(Box::new(Model::open(dir, options)?)),
+            Task::Contrast(_) => Self::Pairs(Box::new(PairScorer::open(dir, options)?)),
+            Task::Classify { .. } => Self::Labels(Classifier::open(dir, options)?),
         })
     }
 }
@@ -59,16 +59,16 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
+    /// Loads an artifact.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, no engine runs it, or its model is for something else.
-    pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(dir: &Path, options: &EngineOptions) -> Result<Self> {
         let artifact = Artifact::open(dir)?;
         let Task::Classify { labels } = artifact.manifest().task.clone() else {
             return Err(misused(artifact.manifest(), "label pictures"));
         };
-        Ok(Self { engine: open_engine(&artifact, threads)?, labels })
+        Ok(Self { engine: open_engine(&artifact, options)?, labels })
     }
 
     /// The manifest.
@@ -121,17 +121,17 @@ pub struct PairScorer {
 }
 
 impl PairScorer {
-    /// Loads an artifact; `threads` as [`crate::threads`] takes it.
+    /// Loads an artifact.
     ///
     /// # Errors
     /// It is not an artifact, is damaged, no engine runs it, or its model is for something else.
-    pub fn open(dir: &Path, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(dir: &Path, options: &EngineOptions) -> Result<Self> {
         let artifact = Artifact::open(dir)?;
         let Task::Contrast(rules) = artifact.manifest().task.clone() else {
             return Err(misused(artifact.manifest(), "score pairs of pictures and texts"));
         };
         let tokenizer = artifact.path("tokenizer.json").map(|p| Tokenizer::open(&p)).transpose()?;
-        Ok(Self { engine: open_engine(&artifact, threads)?, tokenizer, rules })
+        Ok(Self { engine: open_engine(&artifact, options)?, tokenizer, rules })
     }
 
     /// The manifest.

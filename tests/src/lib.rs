@@ -13,7 +13,10 @@ use std::{
 use vlmc::compile::{Model, Options};
 use vlmc_ir::{DType, interp::Array};
 use vlmc_passes::{Target, quantize::Policy};
-use vlmc_runtime::{Artifact, Part, artifact::Processor, open_engine, processor};
+use vlmc_runtime::{Artifact, EngineOptions, Part, Provider, artifact::Processor, open_engine, processor};
+
+/// Artifacts of all targets run on the processor.
+pub const CPU: EngineOptions = EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, progress: |_| {} };
 
 /// A directory of `fixtures/`.
 pub fn fixture(name: &str) -> PathBuf {
@@ -158,7 +161,7 @@ pub fn exec_case(fixture_dir: &Path, artifact: &Path, case: &str, also: &[&str],
     write_inputs(fixture_dir, case, also, &inputs);
     let artifact = Artifact::open(artifact).unwrap_or_else(|e| panic!("{e}"));
     let run = |new_tokens| {
-        let engine = open_engine(&artifact, None).unwrap_or_else(|e| panic!("{e}"));
+        let engine = open_engine(&artifact, &CPU).unwrap_or_else(|e| panic!("{e}"));
         vlmc::exec::exec(engine, &inputs, &outputs, new_tokens)
     };
     let done = run(new_tokens);
@@ -224,7 +227,7 @@ pub fn answers_agree(name: &str, target: &str) {
     let out = tempfile::tempdir().expect("a temporary directory");
     let artifact = out.path().join("artifact");
     compile(&dir, target, &artifact);
-    let mut model = vlmc_runtime::Model::open(&artifact, None).unwrap_or_else(|e| panic!("{e}"));
+    let mut model = vlmc_runtime::Model::open(&artifact, &CPU).unwrap_or_else(|e| panic!("{e}"));
     let mut options = model.defaults();
     let mut asked = 0;
     for case in golden["end_to_end"].as_array().expect("examples") {
@@ -358,7 +361,7 @@ pub fn target(name: &str) -> &'static Target {
 }
 
 /// What results of a target may differ by, relative to the largest.
-fn tolerance(target: &Target) -> f32 {
+pub fn tolerance(target: &Target) -> f32 {
     if target.float == DType::F32 { 1e-4 } else { 2e-2 }
 }
 

@@ -1,6 +1,6 @@
 //! What quantization costs on shapes-vl: artifacts of several policies against one of plain weights.
 
-use crate::fixture;
+use crate::{CPU, fixture};
 use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -63,7 +63,7 @@ impl Bench {
         let artifact = Artifact::open(&plain).unwrap_or_else(|e| panic!("{e}"));
         let samples = samples::read(&dir.join("heldout.jsonl"), limit).unwrap_or_else(|e| panic!("{e}"));
         let requests = eval::requests(&artifact, &samples).unwrap_or_else(|e| panic!("{e}"));
-        let answers = Evaluated::open(&artifact, None).and_then(|mut e| e.answers(&requests, LIMIT)).unwrap_or_else(|e| panic!("{e}"));
+        let answers = Evaluated::open(&artifact, &CPU).and_then(|mut e| e.answers(&requests, LIMIT)).unwrap_or_else(|e| panic!("{e}"));
         Self { target: target.into(), samples, requests, answers }
     }
 
@@ -97,7 +97,7 @@ impl Bench {
         };
         let report = crate::compile_with(&model, &self.target, &policy, &artifact).unwrap_or_else(|e| panic!("{e}"));
         let artifact = Artifact::open(&artifact).unwrap_or_else(|e| panic!("{e}"));
-        let score = Evaluated::open(&artifact, None).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));
+        let score = Evaluated::open(&artifact, &CPU).and_then(|mut e| e.score(&self.samples, &self.requests, &self.answers, LIMIT));
         Outcome {
             score: score.unwrap_or_else(|e| panic!("{way:?}: {e}")),
             bits_per_weight: bits_per_weight(&model, &self.target, &policy),

@@ -11,7 +11,7 @@ use vlmc_runtime::{
     image::{self, Rgb},
     open_engine, processor,
 };
-use vlmc_tests::{compile, fixture, golden_json, load};
+use vlmc_tests::{CPU, compile, fixture, golden_json, load};
 
 fn picture(name: &str) -> Rgb {
     image::read(&fixture("pictures").join(format!("{name}.png"))).unwrap_or_else(|e| panic!("{e}"))
@@ -56,7 +56,7 @@ fn prompts_need_no_template_in_the_checkpoint() {
         let (dir, out) = (fixture(name), tempfile::tempdir().unwrap());
         let artifact = out.path().join("artifact");
         compile(&dir, "cpu", &artifact);
-        let model = vlmc_runtime::Model::open(&artifact, None).unwrap();
+        let model = vlmc_runtime::Model::open(&artifact, &CPU).unwrap();
         let mut config: Value = serde_json::from_slice(&fs::read(dir.join("tokenizer_config.json")).unwrap()).unwrap();
         config.as_object_mut().unwrap().remove("chat_template").unwrap();
         fs::write(out.path().join("tokenizer_config.json"), config.to_string()).unwrap();
@@ -88,7 +88,7 @@ fn a_third_picture_makes_other_tensors_of_the_first_two() {
     let (dir, out) = (fixture("deepseek-vl2-mha"), tempfile::tempdir().unwrap());
     let artifact = out.path().join("artifact");
     compile(&dir, "cpu", &artifact);
-    let mut model = vlmc_runtime::Model::open(&artifact, None).unwrap();
+    let mut model = vlmc_runtime::Model::open(&artifact, &CPU).unwrap();
     let mut options = model.defaults();
     options.max_new_tokens = 4;
     let part = |name: &str| Part::Image(picture(name));
@@ -132,7 +132,7 @@ fn placeholders_must_fit_the_tiles() {
             ("images_spatial_crop".into(), tensor(ints("images_spatial_crop"))),
             ("images_seq_mask".into(), Tensor::new(ints("images_seq_mask").shape(), mask).unwrap()),
         ]);
-        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
         let error = pipeline.features(&inputs).unwrap_err().to_string();
         let expected = format!("the prompt has {wanted} image placeholders, but 'images_spatial_crop' is of pictures of {given} tokens");
         assert_eq!(error, expected);

@@ -5,7 +5,7 @@ use std::path::Path;
 use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Pipeline, Scored, Tensor, Tensors, artifact::DType, open_engine};
-use vlmc_tests::{exec_case, fixture, floats, load};
+use vlmc_tests::{CPU, exec_case, fixture, floats, load};
 
 fn compile(name: &str, target: &str, kv: DType, out: &Path) -> Result<(), String> {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
@@ -51,7 +51,7 @@ fn decoding_agrees_with_one_prompt() {
     for kv in [DType::F32, DType::BF16, DType::I8] {
         let artifact = dir.path().join(kv.to_string());
         compile("qwen2-vl", "cpu", kv, &artifact).unwrap();
-        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
         // All logits of the tokens from `first` on, after those before it.
         let prefill = |pipeline: &mut Pipeline, first: usize, end: usize| {
             let tensor = |shape: &[usize], data: Vec<i64>| Tensor::new(shape.to_vec(), data).unwrap();

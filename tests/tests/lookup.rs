@@ -5,7 +5,7 @@ use std::path::Path;
 use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Finish, Part, Pipeline, Reply, Scored, Tensor, Tensors, artifact::DType, image, open_engine};
-use vlmc_tests::fixture;
+use vlmc_tests::{CPU, fixture};
 
 fn compile(name: &str, target: &str, policy: &str, kv: DType, out: &Path) {
     let model = Model::open(&fixture(name)).unwrap().with_kv(kv);
@@ -15,7 +15,7 @@ fn compile(name: &str, target: &str, policy: &str, kv: DType, out: &Path) {
 
 /// Two turns, the first about a picture.
 fn turns(artifact: &Path, prompt_lookup: bool, length: usize) -> Vec<(Reply, Vec<i64>)> {
-    let mut model = vlmc_runtime::Model::open(artifact, None).unwrap();
+    let mut model = vlmc_runtime::Model::open(artifact, &CPU).unwrap();
     let mut options = model.defaults();
     (options.sampling.do_sample, options.max_new_tokens, options.prompt_lookup) = (false, length, prompt_lookup);
     let picture = Part::Image(image::read(&fixture("pictures").join("wide.png")).unwrap());
@@ -96,11 +96,17 @@ fn answers_of_quantized_models_are_the_same() {
 #[test]
 fn answers_on_onnx_runtime_are_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["qwen2-vl", "llama-3.2-vision"] {
-        let artifact = dir.path().join(name);
-        compile(name, "onnx-cpu", "none", DType::F32, &artifact);
-        let accepted = answers_are_the_same(&artifact, name);
-        eprintln!("{name}: {accepted} accepted");
+    for (name, target) in [
+        ("qwen2-vl", "onnx-cpu"),
+        ("llama-3.2-vision", "onnx-cpu"),
+        ("qwen2-vl", "onnx-cuda:f32"),
+        ("qwen2-vl", "onnx-tensorrt:f32"),
+        ("llama-3.2-vision", "onnx-tensorrt:f32"),
+    ] {
+        let artifact = dir.path().join(format!("{name} {target}"));
+        compile(name, target, "none", DType::F32, &artifact);
+        let accepted = answers_are_the_same(&artifact, &format!("{name} {target}"));
+        eprintln!("{name} {target}: {accepted} accepted");
     }
 }
 
@@ -121,7 +127,7 @@ fn rows_do_not_depend_on_their_number() {
     {
         let artifact = dir.path().join(i.to_string());
         compile(name, "cpu", policy, kv, &artifact);
-        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
         let prompt = Tensors::from([("input_ids".into(), Tensor::new([1, 5], vec![5i64, 6, 7, 5, 6]).unwrap())]);
         let features = pipeline.features(&prompt).unwrap();
         let start = |pipeline: &mut Pipeline| {
@@ -148,7 +154,7 @@ fn drawn_answers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let artifact = dir.path().join("a");
     compile("qwen2-vl", "cpu", "none", DType::F32, &artifact);
-    let mut model = vlmc_runtime::Model::open(&artifact, None).unwrap();
+    let mut model = vlmc_runtime::Model::open(&artifact, &CPU).unwrap();
     let mut options = model.defaults();
     (options.sampling.do_sample, options.sampling.temperature, options.prompt_lookup) = (true, 0.5, true);
     let error = model.conversation(None).unwrap().send(&[Part::Text("a".into())], &options, &mut |_| {}).unwrap_err().to_string();

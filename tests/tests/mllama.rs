@@ -10,7 +10,7 @@ use vlmc_ir::{
 };
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, Part, Pipeline, Scored, Tensor, image::Rgb, open_engine, processor};
-use vlmc_tests::{Tensors, check_case, compile, fixture, load};
+use vlmc_tests::{CPU, Tensors, check_case, compile, fixture, load};
 
 const NAME: &str = "llama-3.2-vision";
 /// `<|image|>` of the fixture.
@@ -44,7 +44,7 @@ fn choices(artifact: &Path, ids: &[i64], pictures: &[Rgb], seen_from_to: &[[usiz
         .collect();
     inputs.insert("cross_attention_mask".into(), Tensor::new([1, ids.len(), pictures.len(), tiles], mask).unwrap());
     inputs.insert("input_ids".into(), Tensor::new([1, ids.len()], ids.to_vec()).unwrap());
-    let mut pipeline = Pipeline::new(open_engine(&artifact, None).unwrap()).unwrap();
+    let mut pipeline = Pipeline::new(open_engine(&artifact, &CPU).unwrap()).unwrap();
     let features = pipeline.features(&inputs).unwrap();
     let logits = pipeline.prefill(&inputs, &features, Scored::All).unwrap();
     let largest = |row: &[f32]| (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap() as i64;
@@ -56,7 +56,7 @@ fn turns_agree(target: &str) {
     let dir = tempfile::tempdir().unwrap();
     let artifact = dir.path().join("artifact");
     compile(&fixture(NAME), target, &artifact);
-    let mut model = vlmc_runtime::Model::open(&artifact, None).unwrap_or_else(|e| panic!("{e}"));
+    let mut model = vlmc_runtime::Model::open(&artifact, &CPU).unwrap_or_else(|e| panic!("{e}"));
     let mut options = model.defaults();
     (options.sampling.do_sample, options.max_new_tokens) = (false, 6);
     let pictures = ["wide.png", "tall.png", "square.png"].map(picture);

@@ -6,7 +6,7 @@ use ndarray::Axis;
 use serde_json::Value;
 use std::path::Path;
 use vlmc_runtime::{Model, Part, Tensor, artifact::Positions, image, processor, prompt, tokenizer::Tokenizer};
-use vlmc_tests::{answers_agree, assert_close, check_case, compile, exec_case, fixture, floats, golden_json, load, prompts_agree};
+use vlmc_tests::{CPU, answers_agree, assert_close, check_case, compile, exec_case, fixture, floats, golden_json, load, prompts_agree};
 
 const TARGETS: [&str; 4] = ["cpu", "onnx-cpu", "onnx-cuda:f32", "onnx-tensorrt:f32"];
 
@@ -118,7 +118,7 @@ fn qwen_vl_case(artifact: &Path, case: &str, new_tokens: usize) -> vlmc_tests::T
     if !rows.is_empty() {
         inputs.insert("pixel_values".into(), Tensor::new(pixels.shape(), pixels.iter().copied().collect::<Vec<_>>()).unwrap());
     }
-    let engine = vlmc_runtime::open_engine(&vlmc_runtime::Artifact::open(artifact).unwrap(), None).unwrap();
+    let engine = vlmc_runtime::open_engine(&vlmc_runtime::Artifact::open(artifact).unwrap(), &CPU).unwrap();
     let mut pipeline = vlmc_runtime::Pipeline::new(engine).unwrap();
     let features = pipeline.features(&inputs).unwrap();
     let logits = pipeline.prefill(&inputs, &features, vlmc_runtime::Scored::All).unwrap();
@@ -155,7 +155,7 @@ fn qwen_vl_answers() {
     let out = tempfile::tempdir().unwrap();
     let artifact = out.path().join("artifact");
     compile(&dir, "cpu", &artifact);
-    let mut model = Model::open(&artifact, None).unwrap();
+    let mut model = Model::open(&artifact, &CPU).unwrap();
     let example = &golden["end_to_end"][0];
     let picture = image::read(&fixture("pictures").join("wide.png")).unwrap();
     let pixels = processor::image(model.manifest().processor.as_ref().unwrap(), &picture).unwrap();
@@ -185,7 +185,7 @@ fn qwen_vl_answers() {
     let cached = conversation.tokens().to_vec();
     drop(conversation);
     let mut pipeline =
-        vlmc_runtime::Pipeline::new(vlmc_runtime::open_engine(&vlmc_runtime::Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        vlmc_runtime::Pipeline::new(vlmc_runtime::open_engine(&vlmc_runtime::Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
     let prompt_len = cached.len() + 1 - again.ids.len();
     let inputs = vlmc_runtime::Tensors::from([
         ("input_ids".into(), Tensor::new([1, prompt_len], cached[..prompt_len].to_vec()).unwrap()),

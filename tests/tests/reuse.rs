@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use vlmc_runtime::{Artifact, Model, Part, Pipeline, Reply, Scored, Tensor, Tensors, image, open_engine, processor, prompt};
-use vlmc_tests::{compile, fixture};
+use vlmc_tests::{CPU, compile, fixture};
 
 fn picture(name: &str) -> Part {
     Part::Image(image::read(&fixture("pictures").join(name)).unwrap())
@@ -26,7 +26,7 @@ fn conversations_share(name: &str, target: &str) {
     let dir = tempfile::tempdir().unwrap();
     let artifact = dir.path().join("artifact");
     compile(&fixture(name), target, &artifact);
-    let open = || Model::open(&artifact, None).unwrap();
+    let open = || Model::open(&artifact, &CPU).unwrap();
     // The last is the first upside down: of the same size, and so of the same tokens.
     let (a, b) = (picture("wide.png"), picture("tall.png"));
     let Part::Image(upright) = &a else { panic!() };
@@ -77,9 +77,11 @@ fn conversations_share_on_cpu() {
 }
 
 #[test]
-fn conversations_share_on_onnx_cpu() {
+fn conversations_share_on_onnx_runtime() {
     for name in ["qwen2-vl", "llama-3.2-vision"] {
-        conversations_share(name, "onnx-cpu");
+        for target in ["onnx-cpu", "onnx-cuda:f32", "onnx-tensorrt:f32"] {
+            conversations_share(name, target);
+        }
     }
 }
 
@@ -90,7 +92,7 @@ fn logits_after_reuse_are_those_of_a_fresh_run() {
         let dir = tempfile::tempdir().unwrap();
         let artifact = dir.path().join("artifact");
         compile(&fixture(name), "cpu", &artifact);
-        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let mut pipeline = Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
         let rules = pipeline.rules().clone();
         let Part::Image(picture) = picture("wide.png") else { panic!() };
         let pixels = processor::image(pipeline.engine().manifest().processor.as_ref().unwrap(), &picture).unwrap();
@@ -145,7 +147,7 @@ fn blocks_of_a_prompt_give_its_logits() {
         let dir = tempfile::tempdir().unwrap();
         let artifact = dir.path().join("artifact");
         compile(&fixture(name), target, &artifact);
-        let open = || Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), None).unwrap()).unwrap();
+        let open = || Pipeline::new(open_engine(&Artifact::open(&artifact).unwrap(), &CPU).unwrap()).unwrap();
         let artifact = Artifact::open(&artifact).unwrap();
         let manifest = artifact.manifest().clone();
         let preparer =
@@ -194,7 +196,7 @@ fn pictures_are_kept_in_files() {
     compile(&fixture("qwen3-vl"), "cpu", &artifact);
     let request = [picture("wide.png"), text("What is it?")];
     let run = |kept: &Path| {
-        let mut model = Model::open(&artifact, None).unwrap();
+        let mut model = Model::open(&artifact, &CPU).unwrap();
         model.cache_images_in(kept).unwrap();
         ask(&mut model, &request).0
     };
@@ -217,7 +219,7 @@ fn pictures_are_kept_in_files() {
     std::fs::remove_file(file).unwrap();
     std::fs::create_dir(file).unwrap();
     assert_eq!(run(&kept).ids, first.ids);
-    let mut model = Model::open(&artifact, None).unwrap();
+    let mut model = Model::open(&artifact, &CPU).unwrap();
     assert!(model.cache_images_in(&artifact.join("manifest.json")).is_err());
 }
 
@@ -226,7 +228,7 @@ fn the_memory_for_pictures_has_a_limit() {
     let dir = tempfile::tempdir().unwrap();
     let artifact = dir.path().join("artifact");
     compile(&fixture("qwen2-vl"), "cpu", &artifact);
-    let mut model = Model::open(&artifact, None).unwrap();
+    let mut model = Model::open(&artifact, &CPU).unwrap();
     model.limit_image_cache(0);
     let (a, b) = ([picture("wide.png"), text("?")], [picture("tall.png"), text("?")]);
     for parts in [&a, &b, &a] {

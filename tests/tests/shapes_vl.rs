@@ -3,14 +3,14 @@
 
 use std::path::Path;
 use vlmc_runtime::{Model, Part, image};
-use vlmc_tests::{compile, fixture};
+use vlmc_tests::{CPU, compile, fixture};
 
 fn answers_agree(target: &str) {
     let dir = fixture("shapes-vl");
     let out = tempfile::tempdir().unwrap();
     let artifact = out.path().join("artifact");
     compile(&dir, target, &artifact);
-    let mut model = Model::open(Path::new(&artifact), None).unwrap();
+    let mut model = Model::open(Path::new(&artifact), &CPU).unwrap();
     let options = model.defaults();
     let (mut asked, mut right) = (0, 0);
     for line in std::fs::read_to_string(dir.join("heldout.jsonl")).unwrap().lines() {
@@ -44,7 +44,7 @@ fn later_turns_use_the_cache() {
     let out = tempfile::tempdir().unwrap();
     let artifact = out.path().join("artifact");
     compile(&dir, "cpu", &artifact);
-    let mut model = Model::open(Path::new(&artifact), None).unwrap();
+    let mut model = Model::open(Path::new(&artifact), &CPU).unwrap();
     let options = model.defaults();
     let picture = Part::Image(image::read(&dir.join("example.png")).unwrap());
     let ask = |text: &str| Part::Text(text.into());
@@ -69,7 +69,7 @@ fn stop_texts_seeds_and_lengths() {
     let out = tempfile::tempdir().unwrap();
     let artifact = out.path().join("artifact");
     compile(&dir, "cpu", &artifact);
-    let mut model = Model::open(Path::new(&artifact), None).unwrap();
+    let mut model = Model::open(Path::new(&artifact), &CPU).unwrap();
     let picture = Part::Image(image::read(&dir.join("example.png")).unwrap());
     let parts = [picture, Part::Text("What is at the top right?".into())];
     let defaults = model.defaults();

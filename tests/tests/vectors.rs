@@ -4,7 +4,7 @@
 use ndarray::{ArrayD, IxDyn};
 use std::{fs, path::Path};
 use vlmc_runtime::{Classifier, Loaded, Model, PairScorer, Tensor, image::Rgb};
-use vlmc_tests::{Tensors, assert_close, compile, fixture, floats, golden_json, load};
+use vlmc_tests::{CPU, Tensors, assert_close, compile, fixture, floats, golden_json, load};
 
 /// A copy of a fixture with a tokenizer for which `t7` is token 7, and which pads with token `pad`.
 fn with_tokenizer(name: &str, pad: i64, dir: &Path) -> std::path::PathBuf {
@@ -56,7 +56,7 @@ fn pairs_agree(name: &str, pad: i64, target: &str) {
     let artifact = dir.path().join("artifact");
     compile(&with_tokenizer(name, pad, dir.path()), target, &artifact);
     let golden = load(&fixture(name).join("golden.safetensors"));
-    let Loaded::Pairs(mut model) = Loaded::open(&artifact, None).unwrap_or_else(|e| panic!("{e}")) else { panic!("not of pairs") };
+    let Loaded::Pairs(mut model) = Loaded::open(&artifact, &CPU).unwrap_or_else(|e| panic!("{e}")) else { panic!("not of pairs") };
     let vlmc_runtime::artifact::Task::Contrast(rules) = model.manifest().task.clone() else { panic!("not of pairs") };
     assert_eq!(rules.pad_token_id, pad);
     let texts = texts(&golden, pad);
@@ -113,7 +113,7 @@ fn labels_of_vit() {
         let dir = tempfile::tempdir().unwrap();
         let artifact = dir.path().join("artifact");
         compile(&fixture("vit"), target, &artifact);
-        let mut model = Classifier::open(&artifact, None).unwrap_or_else(|e| panic!("{e}"));
+        let mut model = Classifier::open(&artifact, &CPU).unwrap_or_else(|e| panic!("{e}"));
         let pictures = pictures("vit");
         let labels = model.classify(&pictures, 5).unwrap_or_else(|e| panic!("{e}"));
         for (row, labels) in logits.outer_iter().zip(&labels) {
@@ -130,7 +130,7 @@ fn labels_of_vit() {
         assert_close(&array(&model.embed_images(&pictures).unwrap()), &class_tokens, "class token");
 
         // The error says what the model does.
-        let wrong = [Model::open(&artifact, None).err(), PairScorer::open(&artifact, None).err()];
+        let wrong = [Model::open(&artifact, &CPU).err(), PairScorer::open(&artifact, &CPU).err()];
         assert!(wrong.into_iter().flatten().all(|e| e.to_string().contains("labels pictures")));
     }
 }

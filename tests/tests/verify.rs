@@ -1,7 +1,7 @@
 //! `vlmc verify`: clean artifacts pass, and of one with a fault the layer with the fault is named.
 #![allow(clippy::unwrap_used, reason = "helpers of tests; clippy knows only the tests themselves")]
 
-use half::bf16;
+use half::{bf16, f16};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
@@ -19,10 +19,10 @@ use vlmc::{
 use vlmc_ir::interp::Array;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{Artifact, artifact::Manifest, open_engine, prepare::Preparer};
-use vlmc_tests::{compile, difference, fixture, load};
+use vlmc_tests::{CPU, compile, difference, fixture, load};
 
 const TARGETS: [&str; 2] = ["cpu", "onnx-cpu"];
-const OPTIONS: Options<'_> = Options { threads: None, new_tokens: 3, progress: &|_| {} };
+const OPTIONS: Options<'_> = Options { engine: CPU, new_tokens: 3, progress: &|_| {} };
 
 fn compiled(name: &str, target: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -59,6 +59,25 @@ fn clean_artifacts_agree() {
                 assert_eq!(logits.top1, 1.0, "{name} for {target}");
                 assert!(logits.kl.iter().all(|kl| *kl < 1e-6), "{name} for {target}");
                 assert_eq!(logits.greedy, (name != "vit").then_some([3, 3]), "{name} for {target}");
+            }
+        }
+    }
+}
+
+/// Graphs that compute in f16 are held to what f16 rounds, and a fault is still found.
+#[test]
+fn artifacts_in_f16_agree() {
+    for name in ["qwen2-vl", "llama-3.2-vision", "deepseek-vl2-mla", "siglip2-naflex", "shapes-vl"] {
+        for target in ["onnx-cuda", "onnx-tensorrt"] {
+            let (_dir, artifact) = compiled(name, target);
+            let report = verified(&artifact, name);
+            assert!(report.is_right(), "{name} for {target}: {:?} {:?}", report.first_wrong(), report.wrong_output());
+            assert!(report.output_tolerance.is_some_and(|t| (1e-2..3e-2).contains(&t)), "{name} for {target}");
+            let largest = report.nodes.iter().filter_map(|n| n.local).fold(0.0, |m, e| e.relative.max(m));
+            assert!((1e-4..2e-3).contains(&largest), "{name} for {target}: {largest}: not in f16, or not exactly so");
+            if name == "shapes-vl" {
+                edit(&artifact, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.01));
+                assert_eq!(verified(&artifact, name).first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
             }
         }
     }
@@ -123,18 +142,18 @@ fn edit(artifact: &Path, tensor: &str, change: impl FnOnce(&mut [f32])) {
     let info = header[tensor].clone();
     let offset = |i: usize| data + info["data_offsets"][i].as_u64().unwrap() as usize;
     let part = &mut bytes[offset(0)..offset(1)];
-    let wide = info["dtype"] == "F32";
-    let mut numbers: Vec<f32> = if wide {
-        part.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    } else {
-        assert_eq!(info["dtype"], "BF16");
-        part.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
+    let dtype = info["dtype"].as_str().unwrap();
+    let mut numbers: Vec<f32> = match dtype {
+        "F32" => part.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        "F16" => part.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        "BF16" => part.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        other => panic!("{tensor} is of {other}"),
     };
     change(&mut numbers);
-    let new: Vec<u8> = if wide {
-        numbers.iter().flat_map(|v| v.to_le_bytes()).collect()
-    } else {
-        numbers.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+    let new: Vec<u8> = match dtype {
+        "F32" => numbers.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        "F16" => numbers.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        _ => numbers.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
     };
     part.copy_from_slice(&new);
 
@@ -217,7 +236,7 @@ fn certificates() {
     assert!(certificate.right && certificate.requests.len() == 2 && certificate.nodes > 50, "{certificate:?}");
     assert!(certificate.worst_relative_error.unwrap() < 1e-5 && certificate.top1_agreement == Some(1.0), "{certificate:?}");
     assert_eq!(Manifest { certificate: None, ..certified.manifest().clone() }, *artifact.manifest());
-    open_engine(&certified, None).unwrap();
+    open_engine(&certified, &CPU).unwrap();
     let text = fs::read(dir.join("manifest.json")).unwrap();
     certify(&certified, run(&certified).certificate()).unwrap();
     assert_eq!(fs::read(dir.join("manifest.json")).unwrap(), text);

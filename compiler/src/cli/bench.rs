@@ -1,6 +1,7 @@
 //! `vlmc bench`.
 
 use super::{
+    EngineArgs,
     inspect::{bytes, size},
     print, print_json,
     profile::{self, Phase},
@@ -54,9 +55,8 @@ pub(super) struct BenchArgs {
     /// Measurements of each
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZero<usize>,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Run once more, with the time of every step: a table by kernel, shape and type of the weights
     #[arg(long)]
     profile: bool,
@@ -479,7 +479,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
         bail!("--profile and --trace are for artifacts of target 'cpu'; this one is for '{}'", manifest.target);
     }
     let asked = Asked::new(args, &artifact)?;
-    let threads = threads(args.threads);
+    let threads = threads(args.engine.threads);
     let counter = Counter { artifact: &artifact, program, threads };
     let bar = super::spinner();
     let mut report = measure(args, &asked, &counter, &bar)?;
@@ -500,7 +500,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<()> {
 fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &ProgressBar) -> Result<Report> {
     let (manifest, repeat) = (counter.artifact.manifest(), args.repeat.get());
     let kernels = Kernels::new(counter.threads);
-    let open = || Ready::open(&args.artifact, |a| open_engine(a, args.threads));
+    let open = || Ready::open(&args.artifact, |a| open_engine(a, &args.engine.options()));
     // Once without being measured: files and memory are warm then, and nothing else has taken memory.
     bar.set_message("warming up");
     let (mut model, _) = open()?;
@@ -634,7 +634,7 @@ fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &Progres
 fn profile_phases(args: &BenchArgs, asked: &Asked) -> Result<Vec<Phase>> {
     let recorder = profile::Recorder::default();
     let open = |artifact: &Artifact| {
-        let mut engine = CpuEngine::open(artifact, args.threads)?;
+        let mut engine = CpuEngine::open(artifact, args.engine.threads)?;
         engine.profile(recorder.profiler());
         Ok(Box::new(engine) as Box<dyn Engine>)
     };

@@ -1,6 +1,6 @@
 //! `vlmc embed`.
 
-use super::{TargetArgs, print, print_json, run};
+use super::{EngineArgs, TargetArgs, print, print_json, run};
 use anyhow::{Context, Result, bail};
 use clap::{ArgGroup, Args};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,9 +33,8 @@ pub(super) struct EmbedArgs {
     batch: NonZero<usize>,
     #[command(flatten)]
     target: TargetArgs,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Print what was written as JSON
     #[arg(long)]
     json: bool,
@@ -45,7 +44,7 @@ pub(super) fn embed(args: &EmbedArgs) -> Result<()> {
     vectors::check_name(&args.out)?;
     let files = files(&args.images)?;
     let dir = run::artifact(&args.model, &args.target)?;
-    let mut model = Loaded::open(&dir, args.threads)?;
+    let mut model = Loaded::open(&dir, &args.engine.options())?;
     let names: Vec<String> = if args.text.is_empty() { files.iter().map(|f| f.display().to_string()).collect() } else { args.text.clone() };
     let bar = count_bar("embedding", names.len());
     let mut made: Vec<f32> = vec![];

@@ -1,6 +1,6 @@
 //! `vlmc eval`.
 
-use super::{print, print_json};
+use super::{EngineArgs, print, print_json};
 use anyhow::Result;
 use clap::Args;
 use std::{num::NonZero, path::PathBuf};
@@ -8,7 +8,7 @@ use vlmc::{
     eval::{self, Evaluated},
     samples,
 };
-use vlmc_runtime::Artifact;
+use vlmc_runtime::{Artifact, EngineOptions};
 
 #[derive(Args)]
 pub(super) struct EvalArgs {
@@ -26,9 +26,8 @@ pub(super) struct EvalArgs {
     /// Most tokens of an answer
     #[arg(long, value_name = "N", default_value_t = NonZero::<usize>::MIN.saturating_add(63))]
     max_new_tokens: NonZero<usize>,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -39,8 +38,11 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let samples = samples::read(&args.data, args.limit.map(NonZero::get))?;
     let requests = eval::requests(&reference, &samples)?;
     let limit = args.max_new_tokens.get();
-    let answers = Evaluated::open(&reference, args.threads)?.answers(&requests, limit)?;
-    let score = Evaluated::open(&artifact, args.threads)?.score(&samples, &requests, &answers, limit)?;
+    let options = args.engine.options();
+    // The reference may be for vlmc's own engine, which has no provider.
+    let of_reference = EngineOptions { provider: options.provider.filter(|_| reference.manifest().target != "cpu"), ..options.clone() };
+    let answers = Evaluated::open(&reference, &of_reference)?.answers(&requests, limit)?;
+    let score = Evaluated::open(&artifact, &options)?.score(&samples, &requests, &answers, limit)?;
     if args.json {
         return print_json(&score);
     }

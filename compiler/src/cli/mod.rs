@@ -30,7 +30,7 @@ use vlmc_passes::{
     Target, Trace,
     quantize::{Part, Policy},
 };
-use vlmc_runtime::{Artifact, artifact::MANIFEST, open_engine};
+use vlmc_runtime::{Artifact, EngineOptions, Provider, artifact::MANIFEST, open_engine};
 
 /// Compiles vision-language models ahead of time: from a Hugging Face checkpoint to ONNX graphs or to an artifact for vlmc's
 /// own CPU runtime. No Python is needed, neither to compile nor to run.
@@ -251,6 +251,34 @@ impl TargetArgs {
 }
 
 #[derive(Args)]
+struct EngineArgs {
+    /// Threads to run with [default: as many cores as this process may use]
+    #[arg(long)]
+    threads: Option<NonZero<usize>>,
+    /// What computes the graphs of an ONNX artifact: cpu, cuda or tensorrt [default: what its target is for]
+    ///
+    /// cuda and tensorrt need ONNX Runtime for GPUs (ORT_DYLIB_PATH names its library) and take the first GPU of CUDA_VISIBLE_DEVICES.
+    /// cpu runs any artifact whose nodes have kernels there: those in f16 do, with f32 in between; those in bf16 do not.
+    #[arg(long, value_name = "NAME", value_parser = provider)]
+    provider: Option<Provider>,
+    /// Directory that keeps the engines that TensorRT builds, which takes minutes [default: tensorrt in VLMC_CACHE or ~/.cache/vlmc]
+    #[arg(long, value_name = "DIR")]
+    engine_cache: Option<PathBuf>,
+}
+
+impl EngineArgs {
+    fn options(&self) -> EngineOptions {
+        let progress = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
+        EngineOptions { threads: self.threads, provider: self.provider, engine_cache: self.engine_cache.clone(), progress }
+    }
+}
+
+fn provider(name: &str) -> Result<Provider, String> {
+    let names = Provider::ALL.map(Provider::name).join(", ");
+    Provider::ALL.into_iter().find(|p| p.name() == name).ok_or_else(|| format!("must be one of {names}"))
+}
+
+#[derive(Args)]
 struct ExecArgs {
     /// Artifact directory
     artifact: PathBuf,
@@ -263,9 +291,8 @@ struct ExecArgs {
     /// Tokens to generate
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_new_tokens: usize,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 #[derive(Args)]
@@ -465,7 +492,7 @@ fn compile_command(args: &CompileArgs) -> Result<()> {
 
 fn exec(args: &ExecArgs) -> Result<()> {
     let artifact = Artifact::open(&args.artifact)?;
-    let engine = open_engine(&artifact, args.threads)?;
+    let engine = open_engine(&artifact, &args.engine.options())?;
     let warnings = vlmc::exec::exec(engine, &args.inputs, &args.outputs, args.max_new_tokens)?;
     warnings.iter().for_each(|w| warn(w));
     Ok(())

@@ -1,18 +1,17 @@
 //! `vlmc run`.
 
-use super::{TargetArgs, checkpoint_dir, compile_to, is_artifact, print, print_json, warn};
+use super::{EngineArgs, TargetArgs, checkpoint_dir, compile_to, is_artifact, print, print_json, warn};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::{
     io::{BufRead, IsTerminal, Write},
-    num::NonZero,
     path::{Path, PathBuf},
 };
 use vlmc::compile;
 use vlmc_runtime::{
     Artifact, Conversation, GenerateOptions, Loaded, Model, Part, Reply,
     artifact::{Manifest, Task},
-    boxes, image,
+    boxes, cache_dir, image,
 };
 
 #[derive(Args)]
@@ -67,9 +66,8 @@ pub(super) struct RunArgs {
     image_cache: Option<PathBuf>,
     #[command(flatten)]
     target: TargetArgs,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Print the answer and its timings, or all numbers, as JSON
     #[arg(long)]
     json: bool,
@@ -90,7 +88,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     for path in &args.video {
         parts.push(Part::Video(image::read_video(path)?));
     }
-    let mut model = Model::open(&dir, args.threads)?;
+    let mut model = Model::open(&dir, &args.engine.options())?;
     if let Some(dir) = &args.image_cache {
         model.cache_images_in(dir)?;
     }
@@ -165,7 +163,7 @@ fn without_prompt(args: &RunArgs, dir: &Path) -> Result<()> {
         text.extend(rows.iter().map(|(what, probability)| format!("{:6.2} %  {what}\n", probability * 100.0)));
         reports.push(serde_json::json!({"image": path, key: details}));
     };
-    match Loaded::open(dir, args.threads)? {
+    match Loaded::open(dir, &args.engine.options())? {
         Loaded::Answers(_) => bail!("the artifact has changed while it was opened"),
         Loaded::Labels(mut model) => {
             for (path, labels) in args.image.iter().zip(model.classify(&pictures, TOP)?) {
@@ -266,15 +264,4 @@ pub(super) fn artifact(model: &str, args: &TargetArgs) -> Result<PathBuf> {
         compile_to(&model, &target, &policy, &out, false)?;
     }
     Ok(out)
-}
-
-/// `VLMC_CACHE`, or vlmc's directory in the user's cache.
-fn cache_dir() -> Result<PathBuf> {
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let dir =
-        var("VLMC_CACHE").or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("vlmc"))).or_else(|| var("HOME").map(|d| d.join(".cache/vlmc")));
-    match dir {
-        Some(dir) => Ok(dir),
-        None => bail!("there is no place for compiled artifacts: set VLMC_CACHE to a directory"),
-    }
 }

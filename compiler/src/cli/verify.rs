@@ -1,6 +1,6 @@
 //! `vlmc verify`.
 
-use super::{checkpoint_dir, inspect, print, print_json, spinner};
+use super::{EngineArgs, checkpoint_dir, inspect, print, print_json, spinner};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::{
@@ -53,9 +53,8 @@ pub(super) struct VerifyArgs {
     /// Leave the artifact's manifest as it is
     #[arg(long)]
     no_certificate: bool,
-    /// Threads to run with [default: as many cores as this process may use]
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 pub(super) fn verify(args: &VerifyArgs) -> Result<()> {
@@ -67,7 +66,8 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<()> {
     };
     let requests = requests(args, &artifact)?;
     let bar = spinner();
-    let options = Options { threads: args.threads, new_tokens: args.max_new_tokens, progress: &|what| bar.set_message(what.to_string()) };
+    let options =
+        Options { engine: args.engine.options(), new_tokens: args.max_new_tokens, progress: &|what| bar.set_message(what.to_string()) };
     let report = verify::verify(&artifact, model, &requests, &options);
     bar.finish_and_clear();
     let report = report?;

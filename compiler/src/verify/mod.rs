@@ -36,7 +36,6 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap},
     fs::File,
-    num::NonZero,
     ops::Range,
     path::PathBuf,
     rc::Rc,
@@ -54,15 +53,15 @@ use vlmc_ir::{
     weights::WeightDef,
 };
 use vlmc_runtime::{
-    Artifact, CpuEngine, Data, Engine, Observed, Observer, Pipeline, Scored, Tensor, Tensors,
-    artifact::{Certificate, PROGRAM},
+    Artifact, CpuEngine, Data, Engine, EngineOptions, Observed, Observer, Pipeline, Scored, Tensor, Tensors,
+    artifact::{Certificate, PROGRAM, is_weights},
     forward,
 };
 
 /// What to compare on, and how.
 pub struct Options<'a> {
-    /// Threads of the artifact's engine, as [`vlmc_runtime::threads`] takes it.
-    pub threads: Option<NonZero<usize>>,
+    /// How the artifact runs.
+    pub engine: EngineOptions,
     /// Tokens to generate greedily by both, for models that answer prompts.
     pub new_tokens: usize,
     /// Called with what is being done.
@@ -157,6 +156,10 @@ pub struct Report {
 const EXACT: f64 = 1e-4;
 /// As [`EXACT`], of the outputs of a whole model.
 const EXACT_OUTPUT: f64 = 2e-3;
+/// Roundings of a node that computes in a narrow float: of its weights, its product, what is added to that, its result.
+const ROUNDINGS: f64 = 4.0;
+/// As [`ROUNDINGS`], of the outputs of a whole model, where those of all nodes come together.
+const OUTPUT_ROUNDINGS: f64 = 40.0;
 
 /// The node that takes most of its tolerance, or else the first.
 pub fn worst<'n>(nodes: &[&'n Node]) -> &'n Node {
@@ -261,11 +264,11 @@ pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: 
         Box::new(move |observed| state.borrow_mut().record(observed).map_err(|e| vlmc_runtime::Error::Input(e.to_string())))
     };
     let engine: Box<dyn Engine> = if manifest.target == "cpu" {
-        let mut engine = CpuEngine::open(artifact, options.threads)?;
+        let mut engine = CpuEngine::open(artifact, options.engine.threads)?;
         engine.observe(recorder);
         Box::new(engine)
     } else {
-        Box::new(Tapped::open(artifact, options.threads, recorder)?)
+        Box::new(Tapped::open(artifact, &options.engine, recorder)?)
     };
     let watcher = {
         let state = state.clone();
@@ -285,13 +288,14 @@ pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: 
     }
     drop((engine, reference));
     let mut state = state.borrow_mut();
-    let exact = state.nodes.iter().all(|n| n.tolerance <= EXACT);
+    let rounding = state.stored.rounding;
+    let exact = state.nodes.iter().all(|n| n.tolerance <= EXACT + ROUNDINGS * rounding);
     Ok(Report {
         target: manifest.target,
         architecture: manifest.architecture,
         nodes: std::mem::take(&mut state.nodes),
         requests: compared,
-        output_tolerance: exact.then_some(EXACT_OUTPUT),
+        output_tolerance: exact.then_some(EXACT_OUTPUT + OUTPUT_ROUNDINGS * rounding),
         symbols: std::mem::take(&mut state.symbols),
     })
 }
@@ -425,6 +429,8 @@ struct Stored {
     weights: Rc<BTreeMap<String, WeightDef>>,
     /// What a backend adds to the name of a weight in a layout of its own.
     suffixes: &'static [&'static str],
+    /// Relative error of rounding to the float that graphs compute in, 0 for f32.
+    rounding: f64,
 }
 
 impl Stored {
@@ -441,7 +447,7 @@ impl Stored {
             let program: Program = serde_json::from_slice(&bytes).map_err(|e| Error::file(&json, e.to_string()))?;
             dtypes.extend(program.weights.into_iter().map(|w| (w.name, w.dtype)));
             let tensors = header.tensors.into_iter().collect();
-            return Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".rows"] });
+            return Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".rows"], rounding: 0.0 });
         }
         // Codes of blocks: [rows, blocks, bytes of a block].
         for (name, t) in &header.tensors {
@@ -454,8 +460,16 @@ impl Stored {
                 dtypes.extend([".codes", ".rows"].map(|part| (format!("{weight}{part}"), scheme)));
             }
         }
+        // The checkpoint's own files, where the graphs read these.
+        for name in artifact.manifest().files.keys().filter(|n| is_weights(n) && *n != WEIGHTS) {
+            let path = artifact.require(name)?;
+            let header = Header::read(&path, &File::open(&path).map_err(Error::io(&path))?)?;
+            dtypes.extend(header.tensors.iter().filter_map(|(name, t)| Some((name.clone(), known_dtype(t.dtype)?))));
+        }
+        // Graphs compute in the type of their weights.
+        let rounding = dtypes.values().map(|d| rounding(*d)).fold(0.0, f64::max);
         let tensors = header.tensors.into_iter().collect();
-        Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".T", ".codes", ".rows"] })
+        Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".T", ".codes", ".rows"], rounding })
     }
 
     /// A vector of floats as the artifact has it; `None` if it has none of that name.
@@ -488,6 +502,7 @@ impl Stored {
             match self.dtypes.get(name) {
                 Some(DType::Quant(_)) if from.scheme().is_some() => Storage::Kept,
                 Some(DType::Quant(scheme)) => Storage::Quantized(*scheme),
+                Some(dtype @ (DType::F16 | DType::BF16)) if self.rounding > 0.0 => Storage::Computed(rounding(*dtype)),
                 Some(DType::BF16) if from != DType::BF16 => Storage::Narrowed(4e-3),
                 Some(DType::F16) if from != DType::F16 && from != DType::BF16 => Storage::Narrowed(5e-4),
                 _ => Storage::Exact,
@@ -547,10 +562,21 @@ enum Storage {
     Exact,
     /// In a narrower float type, of that relative step.
     Narrowed(f64),
+    /// In a narrow float that its node computes in, which rounds to that relative error.
+    Computed(f64),
     /// As the codes that the checkpoint has.
     Kept,
     /// As codes.
     Quantized(Scheme),
+}
+
+/// Relative error of rounding to a float, 0 for f32.
+fn rounding(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 2f64.powi(-11),
+        DType::BF16 => 2f64.powi(-8),
+        _ => 0.0,
+    }
 }
 
 /// Relative error of rounding what a layer reads to 8 bits, as layers of quantized weights may do.
@@ -563,6 +589,7 @@ impl Storage {
         match self {
             Self::Exact => EXACT,
             Self::Narrowed(step) => EXACT + 2.0 * step,
+            Self::Computed(rounding) => EXACT + ROUNDINGS * rounding,
             Self::Kept => EXACT + DYNAMIC,
             Self::Quantized(scheme) => {
                 let error = |w: &Array| {

@@ -6,12 +6,11 @@ use prost::Message;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    num::NonZero,
     path::Path,
 };
 use tempfile::TempDir;
 use vlmc_runtime::{
-    Artifact, Engine, Observed, Observer, Tensor,
+    Artifact, Engine, EngineOptions, Observed, Observer, Tensor,
     artifact::{DType, FileEntry, MANIFEST, Manifest, Port},
     open_engine,
 };
@@ -40,7 +39,7 @@ impl Tapped {
     ///
     /// # Errors
     /// A graph cannot be read, the temporary files cannot be written, or no engine runs it.
-    pub(super) fn open(artifact: &Artifact, threads: Option<NonZero<usize>>, observer: Observer) -> Result<Self> {
+    pub(super) fn open(artifact: &Artifact, options: &EngineOptions, observer: Observer) -> Result<Self> {
         let manifest = artifact.manifest().clone();
         let dir = near(artifact.dir())?;
         let mut tapped = manifest.clone();
@@ -72,7 +71,7 @@ impl Tapped {
         let path = dir.path().join(MANIFEST);
         let json = serde_json::to_vec(&tapped).map_err(|e| Error::Backend(e.to_string()))?;
         fs::write(&path, json).map_err(Error::io(&path))?;
-        let engine = open_engine(&Artifact::open(dir.path())?, threads)?;
+        let engine = open_engine(&Artifact::open(dir.path())?, options)?;
         Ok(Self { engine, manifest, taps, observer, _dir: dir })
     }
 }

@@ -128,6 +128,10 @@ pub struct State {
     pub shape: Vec<Dim>,
     /// Axis that grows.
     pub axis: usize,
+    /// Whether past and present of an ONNX graph may be one buffer with room for more positions than there are: the graph writes the
+    /// new ones behind the others, whose number it takes from other inputs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_place: bool,
 }
 
 impl State {

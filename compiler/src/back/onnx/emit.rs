@@ -16,7 +16,7 @@ use vlmc_artifact::{
     Bindings, DimFunction, Scheme,
     program::{Binary, Reduce, Unary},
 };
-use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, Type, ValueId, Verified, ops::Mask};
+use vlmc_ir::{DType, Def, Dim, Graph, Literal, Node, Op, State, Type, ValueId, Verified, ops::Mask};
 use vlmc_passes::Target;
 
 /// One model per graph, by the graph's name, for `target`. `place` tells where a stored weight is.
@@ -133,6 +133,21 @@ fn string(name: &str, v: &str) -> AttributeProto {
 /// A port that has this very dim, and which of its axes that is.
 fn axis_of<'p>(g: &Graph, d: &Dim, mut ports: impl Iterator<Item = (&'p String, ValueId)>) -> Option<(String, usize)> {
     ports.find_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?)))
+}
+
+/// A dim of an input that is the sum of `d` and another input's dim.
+fn sum_with<'g>(g: &'g Graph, d: &Dim) -> Option<&'g Dim> {
+    let dims = || g.inputs.iter().flat_map(|p| &g.ty(p.value).shape);
+    dims().find(|x| *x != d && dims().any(|y| *y == *x - d))
+}
+
+/// Whether a client may bind one buffer, longer than needed, to past and present of a state: only GroupQueryAttention reads it, which
+/// writes in place, and inputs tell how many positions there are.
+pub fn in_place(g: &Graph, state: &State) -> bool {
+    let mut readers = g.nodes().filter(|(_, n)| n.args.contains(&state.past)).peekable();
+    readers.peek().is_some()
+        && readers.all(|(_, n)| matches!(n.op, Op::GroupQueryAttention(_)))
+        && sum_with(g, &g.ty(state.past).shape[state.axis]).is_some()
 }
 
 impl Emitter<'_> {
@@ -377,12 +392,10 @@ impl Emitter<'_> {
             return Ok(name.clone());
         }
         let g = self.graph;
-        let inputs = || g.inputs.iter().map(|p| (&p.name, p.value));
-        let dims = || inputs().flat_map(|(_, v)| &g.ty(v).shape);
-        let port = axis_of(g, d, inputs());
+        let port = axis_of(g, d, g.inputs.iter().map(|p| (&p.name, p.value)));
         // A client may give a state more room than it has positions, so that its axes are asked last: `past` is `past + seq` less
         // `seq`.
-        let sum = if port.is_none() { dims().find(|x| *x != d && dims().any(|y| *y == *x - d)) } else { None };
+        let sum = if port.is_none() { sum_with(g, d) } else { None };
         let states = g.states.iter().map(|s| (&s.past_name, s.past));
         let name = match (sum, port.or_else(|| axis_of(g, d, states))) {
             (Some(sum), _) => {

@@ -8,7 +8,7 @@ pub mod proto;
 mod text;
 
 pub use coverage::{Uncovered, uncovered};
-pub use emit::emit;
+pub use emit::{emit, in_place};
 pub use profiles::{provider_options, trtexec};
 pub use text::to_text;
 

@@ -118,6 +118,7 @@ mod tests {
                     dtype: DType::F16,
                     shape: shape(&["batch", "past", "8"]),
                     axis: 1,
+                    in_place: false,
                 })
                 .collect(),
             arena: None,
