@@ -31,12 +31,15 @@ class Peer:
 
 TEXT = ("decode", "prefill-512", "prefill-733", "first-token", "memory-text")
 ALL = (*TEXT, "encode-448", "encode-1344", "memory")
+# onnxruntime-genai beside graphs of its own builder.
+BUILT = ("onnx-decode", "onnx-prefill-512", "compile", "compile-memory")
 PEERS = [
     Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "int4", (*ALL, "equal-accuracy", "lookup")),
     Peer("llama.cpp Q8_0", "llama.cpp", "8-bit text in groups of 32", "int8", TEXT),
     Peer("OpenVINO GenAI", "openvino", "4-bit text in groups of 128, 8-bit head and tower", "int4", ALL),
-    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", TEXT),
+    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", (*TEXT, *BUILT)),
     Peer("torch", "torch", "bf16", "int4", ALL),
+    Peer("torch.onnx", "torch.onnx", "f32 tower for pictures of this size", "onnx", ("onnx-encode-448",)),
     Peer("vlmc int4", "vlmc", "as vlmc's", "int4", ("context",)),
 ]
 
@@ -47,10 +50,31 @@ def measure_peer(place: Place, vlmc: Path, peer: Peer, rows: list[str], threads:
         return {"context": bench(place, vlmc, peer.quant, threads, ["--context", "128", "--new-tokens", "64"])["decode"]["gb_s"]["median"]}
     if peer.tool == "llama.cpp":
         return llama_cpp(place, vlmc, place.model(f"{peer.name.split()[1]}.gguf"), rows, threads, prompt_tokens)
+    group = BY_NAME[rows[0]].group
+    if group == "compile":
+        return compiling(place, lambda out: setup.build_command(place, out))
     model = place.peers_checkpoint if peer.tool == "torch" else place.model(peer.tool)
+    if group.startswith("onnx"):
+        return in_client(place, peer.tool, model, threads, rows)
     finished = run([place.python(peer.tool), HERE / "worker.py", peer.tool, model, str(threads), str(prompt_tokens), *rows])
     measured = last_json(finished)
     return measured | {row: finished.peak_bytes / GB for row in rows if row.startswith("memory")}
+
+
+def in_client(place: Place, tool: str, model: Path, threads: int, rows: list[str]) -> dict[str, float]:
+    """What a client makes of ONNX graphs, whoever made them."""
+    kinds = [row.removeprefix("onnx-") for row in rows]
+    measured = last_json(run([place.python(tool), HERE / "worker.py", tool, model, str(threads), "1", *kinds]))
+    return {f"onnx-{kind}": value for kind, value in measured.items()}
+
+
+def compiling(place: Place, command) -> dict[str, float]:
+    """Of a command that writes a model to a directory."""
+    out = place.root / "compiled"
+    setup.remove(out)
+    finished = run(command(out))
+    setup.remove(out)
+    return {"compile": finished.seconds, "compile-memory": finished.peak_bytes / GB}
 
 
 def llama_cpp(place: Place, vlmc: Path, model: Path, rows: list[str], threads: int, prompt_tokens: int) -> dict[str, float]:
@@ -99,6 +123,16 @@ def measure_vlmc(place: Place, vlmc: Path, quant: str, rows: list[str], threads:
         return {"first-token": {"value": finished.seconds}, memory: {"value": finished.peak_bytes / GB}}
     if group == "lookup":
         return {"lookup": lookup(place, vlmc, quant, threads)}
+    if group == "compile":
+        numbers = compiling(place, lambda out: setup.compile_command(place, vlmc, place.checkpoint, quant, out))
+        return {row: {"value": value} for row, value in numbers.items()}
+    if group == "onnx text":
+        return {row: {"value": value} for row, value in in_client(place, "onnxruntime-genai", place.artifact(quant), threads, rows).items()}
+    if group == "onnx picture":
+        library = next(place.python("torch.onnx").parent.parent.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.1*"))
+        options = ["--picture", "448x448", "--new-tokens", "1", "--context", "1"]
+        encode = bench(place, vlmc, quant, threads, options, {"ORT_DYLIB_PATH": str(library)})["encode"][0]
+        return {"onnx-encode-448": {"value": encode["seconds"]["median"]}}
     if group == "context":
         decode = bench(place, vlmc, quant, threads, ["--context", "4096", "--new-tokens", "64"])["decode"]
         return {"context": of_decode(decode) | {"value": decode["gb_s"]["median"]}}
@@ -116,11 +150,11 @@ def measure_vlmc(place: Place, vlmc: Path, quant: str, rows: list[str], threads:
     return numbers
 
 
-def bench(place: Place, vlmc: Path, quant: str, threads: int, options: list[str]) -> dict:
+def bench(place: Place, vlmc: Path, quant: str, threads: int, options: list[str], env: dict[str, str] | None = None) -> dict:
     """What `vlmc bench` reports; what is not among `options` is small."""
     small = {"--picture": "56x56", "--prompt-tokens": "1"}
     options = [*options, *(word for option, value in small.items() if option not in options for word in (option, value))]
-    return last_json(run([vlmc, "bench", place.artifact(quant), "--json", "--threads", str(threads), "--repeat", "1", *options]))
+    return last_json(run([vlmc, "bench", place.artifact(quant), "--json", "--threads", str(threads), "--repeat", "1", *options], env))
 
 
 def of_decode(decode: dict) -> dict:

@@ -25,6 +25,7 @@ PACKAGES = {
     "openvino": ["transformers<5.1", "optimum-intel", "openvino-genai", "openvino-tokenizers", "nncf"],
     "onnxruntime-genai": ["transformers", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir"],
     "torch": ["transformers", "accelerate"],
+    "torch.onnx": ["transformers", "onnx", "onnxscript", "onnxruntime"],
 }
 SHARED_ENVIRONMENT = "shared"
 SIDES = (448, 1344)
@@ -37,6 +38,8 @@ POLICIES = {
     "q4_0": 'base = "int8"\n' + RULE.format("model.layers.*", "int4g32") + 'method = "round"\n',
     "equal": 'base = "int4"\n' + RULE.format("model.layers.*", "int4g128"),
 }
+# ONNX graphs in int4, for onnxruntime-genai and for vlmc.
+ONNX = {"onnx-genai": ["--layout", "genai"], "onnx": []}
 # A small model that was trained, with pictures that it has not seen.
 TRAINED = REPOSITORY / "fixtures/shapes-vl"
 
@@ -158,14 +161,19 @@ def vlmc(place: Place, binary: Path | None, artifacts: set[str]) -> Path:
 
 def compile(place: Place, binary: Path, checkpoint: Path, quant: str, name: str) -> Path:
     """An artifact of a checkpoint, by a policy of POLICIES or of vlmc's own."""
-    policy = quant
+    # The compiler may have changed since the last run, and compiling takes seconds.
+    remove(place.artifact(name))
+    make(place.artifact(name), f"vlmc's artifact '{name}'", lambda part: run(compile_command(place, binary, checkpoint, quant, part)))
+    return place.artifact(name)
+
+
+def compile_command(place: Place, binary: Path, checkpoint: Path, quant: str, out: Path) -> list[str | Path]:
+    policy = "int4" if quant in ONNX else quant
     if quant in POLICIES:
         policy = place.root / f"{quant}.toml"
         policy.write_text(POLICIES[quant])
-    # The compiler may have changed since the last run, and compiling takes seconds.
-    remove(place.artifact(name))
-    make(place.artifact(name), f"vlmc's artifact '{name}'", lambda part: run([binary, "compile", checkpoint, "--quant", policy, "-o", part]))
-    return place.artifact(name)
+    target = ["--target", "onnx-cpu", *ONNX[quant]] if quant in ONNX else []
+    return [binary, "compile", checkpoint, "--quant", policy, *target, "-o", out]
 
 
 def png(side: int) -> bytes:
@@ -255,6 +263,11 @@ def openvino(place: Place) -> None:
     make(place.model("openvino"), "OpenVINO's model, for minutes and with 16 GB of memory", lambda part: run([*export, *source, part]))
 
 
+def torch_onnx(place: Place) -> None:
+    export = [place.python("torch.onnx"), HERE / "torch_export.py", place.peers_checkpoint, "448"]
+    make(place.model("torch.onnx"), "the tower by torch.onnx, for minutes and with 14 GB of memory", lambda part: run([*export, part]))
+
+
 def onnxruntime_genai(place: Place) -> None:
     """Its builder does not know Qwen2-VL, and gets the text model, whose tensors have the same names in Qwen2."""
     config = json.loads((place.peers_checkpoint / "config.json").read_text())
@@ -263,15 +276,26 @@ def onnxruntime_genai(place: Place) -> None:
     tokenizer = json.loads((place.peers_checkpoint / "tokenizer.json").read_text())
     text = place.root / "checkpoint-text"
     make(text, "the text model's checkpoint", lambda part: checkpoint_like(place, part, config, tokenizer))
-    builder = [place.python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", place.root / "cache"]
     make(
         place.model("onnxruntime-genai"),
         "onnxruntime-genai's model, for minutes and with 13 GB of memory",
-        lambda part: run([*builder, "-i", text, "-o", part]),
+        lambda part: run(build_command(place, part)),
     )
 
 
-MODELS = {"llama.cpp": llama_cpp, "openvino": openvino, "onnxruntime-genai": onnxruntime_genai, "torch": lambda place: None}
+def build_command(place: Place, out: Path) -> list[str | Path]:
+    """Of onnxruntime-genai's builder."""
+    builder = [place.python("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", place.root / "cache"]
+    return [*builder, "-i", place.root / "checkpoint-text", "-o", out]
+
+
+MODELS = {
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+    "onnxruntime-genai": onnxruntime_genai,
+    "torch": lambda place: None,
+    "torch.onnx": torch_onnx,
+}
 
 
 def peers(place: Place, names: list[str]) -> dict[str, str]:

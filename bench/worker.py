@@ -1,6 +1,6 @@
 """Measures a peer that is a Python package; runs in its virtual environment.
 
-Usage: python worker.py openvino|onnxruntime-genai|torch MODEL THREADS PROMPT_TOKENS ROW...
+Usage: python worker.py openvino|onnxruntime-genai|torch|torch.onnx MODEL THREADS PROMPT_TOKENS ROW...
 
 Prints what it measured as one line of JSON, the last: for each ROW (see rows.py) its number, in the unit given there. Every
 measurement comes after a run of the same kind that is not measured, except that of the first token, which starts with loading
@@ -143,7 +143,24 @@ def torch(model: str, threads: int):
     return Peer
 
 
-PEERS = {"openvino": openvino_genai, "onnxruntime-genai": onnxruntime_genai, "torch": torch}
+def torch_onnx(model: str, threads: int):
+    import onnxruntime as ort
+
+    class Peer:
+        def __init__(self) -> None:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            self.session = ort.InferenceSession(f"{model}/vision.onnx", options, providers=["CPUExecutionProvider"])
+
+        def encode(self, side: int) -> float:
+            (pixels,) = self.session.get_inputs()
+            values = np.random.default_rng(0).standard_normal(pixels.shape, np.float32)
+            return seconds(lambda: self.session.run(None, {pixels.name: values}))
+
+    return Peer
+
+
+PEERS = {"openvino": openvino_genai, "onnxruntime-genai": onnxruntime_genai, "torch": torch, "torch.onnx": torch_onnx}
 
 
 def warm(f: Callable[[int], float], argument: int) -> float:

@@ -20,13 +20,16 @@ pub struct EngineOptions {
     pub provider: Option<Provider>,
     /// Directory for the engines that TensorRT builds; [`cache_dir`]'s `tensorrt` if this is absent.
     pub engine_cache: Option<PathBuf>,
+    /// Whether a `cpu` artifact's weights may be copied to pages of 2 MiB when it is loaded, if that makes tokens faster soon enough to
+    /// pay. Processes that run the same artifact share its file's memory, but not copies.
+    pub large_pages: bool,
     /// Is told what takes minutes: engines that are built.
     pub progress: fn(&str),
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { threads: None, provider: None, engine_cache: None, progress: |_| {} }
+        Self { threads: None, provider: None, engine_cache: None, large_pages: true, progress: |_| {} }
     }
 }
 

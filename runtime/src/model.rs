@@ -25,7 +25,7 @@ use vlmc_artifact::{Manifest, Processor, PromptRules};
 pub fn open_engine(artifact: &Artifact, options: &EngineOptions) -> Result<Box<dyn Engine>> {
     artifact.check_layout()?;
     match (artifact.manifest().target.as_str(), options.provider) {
-        ("cpu", None | Some(Provider::Cpu)) => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, options.threads)?)),
+        ("cpu", None | Some(Provider::Cpu)) => Ok(Box::new(crate::cpu::CpuEngine::open(artifact, options)?)),
         ("cpu", Some(gpu)) => {
             let gpu = gpu.name();
             Err(Error::Unsupported(format!("target 'cpu' has no provider '{gpu}': compile for onnx-cuda or onnx-tensorrt to run on a GPU")))

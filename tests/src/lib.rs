@@ -16,7 +16,8 @@ use vlmc_passes::{Target, quantize::Policy};
 use vlmc_runtime::{Artifact, EngineOptions, Part, Provider, artifact::Processor, open_engine, processor};
 
 /// Artifacts of all targets run on the processor.
-pub const CPU: EngineOptions = EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, progress: |_| {} };
+pub const CPU: EngineOptions =
+    EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, large_pages: true, progress: |_| {} };
 
 /// A directory of `fixtures/`.
 pub fn fixture(name: &str) -> PathBuf {

@@ -5,7 +5,7 @@ use std::num::NonZero;
 use vlmc::compile::Model;
 use vlmc_passes::quantize::Policy;
 use vlmc_runtime::{
-    Artifact, CpuEngine, Features, Pipeline, Scored, Tensor, Tensors,
+    Artifact, CpuEngine, EngineOptions, Features, Pipeline, Scored, Tensor, Tensors,
     sample::{Sampler, Sampling},
 };
 
@@ -24,7 +24,9 @@ fn decode(fixture: &str, quant: &str, threads: usize) {
     let model = Model::open(&vlmc_tests::fixture(fixture)).unwrap();
     let policy = Policy::named(quant).unwrap();
     vlmc_tests::compile_with(&model, "cpu", &policy, &out).unwrap();
-    let engine = CpuEngine::open(&Artifact::open(&out).unwrap(), NonZero::new(threads)).unwrap();
+    let engine =
+        CpuEngine::open(&Artifact::open(&out).unwrap(), &EngineOptions { threads: NonZero::new(threads), ..EngineOptions::default() })
+            .unwrap();
     let mut pipeline = Pipeline::new(Box::new(engine)).unwrap();
     let prompt = Tensors::from([("input_ids".into(), Tensor::new([1, 3], vec![5i64, 6, 7]).unwrap())]);
     pipeline.prefill(&prompt, &Features::default(), Scored::Last).unwrap();

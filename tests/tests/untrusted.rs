@@ -7,7 +7,7 @@ use rand_chacha::ChaCha12Rng;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{fs, path::Path};
-use vlmc_runtime::{Artifact, CpuEngine, Engine};
+use vlmc_runtime::{Artifact, CpuEngine, Engine, EngineOptions};
 use vlmc_tests::{compile, fixture, write_inputs};
 
 /// Visits every leaf and container of a document.
@@ -75,7 +75,10 @@ fn replace(artifact: &Path, name: &str, content: &Value) {
 /// Prefill and two steps; what was wrong, if it did not run.
 fn attempt(artifact: &Path, inputs: &Path, outputs: &Path) -> Result<(), String> {
     let artifact = Artifact::open(artifact).map_err(|e| e.to_string())?;
-    let engine: Box<dyn Engine> = Box::new(CpuEngine::open(&artifact, std::num::NonZero::new(2)).map_err(|e| e.to_string())?);
+    let engine: Box<dyn Engine> = Box::new(
+        CpuEngine::open(&artifact, &EngineOptions { threads: std::num::NonZero::new(2), ..EngineOptions::default() })
+            .map_err(|e| e.to_string())?,
+    );
     vlmc::exec::exec(engine, inputs, outputs, 2).map(|_| ()).map_err(|e| e.to_string())
 }
 

@@ -634,7 +634,7 @@ fn measure(args: &BenchArgs, asked: &Asked, counter: &Counter<'_>, bar: &Progres
 fn profile_phases(args: &BenchArgs, asked: &Asked) -> Result<Vec<Phase>> {
     let recorder = profile::Recorder::default();
     let open = |artifact: &Artifact| {
-        let mut engine = CpuEngine::open(artifact, args.engine.threads)?;
+        let mut engine = CpuEngine::open(artifact, &args.engine.options())?;
         engine.profile(recorder.profiler());
         Ok(Box::new(engine) as Box<dyn Engine>)
     };

@@ -264,7 +264,7 @@ pub fn verify(artifact: &Artifact, model: Model, requests: &[Request], options: 
         Box::new(move |observed| state.borrow_mut().record(observed).map_err(|e| vlmc_runtime::Error::Input(e.to_string())))
     };
     let engine: Box<dyn Engine> = if manifest.target == "cpu" {
-        let mut engine = CpuEngine::open(artifact, options.engine.threads)?;
+        let mut engine = CpuEngine::open(artifact, &options.engine)?;
         engine.observe(recorder);
         Box::new(engine)
     } else {

@@ -412,12 +412,16 @@ impl Unpacked {
                 segment.scales::<I::Floats>().store(scales);
                 if grid.scheme.bits == 4 {
                     for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
+                        prefetch(from, AHEAD);
                         let [low, high] = halves::<I>(from);
                         low.store(&mut to[0]);
                         high.store(&mut to[1]);
                     }
                 } else {
-                    codes[..segment.codes.len()].copy_from_slice(segment.codes);
+                    for (to, from) in codes.iter_mut().zip(segment.codes) {
+                        prefetch(from, AHEAD);
+                        I::load(from).store(to);
+                    }
                 }
             }
             if let Some(from) = segment.zeros {

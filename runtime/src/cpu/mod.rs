@@ -9,7 +9,7 @@ mod weights;
 mod work;
 
 use crate::{
-    Engine, Error, Observer, Result, Tensor,
+    Engine, EngineOptions, Error, Observer, Result, Tensor,
     artifact_dir::{Artifact, read_limited},
     binding, engine,
 };
@@ -17,7 +17,7 @@ use arena::{Arena, Lives, Places, Rest};
 pub(crate) use memory::state_bytes;
 use memory::{Frame, Literal, Shapes, State};
 use observe::Watch;
-use std::{num::NonZero, time::Instant};
+use std::time::Instant;
 use vlmc_artifact::{
     Bindings, Manifest, PROGRAM,
     program::{Function, Kernel, Place, Program},
@@ -96,12 +96,11 @@ pub(crate) fn working(f: &Function, symbols: &Bindings, threads: usize) -> Resul
 }
 
 impl CpuEngine {
-    /// Loads the program and maps the weights; `threads` is the number of CPU threads, by default as many as
-    /// [`crate::threads`] says.
+    /// Loads the program and maps the weights.
     ///
     /// # Errors
     /// The program or the weights are not what the manifest says, or could not be run safely.
-    pub fn open(artifact: &Artifact, threads: Option<NonZero<usize>>) -> Result<Self> {
+    pub fn open(artifact: &Artifact, options: &EngineOptions) -> Result<Self> {
         let program = program(artifact)?;
         let path = artifact.require(PROGRAM)?;
         let invalid = |why: String| Error::file(&path, format!("is not a valid program: {why}"));
@@ -112,8 +111,10 @@ impl CpuEngine {
         if let Some(e) = manifest.entries.iter().enumerate().find(|(i, _)| !functions.iter().any(|f| f.entry == *i)) {
             return Err(invalid(format!("it has no function '{}'", e.1.name)));
         }
-        let kernels = Kernels::new(engine::threads(threads));
-        weights.enlarge(&kernels, &functions.iter().flat_map(|f| read_by_tokens(&f.function)).collect());
+        let kernels = Kernels::new(engine::threads(options.threads));
+        if options.large_pages {
+            weights.enlarge(&kernels, &functions.iter().flat_map(|f| read_by_tokens(&f.function)).collect());
+        }
         Ok(Self { manifest, kernels, weights, functions, arena: Arena::default(), observer: None, profiler: None })
     }
 

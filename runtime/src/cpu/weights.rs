@@ -145,21 +145,12 @@ impl Weights {
     /// Copies weights that every token reads, `chosen` by their numbers, to pages of 2 MiB, if a sample of them is read so much faster
     /// there that this pays within [`TOKENS`] tokens. Where there are no such pages or not the memory, all stays as it is.
     pub(super) fn enlarge(&mut self, kernels: &Kernels, chosen: &BTreeSet<usize>) {
-        let mut chosen: Vec<_> = chosen.iter().copied().collect();
-        chosen.sort_unstable_by_key(|i| self.tensors[*i].range.start);
-        let mut len = 0;
-        let mut copies = vec![];
-        let mut sampled = 0;
-        for i in chosen {
-            sampled += usize::from(len < SAMPLE);
-            copies.push(Copy { tensor: i, at: len });
-            len += self.tensors[i].range.len().next_multiple_of(LINE);
-        }
+        let (copies, len) = self.copies(chosen);
         if len < WORTH_A_SAMPLE || spare_memory().is_none_or(|spare| spare / 2 < len) {
             return;
         }
         let Some(mut large) = large_pages(len) else { return };
-        let (sample, rest) = copies.split_at(sampled);
+        let (sample, rest) = copies.split_at(copies.partition_point(|c| c.at < SAMPLE));
         let start = Instant::now();
         if !self.copy(kernels, sample, &mut large) {
             return;
@@ -174,15 +165,27 @@ impl Weights {
         }
     }
 
+    /// Weights in the order of the file, each with the place of its copy, and the length of all copies.
+    fn copies(&self, chosen: &BTreeSet<usize>) -> (Vec<Copy>, usize) {
+        let mut copies: Vec<_> = chosen.iter().map(|i| Copy { tensor: *i, at: 0 }).collect();
+        copies.sort_unstable_by_key(|c| self.tensors[c.tensor].range.start);
+        let mut len = 0;
+        for c in &mut copies {
+            c.at = len;
+            len += self.tensors[c.tensor].range.len().next_multiple_of(LINE);
+        }
+        (copies, len)
+    }
+
     /// Reads weights from the file, which takes no memory besides; whether that could be done.
-    fn copy(&self, kernels: &Kernels, copies: &[Copy], mut to: &mut [u8]) -> bool {
+    fn copy(&self, kernels: &Kernels, copies: &[Copy], to: &mut [u8]) -> bool {
         let mut pieces = vec![];
-        let mut start = 0;
+        let (mut rest, mut start) = (to, 0);
         for c in copies {
             let Range { start: from, end } = self.tensors[c.tensor].range;
-            let (_, rest) = std::mem::take(&mut to).split_at_mut(c.at - start);
-            let (bytes, rest) = rest.split_at_mut(end - from);
-            (to, start) = (rest, c.at + end - from);
+            let (_, after) = rest.split_at_mut(c.at - start);
+            let (bytes, after) = after.split_at_mut(end - from);
+            (rest, start) = (after, c.at + end - from);
             pieces.extend(bytes.chunks_mut(PIECE).enumerate().map(|(i, bytes)| (from + i * PIECE, bytes)));
         }
         let failed = AtomicBool::new(false);
@@ -231,6 +234,43 @@ impl Weights {
 mod tests {
     use super::*;
     use safetensors::tensor::{TensorView, serialize_to_file};
+
+    #[test]
+    fn copies_are_what_the_file_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.safetensors");
+        let names = ["a", "b", "c", "d"];
+        let data: Vec<Vec<u8>> =
+            [4, 1000, 60, 12].iter().enumerate().map(|(i, n)| (0..4 * n).map(|b| (b * 7 + i) as u8).collect()).collect();
+        let view = |data| TensorView::new(Dtype::F32, vec![<[u8]>::len(data) / 4], data).unwrap();
+        serialize_to_file(names.iter().zip(&data).map(|(n, d)| (*n, view(d))), None, &path).unwrap();
+        let weight = |(name, data): (&&str, &Vec<u8>)| Weight {
+            name: (*name).into(),
+            dtype: DType::F32,
+            shape: vec![data.len() / 4],
+            layout: Layout::Rows,
+        };
+        let all: Vec<Weight> = names.iter().zip(&data).map(weight).collect();
+        let mut weights = Weights::open(&path, &all).unwrap();
+        let (copies, len) = weights.copies(&[0, 1, 3].into());
+        let mut large = MmapMut::map_anon(len).unwrap();
+        let (first, rest) = copies.split_at(1);
+        for some in [first, rest] {
+            assert!(weights.copy(&Kernels::new(2), some, &mut large));
+        }
+        copies.iter().for_each(|c| weights.tensors[c.tensor].copy = Some(c.at));
+        weights.large = Some(large);
+        for (i, data) in data.iter().enumerate() {
+            let Floats::F32(floats) = weights.floats(i) else { panic!() };
+            assert_eq!(bytemuck::cast_slice::<f32, u8>(floats), data);
+            let is_copy = !weights.map.as_ptr_range().contains(&floats.as_ptr().cast());
+            assert_eq!(is_copy, i != 2);
+        }
+        // A file that became shorter is not read.
+        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        let mut again = vec![0; len];
+        assert!(!weights.copy(&Kernels::new(1), &copies, &mut again));
+    }
 
     #[test]
     fn quantized_weights_are_bytes_of_panels() {

@@ -264,7 +264,8 @@ mod tests {
     };
     use serde_json::json;
 
-    const OPTIONS: EngineOptions = EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, progress: |_| {} };
+    const OPTIONS: EngineOptions =
+        EngineOptions { threads: None, provider: Some(Provider::Cpu), engine_cache: None, large_pages: false, progress: |_| {} };
     /// Of a row of queries, keys and values.
     const WIDTH: usize = 8;
 
