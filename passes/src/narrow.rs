@@ -70,6 +70,7 @@ fn computes(op: &Op) -> bool {
             | Op::Attention(_)
             | Op::MultiHeadAttention(_)
             | Op::GroupQueryAttention(_)
+            | Op::RoutedMoe(_)
             | Op::Append(_)
     )
 }

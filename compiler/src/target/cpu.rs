@@ -46,7 +46,7 @@ pub(super) const TARGET: Target = Target {
         | Op::AddLayerNorm(_)
         | Op::AddRmsNorm(_)
         | Op::RotaryAttention(_) => Support::Native,
-        Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) => Support::Decompose,
+        Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) | Op::RoutedMoe(_) => Support::Decompose,
         Op::SplitHeads(_)
         | Op::BatchNorm(_)
         | Op::MergeHeads(_)

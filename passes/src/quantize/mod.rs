@@ -106,6 +106,7 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         };
         outcomes.insert(name, outcome);
     }
+    refuse_mixed(target, &program, &mut outcomes);
     let choice = |name: &str| if let Some(Outcome::Done(c)) = outcomes.get(name) { Some(*c) } else { None };
     program.map_weights(|name, w| match choice(name) {
         Some(c) if w.dtype.scheme().is_none() => w.quantize(c.scheme, c.method),
@@ -135,6 +136,24 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
     Ok((program, outcomes))
 }
 
+/// Leaves experts as they are whose stacks the policy wants in different types, where `target` runs them in one only.
+fn refuse_mixed(target: &Target, program: &Program, outcomes: &mut BTreeMap<String, Outcome>) {
+    for (g, node) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
+        let Op::Moe(_) = node.op else { continue };
+        let name = |v: &ValueId| if let Def::Weight(name) = g.def(*v) { Some(name.clone()) } else { None };
+        let ty = |v: &ValueId| match name(v).and_then(|name| outcomes.get(&name).cloned()) {
+            Some(Outcome::Done(c)) => g.ty(*v).with_dtype(DType::Quant(c.scheme)),
+            _ => g.ty(*v).clone(),
+        };
+        let types: Vec<Type> = node.args.iter().map(ty).collect();
+        if let Support::Reject(why) = target.support(&node.op, &types) {
+            let stacks = node.args.iter().filter_map(name).filter(|n| matches!(outcomes.get(n), Some(Outcome::Done(_))));
+            let stacks: Vec<String> = stacks.collect();
+            outcomes.extend(stacks.into_iter().map(|name| (name, Outcome::Refused(why.clone()))));
+        }
+    }
+}
+
 /// Why `target` does not run the weight of that name in that type, if so.
 pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -> Option<String> {
     program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))).find_map(|(g, node)| {
@@ -142,8 +161,12 @@ pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -
         if !node.args.iter().any(reads) {
             return None;
         }
-        let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() };
-        match target.support(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
+        // Stacks of experts go together.
+        let together = |i: usize| matches!(node.op, Op::Moe(_)) && i >= 3;
+        let ty = |(i, v): (usize, &ValueId)| {
+            if reads(v) || together(i) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() }
+        };
+        match target.support(&node.op, &node.args.iter().enumerate().map(ty).collect::<Vec<Type>>()) {
             Support::Native => None,
             Support::Reject(why) => Some(why),
             Support::Decompose => Some(format!("'{}' is run in parts, which read no quantized weights", node.op.name())),
