@@ -59,6 +59,7 @@ fn computes(op: &Op) -> bool {
     matches!(
         op,
         Op::Linear(_)
+            | Op::FakeQuantize(_)
             | Op::MatMul(_)
             | Op::Conv2d(_)
             | Op::LayerNorm(_)

@@ -84,7 +84,7 @@ fn units<'r>(program: &Program, report: &'r Report) -> Vec<Vec<&'r String>> {
         let Op::Moe(_) = node.op else { continue };
         let names = node.args.iter().filter_map(|v| if let Def::Weight(name) = g.def(*v) { report.get_key_value(name) } else { None });
         let names: Vec<&String> = names.map(|(name, _)| name).collect();
-        names.iter().for_each(|name| drop(first.insert(name, names[0])));
+        first.extend(names.iter().map(|name| (*name, names[0])));
     }
     let mut units: BTreeMap<&String, Vec<&String>> = BTreeMap::new();
     report.keys().for_each(|name| units.entry(first.get(name).copied().unwrap_or(name)).or_default().push(name));

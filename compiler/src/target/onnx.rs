@@ -9,6 +9,8 @@ use vlmc_passes::{Support, Target};
 pub(crate) const ATTENTION_OPSET: i64 = 23;
 /// First operator set whose reductions take axes as an operand, as sums always did.
 pub(crate) const AXES_OPSET: i64 = 18;
+/// First operator set whose `QuantizeLinear` and `DequantizeLinear` know floats other than `f32`.
+pub(crate) const NARROW_SCALES_OPSET: i64 = 19;
 /// First operator set with `Gelu`.
 pub(crate) const GELU_OPSET: i64 = 20;
 
@@ -50,6 +52,7 @@ pub(super) fn standard(target: &Target, op: &Op, args: &[Type]) -> Support {
         | Op::TopK(_)
         | Op::Conv2d(_)
         | Op::Linear(_)
+        | Op::FakeQuantize(_)
         | Op::Embedding(_)
         | Op::LayerNorm(_)
         | Op::RmsNorm(_)

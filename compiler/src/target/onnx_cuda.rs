@@ -13,7 +13,7 @@ pub(super) const TARGET: Target = Target {
             Support::Reject("the GPU's kernel for quantized experts reads them in an order of its own".into())
         }
         // In bf16 the kernel of MoE takes the logits for f32 (ONNX Runtime 1.25). It wants rows of 16 bytes, 16 of them at least.
-        Op::RoutedMoe(_) if target.float != DType::F16 || !args[2..].iter().all(|t| onnx::in_eights(t) && onnx::at_least(t, 16)) => {
+        Op::RoutedMoe(_) if target.float == DType::BF16 || !args[2..].iter().all(|t| onnx::in_eights(t) && onnx::at_least(t, 16)) => {
             Support::Decompose
         }
         _ => onnx::runtime(target, op, args),
@@ -24,5 +24,6 @@ pub(super) const TARGET: Target = Target {
     opset: Some(onnx::ATTENTION_OPSET),
     opsets: &[onnx::ATTENTION_OPSET],
     own_operators: true,
+    static_activations: false,
     passes: vlmc_passes::ONNX_RUNTIME,
 };

@@ -18,7 +18,7 @@ pub use attention::{
 };
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Gated, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
-pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
+pub use matrix::{Embedding, FakeQuantize, Linear, MatMul, MergeFeatures};
 pub use moe::{Moe, Route, RoutedMoe, TopK, shares};
 pub use norm::{AddLayerNorm, AddRmsNorm, BatchNorm, LayerNorm, RmsNorm};
 pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions, WindowOrder};
@@ -154,7 +154,7 @@ ops! {
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
     // Composites that no frontend writes: passes make them of the ones above.
     Gated, AddLayerNorm, AddRmsNorm, RotaryAttention, MergedRotary, MultiHeadAttention, GroupQueryAttention,
-    RoutedMoe,
+    RoutedMoe, FakeQuantize,
 }
 
 // What type rules share.

@@ -1,6 +1,6 @@
 //! Mixtures of experts.
 
-use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, matrix::round_to_8_bits, operands};
+use super::{OpDef, expect, expect_dtype, expect_float, expect_number, expect_shape, matrix::round_to_8_bits, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{ArrayD, IxDyn};
 use serde::{Deserialize, Serialize};
@@ -108,8 +108,8 @@ impl OpDef for RoutedMoe {
 
     fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
         let [x, logits, gate_up, down] = operands(args)?;
-        expect_dtype(x, DType::F32, "x")?;
-        expect_dtype(logits, DType::F32, "logits")?;
+        expect_number(x, "x")?;
+        expect_dtype(logits, x.dtype, "logits")?;
         expect(x.rank() == 2 && logits.rank() == 2, || format!("x must be [n, h] and logits [n, e], are {x} and {logits}"))?;
         expect(logits.shape[0] == x.shape[0], || format!("{x} and {logits} are of different numbers of rows"))?;
         for (w, what) in [(gate_up, "gate_up"), (down, "down")] {

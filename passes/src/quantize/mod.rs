@@ -9,7 +9,11 @@ pub use policy::{BUILT_IN, Calibration, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
 use std::collections::BTreeMap;
-use vlmc_ir::{DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, rewrite};
+use vlmc_ir::{
+    DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
+    ops::{FakeQuantize, Linear},
+    rewrite,
+};
 
 /// Tables of fewer entries are left alone: positions and kinds of tokens, which are small and count for every token.
 pub const LEAST_ENTRIES: usize = 8192;
@@ -134,6 +138,28 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         })
         .collect::<Result<_, _>>()?;
     Ok((program, outcomes))
+}
+
+/// Layers of 8 bits with a scale per row that round what they read do so in the same steps for all, which the largest number that
+/// calibration saw a layer read decides; a layer that it did not see rounds nothing.
+///
+/// # Errors
+/// A rewrite made something ill-typed: a bug.
+pub fn round_statically(mut program: Program, largest: &dyn Fn(&str) -> Option<f32>) -> Result<Program, crate::PassError> {
+    program.graphs = program
+        .graphs
+        .iter()
+        .map(|graph| {
+            rewrite(graph, |g, node, args| {
+                let (Op::Linear(linear), Def::Weight(name)) = (&node.op, graph.def(*node.args.get(1)?)) else { return None };
+                let rows = graph.ty(node.args[1]).dtype.scheme().is_some_and(|s| s.bits == 8 && s.group.is_none());
+                let largest = largest(name).filter(|v| linear.dynamic && rows && *v > 0.0 && v.is_finite())?;
+                let [x] = g.apply(FakeQuantize { scale: f64::from(largest) / 127.0 }, &args[..1]);
+                Some(g.apply_op(Linear { dynamic: false, ..linear.clone() }.into(), &[&[x], &args[1..]].concat()))
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(program)
 }
 
 /// Leaves experts as they are whose stacks the policy wants in different types, where `target` runs them in one only.

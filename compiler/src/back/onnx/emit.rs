@@ -1,6 +1,6 @@
 //! IR to ONNX, op by op.
 
-use super::{MICROSOFT, block, ir_version, layout, proto, stored_name};
+use super::{MICROSOFT, block, ir_version, layout, proto, scales, stored_name};
 use crate::{
     Error, Result,
     back::{Layout, Place},
@@ -318,7 +318,7 @@ impl Emitter<'_> {
 
     /// A linear layer of weights that are numbers again before the product.
     fn dequantized(&mut self, node: &Node, weight: &str, scheme: Scheme, [n, k]: [usize; 2], output: &str) -> Emitted {
-        let (codes, scales) = (format!("{weight}.codes"), format!("{weight}.scales"));
+        let (codes, steps) = (format!("{weight}.codes"), format!("{weight}.scales"));
         if self.stored.insert(codes.clone()) {
             let dims = |d: &[usize]| d.iter().map(|d| *d as i64).collect();
             self.external(&codes, &codes, DType::I8, dims(&[n, k]))?;
@@ -326,7 +326,7 @@ impl Emitter<'_> {
                 t.data_type = Some(proto::tensor_proto::DataType::Int4 as i32);
             }
             let groups = scheme.group.map(|g| k / usize::from(g));
-            self.external(&scales, &scales, self.target.float, dims(&[&[n], groups.as_slice()].concat()))?;
+            self.external(&steps, &steps, scales(self.target), dims(&[&[n], groups.as_slice()].concat()))?;
         }
         let attributes = match scheme.group {
             Some(g) => vec![int("axis", 1), int("block_size", g.into())],
@@ -334,13 +334,36 @@ impl Emitter<'_> {
         };
         let matrix = format!("{weight}.T");
         if self.stored.insert(matrix.clone()) {
-            let rows = self.helper("DequantizeLinear", &[&codes, &scales], weight, attributes);
+            let mut rows = self.helper("DequantizeLinear", &[&codes, &steps], weight, attributes);
+            if scales(self.target) != self.target.float {
+                rows = self.helper("Cast", &[&rows], weight, vec![int("to", data_type(self.target.float).into())]);
+            }
             self.named("Transpose", &[&rows], &matrix, vec![ints("perm", [1, 0])]);
         }
         let x = self.operand(node.args[0], &node.op, 0)?;
         let bias = node.args.get(2).map(|b| self.operand(*b, &node.op, 2)).transpose()?;
         self.product(&[&x, &matrix], bias.as_deref(), output);
         Ok(())
+    }
+
+    /// `x` in steps of `scale`, in 8 bits.
+    fn fake_quantize(&mut self, x: &str, dtype: DType, scale: f64, output: &str) {
+        let wide = if dtype == self.target.float { scales(self.target) } else { dtype };
+        // Smaller ones of f16 are not exact; the layer's numbers are in fewer steps then.
+        let scale = if wide == DType::F16 { scale.max(half::f16::MIN_POSITIVE.to_f64()) } else { scale };
+        let (step, zero) = (format!("{output}/scale"), "zero_i8");
+        self.literal(&step, &Literal::scalar(wide, scale));
+        if self.stored.insert(zero.into()) {
+            self.literal(zero, &Literal::scalar(DType::I8, 0.0));
+        }
+        let to = |dtype| vec![int("to", data_type(dtype).into())];
+        let x = if wide == dtype { x.to_string() } else { self.helper("Cast", &[x], output, to(wide)) };
+        let steps = self.helper("QuantizeLinear", &[&x, &step, zero], output, vec![]);
+        if wide == dtype {
+            return self.named("DequantizeLinear", &[&steps, &step, zero], output, vec![]);
+        }
+        let rounded = self.helper("DequantizeLinear", &[&steps, &step, zero], output, vec![]);
+        self.named("Cast", &[&rounded], output, to(dtype));
     }
 
     /// A product, and what is added to it.
@@ -356,6 +379,7 @@ impl Emitter<'_> {
 
     fn literal(&mut self, name: &str, l: &Literal) {
         let raw: Vec<u8> = match l.dtype {
+            DType::I8 => l.data.iter().flat_map(|v| (*v as i8).to_le_bytes()).collect(),
             DType::I64 => l.data.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
             DType::Bool => l.data.iter().map(|v| u8::from(*v != 0.0)).collect(),
             DType::F16 => l.data.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
@@ -655,6 +679,7 @@ impl Emitter<'_> {
                 }
                 self.product(&[x[0], &matrix], x.get(2).copied(), &out);
             }
+            Op::FakeQuantize(o) => self.fake_quantize(x[0], ty(0).dtype, o.scale, &out),
             Op::Embedding(_) if ty(0).dtype != DType::F32 => {
                 let rows = self.helper("Gather", &x, &out, vec![int("axis", 0)]);
                 self.named("Cast", &[&rows], &out, vec![int("to", data_type(DType::F32).into())]);

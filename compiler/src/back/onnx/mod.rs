@@ -13,7 +13,7 @@ pub use profiles::{provider_options, trtexec};
 pub use text::to_text;
 
 use super::{Layout, Stored};
-use crate::{Error, Result};
+use crate::{Error, Result, target::onnx::NARROW_SCALES_OPSET};
 use prost::Message;
 use std::{collections::BTreeSet, path::Path};
 use vlmc_artifact::Scheme;
@@ -49,12 +49,17 @@ pub fn stored(target: &Target, program: &Verified) -> Vec<Stored> {
 
 fn layout(target: &Target, op: &Op, operand: usize, ty: &Type) -> Layout {
     match (op, operand, ty.dtype) {
-        (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(target.float),
+        (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(scales(target)),
         (_, _, DType::Quant(scheme)) => Layout::Blocks(target.float, block(op, operand, scheme, ty)),
         // Narrow matrices stay as checkpoints have them, so that their files can be used as they are.
         (Op::Linear(_), 1, _) if target.float == DType::F32 => Layout::Transposed,
         _ => Layout::Rows,
     }
+}
+
+/// Type of the scales of QuantizeLinear and DequantizeLinear.
+fn scales(target: &Target) -> DType {
+    if target.opset < Some(NARROW_SCALES_OPSET) { DType::F32 } else { target.float }
 }
 
 /// Columns of a block of a quantized matrix `[n, k]`, or of each of a stack. A row with one scale is cut into blocks that repeat it:
