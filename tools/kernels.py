@@ -16,10 +16,10 @@ import onnxruntime.capi.onnxruntime_pybind11_state as state
 
 OUT = pathlib.Path(__file__).parent.parent / "compiler/src/target/kernels"
 EMITTED = """Abs Add And Attention Cast Concat Conv Cos CumSum DequantizeLinear Div Equal Erf Exp Expand Floor Gather Gelu Identity
-LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pow RMSNormalization Range ReduceMax ReduceMean ReduceSum
+LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pow QuantizeLinear RMSNormalization Range ReduceMax ReduceMean ReduceSum
 Reshape RotaryEmbedding Round Shape Sigmoid Sin Slice Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where
-com.microsoft.FusedMatMul com.microsoft.GatherBlockQuantized com.microsoft.GroupQueryAttention com.microsoft.MatMulNBits com.microsoft.MultiHeadAttention
-com.microsoft.QuickGelu com.microsoft.SkipLayerNormalization com.microsoft.SkipSimplifiedLayerNormalization""".split()
+com.microsoft.FusedMatMul com.microsoft.GatherBlockQuantized com.microsoft.GroupQueryAttention com.microsoft.MatMulNBits com.microsoft.MoE
+com.microsoft.MultiHeadAttention com.microsoft.QMoE com.microsoft.QuickGelu com.microsoft.SkipLayerNormalization com.microsoft.SkipSimplifiedLayerNormalization""".split()
 TYPES = ["float", "float16", "bfloat16", "int32", "int64", "bool", "uint8", "int8", "int4"]
 # The oldest operator set that vlmc emits, and the newest.
 OLDEST, NEWEST = 17, 23

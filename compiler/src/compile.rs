@@ -23,7 +23,7 @@ use vlmc_artifact::{Entry, FORMAT, Generation, Manifest, PROGRAM, Port, Processo
 use vlmc_ir::{DType, Graph, Program, Verified, Weights, verify};
 use vlmc_passes::{
     Checked, Target, Trace, keep_states,
-    quantize::{Calibration, Choice, Outcome, Policy, quantize},
+    quantize::{Calibration, Choice, Outcome, Policy, quantize, round_statically},
 };
 
 /// Name and version of this compiler, as manifests have it.
@@ -193,8 +193,7 @@ impl Model {
     /// As [`Self::lower`], or the target cannot run the program.
     pub fn lower_for(&self, target: &Target, policy: &Policy, after: impl FnMut(&Trace, &Verified)) -> Result<Lowered> {
         let lowered = self.lower_with_codes(target)?;
-        let (mut program, outcomes) = quantize(target, policy, lowered.program.into_inner())?;
-        self.found.apply(&mut program);
+        let (mut program, outcomes) = self.quantized(target, policy, lowered.program)?;
         if self.kv != DType::F32 {
             program = keep_states(program, self.kv)?;
         }
@@ -204,14 +203,23 @@ impl Model {
         Ok(Lowered { program, outcomes, ..lowered })
     }
 
+    /// The program quantized by `policy`, with what calibration has found.
+    fn quantized(&self, target: &Target, policy: &Policy, program: Verified) -> Result<(Program, BTreeMap<String, Outcome>)> {
+        let (mut program, outcomes) = quantize(target, policy, program.into_inner())?;
+        self.found.apply(&mut program);
+        if target.static_activations {
+            program = round_statically(program, &|weight| self.found.largest(weight))?;
+        }
+        Ok((program, outcomes))
+    }
+
     /// Holds every pass of `target` to its contract, on the weights that `policy` quantizes: see [`vlmc_passes::check`].
     ///
     /// # Errors
     /// As [`Self::lower`], or a pass that is wrong, or a model that cannot be checked.
     pub fn check_passes(&self, target: &Target, policy: &Policy) -> Result<Vec<Checked>> {
         let source = |name: &str| self.checkpoint.floats(name).map_err(|e| e.to_string());
-        let (mut program, _) = quantize(target, policy, self.lower_with_codes(target)?.program.into_inner())?;
-        self.found.apply(&mut program);
+        let (program, _) = self.quantized(target, policy, self.lower_with_codes(target)?.program)?;
         Ok(vlmc_passes::check(target, verified(program)?, target.passes, 0, &source)?)
     }
 
@@ -263,9 +271,12 @@ impl Model {
         let lowered = self.lower_for(target, options.policy, |trace, _| passes.push(trace.clone()))?;
         let Lowered { program, task, unused, unknown, outcomes } = &lowered;
         let mut warnings = vec![];
-        let mut missed = vec![];
+        let (mut missed, mut unrounded) = (vec![], vec![]);
         for (name, outcome) in outcomes {
-            let Outcome::Done(Choice { scheme, calibration, .. }) = outcome else { continue };
+            let Outcome::Done(Choice { scheme, calibration, dynamic, .. }) = outcome else { continue };
+            if target.static_activations && *dynamic && scheme.bits == 8 && self.found.largest(name).is_none() {
+                unrounded.push(name.clone());
+            }
             let needed = matches!(calibration, Calibration::Gptq | Calibration::Awq | Calibration::Smooth);
             if needed && self.found.is_empty() {
                 return Err(Error::Uncalibrated(name.clone()));
@@ -278,6 +289,13 @@ impl Model {
         if !missed.is_empty() {
             let names = abridged(&missed);
             warnings.push(format!("{} weights are quantized without calibration, because no sample reached them: {names}", missed.len()));
+        }
+        if !unrounded.is_empty() {
+            let names = abridged(&unrounded);
+            warnings.push(format!(
+                "{} layers of 8 bits read numbers that are not rounded, for which --calibrate is needed: {names}",
+                unrounded.len()
+            ));
         }
         if !unknown.is_empty() {
             let fields = abridged(unknown);

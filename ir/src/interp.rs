@@ -361,6 +361,12 @@ fn recipe(r: &Recipe, source: &dyn Fn(&str) -> Result<Vec<f32>, String>, k: usiz
             Ok((0..n).flat_map(|c| (0..*rows).map(move |r| (r, c))).map(|(r, c)| data[r * n + c]).collect())
         }
         Recipe::Concat(parts) => Ok(parts.iter().map(|p| recipe(p, source, k)).collect::<Result<Vec<_>, _>>()?.concat()),
+        Recipe::Interleave(parts, rows) => {
+            let parts = parts.iter().map(|p| recipe(p, source, k)).collect::<Result<Vec<_>, _>>()?;
+            let matrices = parts.first().map_or(0, |p| p.len() / (rows * k).max(1));
+            let rows = (0..matrices * rows).flat_map(|r| parts.iter().map(move |p| p.get(r * k..(r + 1) * k)));
+            Ok(rows.collect::<Option<Vec<_>>>().ok_or("interleaved matrices are of different shapes")?.concat())
+        }
         Recipe::Scale(inner, by) => {
             let by = source(by)?;
             Ok(recipe(inner, source, k)?.iter().zip(by.iter().cycle()).map(|(x, s)| x * s).collect())

@@ -20,10 +20,13 @@ pub enum Recipe {
     Transpose(Box<Recipe>, usize),
     /// Recipes with equal row shapes, one after the other along the first axis.
     Concat(Vec<Recipe>),
+    /// Stacks of matrices of that many rows and of equal shapes, as one stack of matrices with more rows: the first row of each, the
+    /// second of each, and so on.
+    Interleave(Vec<Recipe>, usize),
     /// Multiplied along the last axis by a tensor of that length.
     Scale(Box<Recipe>, String),
     /// Codes for the numbers of the inner recipe, found row by row of the last axis. Only in a weight of that quantized type,
-    /// at the top or in a `Concat` there.
+    /// at the top or in a `Concat` or `Interleave` there.
     Quantize(Box<Recipe>, Scheme, Method),
     /// Codes that were found before: checkpoint tensors of that name and `.codes` (`u8`, of the weight's shape), `.scales` (`f32`,
     /// of its rows and their groups) and `.zeros` (`u8`, as the scales). Only where `Quantize` may stand.
@@ -37,7 +40,7 @@ impl Recipe {
             Self::Source(name) | Self::Codes(name, _) => vec![name],
             Self::Reshape(inner, _) | Self::Cast(inner, _) | Self::Transpose(inner, _) | Self::Quantize(inner, ..) => inner.sources(),
             Self::Scale(inner, by) => [inner.sources(), vec![by]].concat(),
-            Self::Concat(parts) => parts.iter().flat_map(Self::sources).collect(),
+            Self::Concat(parts) | Self::Interleave(parts, _) => parts.iter().flat_map(Self::sources).collect(),
         }
     }
 
@@ -46,6 +49,7 @@ impl Recipe {
     /// # Errors
     /// What `f` said.
     pub fn map_sources<E>(&self, f: &mut impl FnMut(&str) -> Result<String, E>) -> Result<Self, E> {
+        let all = |parts: &[Recipe], f: &mut _| parts.iter().map(|p| p.map_sources(f)).collect::<Result<_, _>>();
         let mut boxed = |r: &Recipe| r.map_sources(f).map(Box::new);
         Ok(match self {
             Self::Reshape(inner, shape) => Self::Reshape(boxed(inner)?, shape.clone()),
@@ -53,7 +57,8 @@ impl Recipe {
             Self::Transpose(inner, rows) => Self::Transpose(boxed(inner)?, *rows),
             Self::Quantize(inner, scheme, method) => Self::Quantize(boxed(inner)?, *scheme, *method),
             Self::Scale(inner, by) => Self::Scale(boxed(inner)?, f(by)?),
-            Self::Concat(parts) => Self::Concat(parts.iter().map(|p| p.map_sources(f)).collect::<Result<_, _>>()?),
+            Self::Concat(parts) => Self::Concat(all(parts, f)?),
+            Self::Interleave(parts, rows) => Self::Interleave(all(parts, f)?, *rows),
             Self::Source(name) => Self::Source(f(name)?),
             Self::Codes(name, scheme) => Self::Codes(f(name)?, *scheme),
         })

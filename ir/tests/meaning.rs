@@ -7,7 +7,7 @@ use vlmc_artifact::program::{Reduce, Unary};
 use vlmc_ir::{
     Bindings, Builder, DType, Op, Type, Val,
     interp::{self, Array, Env, EvalError},
-    ops::{Append, Linear, Mask, Moe, NtkRope},
+    ops::{Append, FakeQuantize, Linear, Mask, Moe, NtkRope, RoutedMoe},
 };
 
 fn floats(shape: &[usize], f: impl FnMut(usize) -> f64) -> Array {
@@ -301,6 +301,42 @@ fn dynamic_moe_rounds_what_its_stacks_multiply() {
     close(&run(true), &[1, 2], |i| [gated(1.0), (gated(13.0 / 127.0) / step).round() * step][i[1]]);
     assert!(op(false).infer(&types("f32")).is_ok());
     assert!(op(true).infer(&types("f32")).is_err());
+}
+
+/// Of three experts, the two with the largest logits count as the softmax of all says; rows of gate and up come in turn.
+#[test]
+fn routed_moe() {
+    let types = [vec![1, 2], vec![1, 3], vec![3, 2, 2], vec![3, 2, 1]].map(|shape| Type::new(DType::F32, shape));
+    let x = floats(&[1, 2], |i| [1.0, 2.0][i]);
+    let logits = floats(&[1, 3], |i| [0.5, -1.0, 1.5][i]);
+    // The gate reads the first column, up the second; expert `e` multiplies by 2^e, and gives it to the second column too.
+    let gate_up = floats(&[3, 2, 2], |i| f64::from(u8::from(matches!(i % 4, 0 | 3))));
+    let down = floats(&[3, 2, 1], |i| f64::from(1 << (i / 2)));
+    let run = |dynamic: bool, types: &[Type]| {
+        let op = Op::from(RoutedMoe { k: 2, dynamic });
+        interp::eval(&op, types, &[&x, &logits, &gate_up, &down], &Bindings::default()).unwrap().remove(0)
+    };
+    let exp = [0.5f64, -1.0, 1.5].map(f64::exp);
+    let inner = 2.0 / (1.0 + (-1.0f64).exp());
+    close(&run(false, &types), &[1, 2], |_| inner * (exp[0] + 4.0 * exp[2]) / exp.iter().sum::<f64>());
+    // 1 of at most 2 is 63.5 steps of 2 / 127, and that is 64.
+    let quantized = types.each_ref().map(|t| if t.rank() == 3 { t.with_dtype("int8".parse().unwrap()) } else { t.clone() });
+    let gate = 128.0 / 127.0f64;
+    let inner = 2.0 * gate / (1.0 + (-gate).exp());
+    close(&run(true, &quantized), &[1, 2], |_| inner * (exp[0] + 4.0 * exp[2]) / exp.iter().sum::<f64>());
+    let op = |k| Op::from(RoutedMoe { k, dynamic: false });
+    assert!(op(3).infer(&types).is_ok() && op(4).infer(&types).is_err());
+}
+
+/// Steps of the scale, halves to even, and what 8 bits hold.
+#[test]
+fn fake_quantize() {
+    let op = Op::from(FakeQuantize { scale: 0.5 });
+    let types = [Type::new(DType::F32, [6])];
+    let x = floats(&[6], |i| [0.2, 0.25, 0.75, -0.26, 100.0, -100.0][i]);
+    let got = interp::eval(&op, &types, &[&x], &Bindings::default()).unwrap();
+    assert_eq!(got, [floats(&[6], |i| [0.0, 0.0, 1.0, -0.5, 63.5, -64.0][i])]);
+    assert!(Op::from(FakeQuantize { scale: 0.0 }).infer(&types).is_err());
 }
 
 /// What a state keeps in 8 bits is rounded once, when it is appended: rows have steps of their own.

@@ -164,6 +164,7 @@ pub const ONNX_RUNTIME: &[Pass] = &[
     rules::late_split::SCALE,
     rules::merged_attention::GROUP_QUERY,
     rules::merged_attention::MULTI_HEAD,
+    rules::ROUTED_MOE,
     masks::GIVEN,
     masks::ONE_KEY,
     legalize::LEGALIZE,

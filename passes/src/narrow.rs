@@ -59,6 +59,7 @@ fn computes(op: &Op) -> bool {
     matches!(
         op,
         Op::Linear(_)
+            | Op::FakeQuantize(_)
             | Op::MatMul(_)
             | Op::Conv2d(_)
             | Op::LayerNorm(_)
@@ -70,6 +71,7 @@ fn computes(op: &Op) -> bool {
             | Op::Attention(_)
             | Op::MultiHeadAttention(_)
             | Op::GroupQueryAttention(_)
+            | Op::RoutedMoe(_)
             | Op::Append(_)
     )
 }

@@ -31,6 +31,8 @@ pub struct Target {
     pub opset: Option<i64>,
     /// Whether its graphs may have operators of ONNX Runtime's own.
     pub own_operators: bool,
+    /// Whether what layers of 8 bits read is rounded in steps that calibration finds, rather than in steps of each token's own.
+    pub static_activations: bool,
     /// Versions that [`Self::opset`] may be.
     pub opsets: &'static [i64],
     /// Element type in which the artifact stores a weight.

@@ -355,6 +355,7 @@ pub fn target(name: &str) -> &'static Target {
     let float = float.map(|f| match f {
         "f32" => DType::F32,
         "f16" => DType::F16,
+        "bf16" => DType::BF16,
         other => panic!("{other}"),
     });
     let target = vlmc::target::configured(name, float, opset.map(|v| v.parse().expect("a number")));
@@ -388,6 +389,13 @@ pub fn difference(got: &ArrayD<f32>, reference: &ArrayD<f32>) -> (f32, f32) {
     assert_eq!(got.shape(), reference.shape());
     assert!(got.iter().chain(reference).all(|v| v.is_finite()), "a value is not finite");
     got.iter().zip(reference).fold((0.0, 0.0), |(d, m): (f32, f32), (g, r)| (d.max((g - r).abs()), m.max(r.abs())))
+}
+
+/// Length of the difference, relative to that of the reference.
+pub fn relative_error(got: &[f32], reference: &[f32]) -> f64 {
+    assert_eq!(got.len(), reference.len());
+    let length = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    length(&mut got.iter().zip(reference).map(|(a, b)| a - b)) / length(&mut reference.iter().copied())
 }
 
 /// Fails unless `got` is within `1e-4 * max(1, |reference|max)`.

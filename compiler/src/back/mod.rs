@@ -7,7 +7,7 @@ mod weights;
 pub(crate) use weights::write;
 
 use crate::{Error, Result, weights_writer::TensorSpec};
-use vlmc_artifact::{Scheme, program::PANEL, quant};
+use vlmc_artifact::{program::PANEL, quant};
 use vlmc_ir::{DType, weights::WeightDef};
 
 /// Where the bytes of a stored weight are.
@@ -41,22 +41,14 @@ pub enum Layout {
     Transposed,
     /// Of a matrix, or each of a stack of them: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
-    /// Of a quantized matrix `[n, k]`, as ONNX Runtime's MatMulNBits wants it: three tensors, of the weight's name and
-    /// `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales` (`[n, blocks]`, of the type given), and `.zeros`
-    /// (`u8[n, bytes]`, packed along the blocks) if it has zero points.
-    Blocks(DType),
+    /// Of a quantized matrix `[n, k]`, or each of a stack of them, as ONNX Runtime's MatMulNBits and QMoE want it, in blocks of that
+    /// many columns: three tensors, of the weight's name and `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales`
+    /// (`[n, blocks]`, of the type given), and `.zeros` (`u8[n, bytes]`, packed along the blocks) if it has zero points.
+    Blocks(DType, usize),
     /// Of a quantized matrix `[n, k]` without zero points, as DequantizeLinear wants it: two tensors, of the weight's name and
     /// `.codes` (`i8[n, k]`, or of 4 bits `u8[n, k / 2]`, low half first), which are signed, and `.scales` (`[n, groups]`, or `[n]`
     /// for whole rows, of the type given).
     Signed(DType),
-}
-
-/// Columns of a block of [`Layout::Blocks`], and blocks of a row of `k` columns. A row with one scale is cut into blocks that
-/// repeat it: ONNX Runtime wants a power of 2, and of a table's rows a divisor.
-pub(crate) fn blocks(scheme: Scheme, k: usize) -> (usize, usize) {
-    let divisor = || [128, 64, 32, 16].into_iter().find(|b| k.is_multiple_of(*b)).unwrap_or(128);
-    let block = scheme.group.map_or_else(divisor, usize::from);
-    (block, k.div_ceil(block))
 }
 
 impl Stored {
@@ -81,12 +73,12 @@ impl Stored {
                 let scales = if scheme.group.is_some() { vec![*n, scheme.groups(*k)] } else { vec![*n] };
                 vec![codes, spec("scales", float, scales)]
             }
-            (Layout::Blocks(float), [n, k], DType::Quant(scheme)) => {
-                let (block, blocks) = blocks(scheme, *k);
-                let bits = usize::from(scheme.bits);
-                let mut parts = vec![("codes", DType::U8, vec![*n, blocks, block * bits / 8]), ("scales", float, vec![*n, blocks])];
+            (Layout::Blocks(float, block), [rows @ .., k], DType::Quant(scheme)) => {
+                let (blocks, bits) = (k.div_ceil(block), usize::from(scheme.bits));
+                let shape = |row: &[usize]| [rows, row].concat();
+                let mut parts = vec![("codes", DType::U8, shape(&[blocks, block * bits / 8])), ("scales", float, shape(&[blocks]))];
                 if scheme.zero_points {
-                    parts.push(("zeros", DType::U8, vec![*n, (blocks * bits).div_ceil(8)]));
+                    parts.push(("zeros", DType::U8, shape(&[(blocks * bits).div_ceil(8)])));
                 }
                 let name = |part| format!("{}.{part}", self.name);
                 parts.into_iter().map(|(part, dtype, shape)| TensorSpec { name: name(part), dtype, shape }).collect()

@@ -1,7 +1,7 @@
 //! Weights on their way from the checkpoint to the artifact: read, converted, laid out and written in tiles of rows, so that
 //! memory holds a few tiles and never a model. Tiles are independent: any number of threads writes the same bytes.
 
-use super::{Layout, Stored, blocks};
+use super::{Layout, Stored};
 use crate::{Error, Result, checkpoint::Checkpoint, weights_writer::WeightsWriter};
 use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 use rayon::prelude::*;
@@ -66,21 +66,21 @@ fn write_elements(s: &Stored, def: &WeightDef, rows: Range<usize>, source: &Rows
             let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
             file.write_at(&s.name, (rows.start * row) as u64, &packed)
         }
-        Layout::Rows | Layout::Blocks(_) | Layout::Signed(_) => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
+        Layout::Rows | Layout::Blocks(..) | Layout::Signed(_) => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
     }
 }
 
 fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, source: &Rows<'_>, file: &WeightsWriter) -> Result<()> {
     let k = def.shape.last().copied().unwrap_or(1);
-    let codes = source.codes(&def.recipe, rows.clone(), k)?;
+    let codes = source.codes(&def.recipe, rows.clone(), k, scheme)?;
     let at = |bytes: &[u8]| (rows.start * (bytes.len() / rows.len().max(1))) as u64;
     if let Layout::Signed(float) = s.layout {
         let (bytes, scales) = (signed(&codes.codes, scheme), scales_as(&codes.scales, float));
         file.write_at(&format!("{}.codes", s.name), at(&bytes), &bytes)?;
         return file.write_at(&format!("{}.scales", s.name), at(&scales), &scales);
     }
-    if let Layout::Blocks(float) = s.layout {
-        let (bytes, scales, zeros) = pack_blocks(&codes, k, scheme);
+    if let Layout::Blocks(float, block) = s.layout {
+        let (bytes, scales, zeros) = pack_blocks(&codes, k, scheme, block);
         let scales = scales_as(&scales, float);
         file.write_at(&format!("{}.codes", s.name), at(&bytes), &bytes)?;
         file.write_at(&format!("{}.scales", s.name), at(&scales), &scales)?;
@@ -112,9 +112,8 @@ fn signed(codes: &[u8], scheme: Scheme) -> Vec<u8> {
 }
 
 /// Rows of codes as [`Layout::Blocks`] has them: codes, scales, zero points.
-fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
-    let (block, blocks) = blocks(scheme, k);
-    let groups = scheme.groups(k);
+fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme, block: usize) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
+    let (blocks, groups) = (k.div_ceil(block), scheme.groups(k));
     let (mut codes, mut scales, mut zeros) = (vec![], vec![], vec![]);
     let pack = |values: &[u8], len: usize, out: &mut Vec<u8>| {
         let start = out.len();
@@ -224,6 +223,12 @@ impl Rows<'_> {
                 out.extend(scaled);
                 Ok(DType::F32)
             }
+            Recipe::Interleave(parts, n) => {
+                let parts = parts.iter().map(|p| self.read(p, rows.clone())).collect::<Result<Vec<_>>>()?;
+                let row = parts.first().map_or(0, Vec::len) / (n * rows.len()).max(1);
+                (0..n * rows.len()).for_each(|r| parts.iter().for_each(|p| out.extend_from_slice(&p[r * row..(r + 1) * row])));
+                Ok(self.dtype)
+            }
             Recipe::Quantize(..) | Recipe::Codes(..) => Err(Error::Backend("codes are used as numbers".into())),
             Recipe::Concat(parts) => {
                 let mut start = 0;
@@ -251,8 +256,8 @@ impl Rows<'_> {
         })
     }
 
-    /// Codes of rows of a quantized weight, whose last dim is `k`.
-    fn codes(&self, recipe: &Recipe, rows: Range<usize>, k: usize) -> Result<Codes> {
+    /// Codes of rows of a weight quantized by `scheme`, whose last dim is `k`.
+    fn codes(&self, recipe: &Recipe, rows: Range<usize>, k: usize, scheme: Scheme) -> Result<Codes> {
         match recipe {
             Recipe::Quantize(inner, scheme, method) => {
                 Ok(vlmc_kernels::quantize(self.isa, &self.floats(inner, rows)?, k, *scheme, *method))
@@ -270,15 +275,21 @@ impl Rows<'_> {
                     let end = start + self.rows(part)?;
                     let wanted = rows.start.max(start)..rows.end.min(end);
                     if !wanted.is_empty() {
-                        out.append(self.codes(part, wanted.start - start..wanted.end - start, k)?);
+                        out.append(self.codes(part, wanted.start - start..wanted.end - start, k, scheme)?);
                     }
                     start = end;
                 }
                 Ok(out)
             }
+            Recipe::Interleave(parts, n) => {
+                let parts = parts.iter().map(|p| self.codes(p, rows.clone(), k, scheme)).collect::<Result<Vec<_>>>()?;
+                let mut out = Codes::default();
+                (0..n * rows.len()).for_each(|r| parts.iter().for_each(|codes| out.append(codes.rows(r..r + 1, k, scheme))));
+                Ok(out)
+            }
             Recipe::Reshape(inner, shape) => {
                 let each = self.rows(inner)?.checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(0);
-                self.codes(inner, rows.start * each..rows.end * each, k)
+                self.codes(inner, rows.start * each..rows.end * each, k, scheme)
             }
             _ => Err(Error::Backend("a quantized weight has a recipe without codes".into())),
         }
@@ -292,6 +303,7 @@ impl Rows<'_> {
             Recipe::Codes(name, _) => Ok(self.tensor(&format!("{name}.codes"))?.1.first().copied().unwrap_or(1)),
             Recipe::Transpose(inner, _) => self.columns(inner),
             Recipe::Concat(parts) => parts.iter().map(|p| self.rows(p)).sum(),
+            Recipe::Interleave(parts, _) => parts.first().map_or(Ok(0), |p| self.rows(p)),
         }
     }
 
@@ -304,6 +316,7 @@ impl Rows<'_> {
             Recipe::Codes(name, _) => Ok(self.tensor(&format!("{name}.codes"))?.1.iter().skip(1).product()),
             Recipe::Transpose(_, k) => Ok(*k),
             Recipe::Concat(parts) => parts.first().map_or(Ok(0), |p| self.columns(p)),
+            Recipe::Interleave(parts, _) => parts.iter().map(|p| self.columns(p)).sum(),
         }
     }
 

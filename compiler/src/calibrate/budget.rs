@@ -3,7 +3,7 @@
 use super::{Measured, Report};
 use crate::{Error, Result, checkpoint::Checkpoint, compile::Model, verify::Request};
 use std::collections::BTreeMap;
-use vlmc_ir::{Scheme, interp, quant::Method};
+use vlmc_ir::{Def, Op, Program, Scheme, interp, quant::Method};
 use vlmc_kernels::Isa;
 use vlmc_passes::{
     Target,
@@ -26,7 +26,7 @@ pub struct Budgeted {
 }
 
 impl Model {
-    /// Chooses a scheme for each linear layer of towers and decoder, each stack of experts, and the head, so that these have at most
+    /// Chooses a scheme for each linear layer of towers and decoder, for the experts of each layer, and the head, so that these have at most
     /// `budget` bits per weight, scales counted, and the sum of their relative squared errors is small: of outputs on `requests`, or
     /// if there are none, of weights. Tables of tokens get 8 bits; they and what is not quantized do not count.
     ///
@@ -46,7 +46,7 @@ impl Model {
         };
         let program = model.lower()?.program;
         let shape = |name: &String| program.weights.get(name).map_or(&[][..], |w| &w.shape);
-        let (chosen, bits_per_weight) = choose(&report, |name| shape(name), budget)?;
+        let (chosen, bits_per_weight) = choose(&report, &units(&program, &report), |name| shape(name), budget)?;
         Ok(Budgeted { policy: Policy::listing(&chosen)?, model, bits_per_weight, report })
     }
 
@@ -77,27 +77,54 @@ fn weight(checkpoint: &Checkpoint, def: &vlmc_ir::weights::WeightDef) -> Result<
     Ok(array.f32().map_err(Error::Backend)?.iter().copied().collect())
 }
 
+/// Weights that have one scheme: the stacks of experts of a layer, which targets run together, and every other weight by itself.
+fn units<'r>(program: &Program, report: &'r Report) -> Vec<Vec<&'r String>> {
+    let mut first: BTreeMap<&String, &String> = BTreeMap::new();
+    for (g, node) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
+        let Op::Moe(_) = node.op else { continue };
+        let names = node.args.iter().filter_map(|v| if let Def::Weight(name) = g.def(*v) { report.get_key_value(name) } else { None });
+        let names: Vec<&String> = names.map(|(name, _)| name).collect();
+        first.extend(names.iter().map(|name| (*name, names[0])));
+    }
+    let mut units: BTreeMap<&String, Vec<&String>> = BTreeMap::new();
+    report.keys().for_each(|name| units.entry(first.get(name).copied().unwrap_or(name)).or_default().push(name));
+    units.into_values().collect()
+}
+
 /// The scheme of each weight, and bits per weight over all. Greedy: from the fewest bits on, the step that takes most error off per bit,
 /// as long as it fits.
-fn choose<'s>(report: &Report, shape: impl Fn(&String) -> &'s [usize], budget: f64) -> Result<(BTreeMap<String, Scheme>, f64)> {
+fn choose<'s>(
+    report: &Report,
+    units: &[Vec<&String>],
+    shape: impl Fn(&String) -> &'s [usize],
+    budget: f64,
+) -> Result<(BTreeMap<String, Scheme>, f64)> {
     let elements = |name: &String| shape(name).iter().product::<usize>() as f64;
     let bits = |name: &String, scheme: Scheme| elements(name) * scheme.bits_per_weight(shape(name).last().copied().unwrap_or(1));
+    // Bits and squared error of a unit in a scheme, if all of its weights were measured in it.
+    let point = |unit: &[&String], scheme: Scheme| {
+        unit.iter().try_fold((0.0, 0.0, scheme), |sum, name| {
+            let m = report.get(*name)?.iter().find(|m| m.scheme == scheme)?;
+            Some((sum.0 + bits(name, scheme), sum.1 + m.error * m.error, scheme))
+        })
+    };
     let mut chosen: BTreeMap<String, Scheme> = BTreeMap::new();
-    // Per weight, what pays: each step takes less error off per bit than the one before.
-    let mut steps: Vec<(f64, &String, usize, Scheme, f64)> = vec![];
+    // Per unit, what pays: each step takes less error off per bit than the one before.
+    let mut steps: Vec<(f64, usize, usize, Scheme, f64)> = vec![];
     let mut total = 0.0;
-    for (name, measured) in report {
-        let mut points: Vec<(f64, f64, Scheme)> = measured.iter().map(|m| (bits(name, m.scheme), m.error * m.error, m.scheme)).collect();
+    for (i, unit) in units.iter().enumerate() {
+        let schemes = unit.first().and_then(|name| report.get(*name)).into_iter().flatten().map(|m| m.scheme);
+        let mut points: Vec<(f64, f64, Scheme)> = schemes.filter_map(|scheme| point(unit, scheme)).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
         let Some(mut at) = points.first().copied() else { continue };
-        chosen.insert(name.clone(), at.2);
+        chosen.extend(unit.iter().map(|name| ((*name).clone(), at.2)));
         total += at.0;
         let gain = |from: (f64, f64, Scheme), to: &(f64, f64, Scheme)| (from.1 - to.1) / (to.0 - from.0);
         let mut order = 0;
         while let Some(next) =
             points.iter().filter(|p| p.0 > at.0 && p.1 < at.1).copied().max_by(|a, b| gain(at, a).total_cmp(&gain(at, b)))
         {
-            steps.push((gain(at, &next), name, order, next.2, next.0 - at.0));
+            steps.push((gain(at, &next), i, order, next.2, next.0 - at.0));
             order += 1;
             at = next;
         }
@@ -106,14 +133,14 @@ fn choose<'s>(report: &Report, shape: impl Fn(&String) -> &'s [usize], budget: f
     if total > budget * all {
         return Err(Error::Budget { budget, least: total / all });
     }
-    steps.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)).then(a.2.cmp(&b.2)));
-    let mut taken: BTreeMap<&String, usize> = BTreeMap::new();
-    for (_, name, order, scheme, more) in steps {
+    steps.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
+    let mut taken: BTreeMap<usize, usize> = BTreeMap::new();
+    for (_, i, order, scheme, more) in steps {
         // A step counts from the one before it.
-        if taken.get(name).copied().unwrap_or(0) == order && total + more <= budget * all {
+        if taken.get(&i).copied().unwrap_or(0) == order && total + more <= budget * all {
             total += more;
-            chosen.insert(name.clone(), scheme);
-            *taken.entry(name).or_default() += 1;
+            chosen.extend(units[i].iter().map(|name| ((*name).clone(), scheme)));
+            *taken.entry(i).or_default() += 1;
         }
     }
     Ok((chosen, total / all))
@@ -131,7 +158,8 @@ mod tests {
                 .into();
         let shape = |_: &String| &[64usize, 1280][..];
         let names = |budget: f64| {
-            let (chosen, bits) = choose(&report, shape, budget).unwrap();
+            let alone: Vec<Vec<&String>> = report.keys().map(|name| vec![name]).collect();
+            let (chosen, bits) = choose(&report, &alone, shape, budget).unwrap();
             assert!(bits <= budget, "{bits} of {budget}");
             chosen.values().map(|s| s.to_string()).collect::<Vec<_>>()
         };
@@ -139,7 +167,10 @@ mod tests {
         assert_eq!(names(4.3), ["int4g128", "int4g128", "int4g32"]);
         assert_eq!(names(5.6), ["int4g32", "int4g128", "int8"]);
         assert_eq!(names(9.0), ["int8", "int8", "int8"]);
-        let error = choose(&report, shape, 3.0).unwrap_err().to_string();
+        let together = [report.keys().take(2).collect::<Vec<_>>(), report.keys().skip(2).collect()];
+        let (chosen, _) = choose(&report, &together, shape, 5.6).unwrap();
+        assert_eq!(chosen.into_values().map(|s| s.to_string()).collect::<Vec<_>>(), ["int4g32", "int4g32", "int8"]);
+        let error = choose(&report, &together, shape, 3.0).unwrap_err().to_string();
         assert!(error.contains("4.125"), "{error}");
     }
 }

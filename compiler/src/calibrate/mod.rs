@@ -125,7 +125,14 @@ impl Model {
     ) -> Result<(Self, Report)> {
         let Lowered { program, task, .. } = self.lower()?;
         let choices = self.choices(target, &program, candidates);
-        let findings = RefCell::new(Findings { found: Found::new()?, report: Report::new(), factors: BTreeMap::new(), folds: vec![] });
+        let findings = Findings {
+            found: Found::new()?,
+            report: Report::new(),
+            factors: BTreeMap::new(),
+            folds: vec![],
+            largest: target.static_activations.then(BTreeMap::new),
+        };
+        let findings = RefCell::new(findings);
         let source = |name: &str| self.checkpoint().floats(name).map_err(|e| e.to_string());
         let load = |name: &str| {
             let def = program.weights.get(name).ok_or_else(|| format!("no weight '{name}'"))?;
@@ -136,13 +143,16 @@ impl Model {
                 Layers { program: &program, graph, choices: &choices, findings: &findings, load: &load, inputs: None, progress };
             run(&mut layers)
         })?;
-        let Findings { found, report, folds, .. } = findings.into_inner();
+        let Findings { found, report, folds, largest, .. } = findings.into_inner();
         let recipe = |(name, measured): (&String, &Vec<Measured>)| {
             measured.iter().map(|m| ((name.clone(), m.scheme), Recipe::Codes(stored_name(name, m.scheme), m.scheme))).collect::<Vec<_>>()
         };
         let folded = |name: &String| folds.iter().any(|f| f.readers.contains_key(name));
         let codes = report.iter().filter(|(name, _)| !folded(name)).flat_map(recipe).collect();
-        Ok((self.with_found(|checkpoint| found.added_to(checkpoint), Recipes { codes, folds }), report))
+        Ok((
+            self.with_found(|checkpoint| found.added_to(checkpoint), Recipes { codes, folds, largest: largest.unwrap_or_default() }),
+            report,
+        ))
     }
 
     /// The candidates of each weight that `target` runs. What comes quantized stays as it is.
@@ -196,9 +206,21 @@ struct Findings {
     /// Of columns, by weight.
     factors: BTreeMap<String, Vec<f32>>,
     folds: Vec<Folded>,
+    /// Largest absolute numbers that layers read, by weight, if these are wanted.
+    largest: Option<BTreeMap<String, f32>>,
 }
 
 impl Findings {
+    /// Takes note of what the layer of a weight reads; its columns are divided by its factors, if it has any.
+    fn see(&mut self, name: &str, x: &[CowArray<'_, f32, Ix2>]) {
+        let Some(largest) = &mut self.largest else { return };
+        let factors = self.factors.get(name).map(Vec::as_slice);
+        let column = |c: usize| factors.and_then(|f| f.get(c)).map_or(1.0, |f| 1.0 / f);
+        let rows = x.iter().flat_map(|x| x.outer_iter());
+        let seen = rows.flat_map(|row| row.into_iter().enumerate().map(|(c, v)| (v * column(c)).abs())).fold(0.0, f32::max);
+        largest.entry(name.into()).and_modify(|v| *v = v.max(seen)).or_insert(seen);
+    }
+
     /// Finds codes of some rows of `k` columns for inputs of those moments, for each of the choices. Adds them to `codes`, squares of
     /// errors to `errors`, and gives what the first stand for.
     fn rows(rows: &[f32], moments: &Array2<f32>, choices: &[Choice], codes: &mut [Codes], errors: &mut [f64]) -> Result<Vec<f32>, String> {
@@ -254,6 +276,18 @@ struct Layers<'a> {
 
 impl Observer for Layers<'_> {
     fn before(&mut self, node: &Node, weights: &mut Resident<'_>, operands: &[Vec<Option<&Array>>]) -> Result<(), String> {
+        self.codes(node, weights, operands)?;
+        let Op::Linear(_) = &node.op else { return Ok(()) };
+        let Def::Weight(name) = self.graph.def(node.args[1]) else { return Ok(()) };
+        let x: Vec<_> = operands.iter().map(|o| rows_of(o, 0)).collect::<Result<_, _>>()?;
+        self.findings.borrow_mut().see(name, &x);
+        Ok(())
+    }
+}
+
+impl Layers<'_> {
+    /// Finds codes for the node's weights, if it has any that want them.
+    fn codes(&mut self, node: &Node, weights: &mut Resident<'_>, operands: &[Vec<Option<&Array>>]) -> Result<(), String> {
         let names: Vec<Option<&String>> =
             node.args.iter().map(|v| if let Def::Weight(name) = self.graph.def(*v) { Some(name) } else { None }).collect();
         let wanted = |i: usize| names.get(i).copied().flatten().filter(|n| self.choices.contains_key(*n));
@@ -293,9 +327,7 @@ impl Observer for Layers<'_> {
             _ => Ok(()),
         }
     }
-}
 
-impl Layers<'_> {
     /// What is to be known of inputs, and the factors of their columns if their readers are to be scaled and can be.
     fn inputs(&self, value: ValueId, x: &[CowArray<'_, f32, Ix2>]) -> Result<Inputs, String> {
         let mut inputs = Inputs { value, moments: moments(x), factors: None };

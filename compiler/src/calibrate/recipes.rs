@@ -13,6 +13,8 @@ pub(crate) struct Recipes {
     pub(super) codes: BTreeMap<(String, Scheme), Recipe>,
     /// Of weights that change together or not at all.
     pub(super) folds: Vec<Folded>,
+    /// Largest absolute numbers that layers read, by weight, for targets that round in static steps.
+    pub(super) largest: BTreeMap<String, f32>,
 }
 
 /// Vectors of a norm that are divided by factors, and the layers that read it, whose columns are multiplied.
@@ -31,6 +33,11 @@ impl Recipes {
     /// Whether there is one for a weight in a scheme.
     pub(crate) fn has(&self, name: &str, scheme: Scheme) -> bool {
         self.codes.contains_key(&(name.to_string(), scheme)) || self.folds.iter().any(|f| f.readers.contains_key(name))
+    }
+
+    /// The largest absolute number that the layer of a weight read.
+    pub(crate) fn largest(&self, weight: &str) -> Option<f32> {
+        self.largest.get(weight).copied()
     }
 
     /// Gives a quantized program the recipes that suit its schemes.

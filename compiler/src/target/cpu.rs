@@ -46,7 +46,9 @@ pub(super) const TARGET: Target = Target {
         | Op::AddLayerNorm(_)
         | Op::AddRmsNorm(_)
         | Op::RotaryAttention(_) => Support::Native,
-        Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) => Support::Decompose,
+        Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) | Op::RoutedMoe(_) | Op::FakeQuantize(_) => {
+            Support::Decompose
+        }
         Op::SplitHeads(_)
         | Op::BatchNorm(_)
         | Op::MergeHeads(_)
@@ -72,6 +74,7 @@ pub(super) const TARGET: Target = Target {
     opset: None,
     opsets: &[],
     own_operators: false,
+    static_activations: false,
     passes: vlmc_passes::CPU,
 };
 

@@ -1,7 +1,7 @@
 //! What the tables of the `onnx-*` targets share.
 
-use crate::back;
-use vlmc_artifact::program::Unary;
+use crate::back::onnx;
+use vlmc_artifact::{Scheme, program::Unary};
 use vlmc_ir::{DType, Op, Type, ops::Mask};
 use vlmc_passes::{Support, Target};
 
@@ -9,6 +9,8 @@ use vlmc_passes::{Support, Target};
 pub(crate) const ATTENTION_OPSET: i64 = 23;
 /// First operator set whose reductions take axes as an operand, as sums always did.
 pub(crate) const AXES_OPSET: i64 = 18;
+/// First operator set whose `QuantizeLinear` and `DequantizeLinear` know floats other than `f32`.
+pub(crate) const NARROW_SCALES_OPSET: i64 = 19;
 /// First operator set with `Gelu`.
 pub(crate) const GELU_OPSET: i64 = 20;
 
@@ -50,6 +52,7 @@ pub(super) fn standard(target: &Target, op: &Op, args: &[Type]) -> Support {
         | Op::TopK(_)
         | Op::Conv2d(_)
         | Op::Linear(_)
+        | Op::FakeQuantize(_)
         | Op::Embedding(_)
         | Op::LayerNorm(_)
         | Op::RmsNorm(_)
@@ -78,7 +81,8 @@ pub(super) fn standard(target: &Target, op: &Op, args: &[Type]) -> Support {
         | Op::MergedRotary(_)
         | Op::MultiHeadAttention(_)
         | Op::GroupQueryAttention(_)
-        | Op::Moe(_) => Support::Decompose,
+        | Op::Moe(_)
+        | Op::RoutedMoe(_) => Support::Decompose,
     }
 }
 
@@ -87,8 +91,13 @@ fn known(target: &Target, d: DType) -> bool {
     d == target.float || matches!(d, DType::F32 | DType::I64 | DType::Bool)
 }
 
+/// Whether the last dim is known to be that many.
+pub(super) fn at_least(t: &Type, n: i64) -> bool {
+    t.shape.last().and_then(vlmc_ir::Dim::as_const).is_some_and(|d| d >= n)
+}
+
 /// Whether the last dim is a multiple of 8.
-fn in_eights(t: &Type) -> bool {
+pub(super) fn in_eights(t: &Type) -> bool {
     t.shape.last().and_then(vlmc_ir::Dim::as_const).is_some_and(|d| d % 8 == 0)
 }
 
@@ -99,15 +108,19 @@ pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
         (Op::Linear(o), Some(_)) if o.act.is_none() => return Support::Native,
         // GatherBlockQuantized.
         (Op::Embedding(_), Some(scheme)) => {
-            let whole = args[0].shape[1].as_const().is_some_and(|k| k % back::blocks(scheme, k as usize).0 as i64 == 0);
+            let whole = args[0].shape[1].as_const().is_some_and(|k| k % onnx::block(op, 0, scheme, &args[0]) as i64 == 0);
             return match (scheme.zero_points, whole) {
                 (true, _) => Support::Reject("a table of quantized rows has no zero points".into()),
                 (_, false) => Support::Reject("rows of a quantized table must be whole blocks".into()),
                 _ => Support::Native,
             };
         }
+        // The pass `routed-moe` makes a RoutedMoe of it.
+        (Op::Moe(o), Some(scheme)) if o.act == Unary::Silu => return quantized_experts(op, scheme, &args[3..], 3),
+        (Op::RoutedMoe(_), Some(scheme)) => return quantized_experts(op, scheme, &args[2..], 2),
+        (Op::Moe(_), Some(_)) => return Support::Reject("quantized experts have a gate of silu".into()),
         (Op::Linear(_), Some(_)) | (_, None) => {}
-        (_, Some(_)) => return Support::Reject("only linear layers and tables read quantized weights".into()),
+        (_, Some(_)) => return Support::Reject("only linear layers, tables and experts read quantized weights".into()),
     }
     let dims = |t: &Type| matches!(t.rank(), 2 | 3);
     match op {
@@ -122,6 +135,24 @@ pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
         }
         // Keys and values of one width, a multiple of 8. Of a causal mask it takes the lengths of the rows.
         Op::GroupQueryAttention(o) if o.mask != Mask::Segments && args[3].shape == args[4].shape && in_eights(&args[3]) => Support::Native,
+        // MoE.
+        Op::RoutedMoe(_) => Support::Native,
         _ => standard(target, op, args),
+    }
+}
+
+/// QMoE, of which all stacks have codes alike, in blocks that divide what each product reads. The stacks begin at operand `first`.
+fn quantized_experts(op: &Op, scheme: Scheme, stacks: &[Type], first: usize) -> Support {
+    if let Some(other) = stacks.iter().find(|t| t.dtype != DType::Quant(scheme)) {
+        return Support::Reject(format!("experts are quantized alike or not at all: there are {scheme} and {}", other.dtype));
+    }
+    let whole = |(i, t): (usize, &Type)| {
+        let block = onnx::block(op, first + i, scheme, t) as i64;
+        t.shape[2].as_const().is_some_and(|k| k % block == 0)
+    };
+    if stacks.iter().enumerate().all(whole) {
+        Support::Native
+    } else {
+        Support::Reject(format!("rows of quantized experts must be whole blocks: {} is not", stacks[0]))
     }
 }

@@ -18,5 +18,6 @@ pub(super) const TARGET: Target = Target {
     opset: Some(onnx::ATTENTION_OPSET),
     opsets: &[onnx::ATTENTION_OPSET],
     own_operators: true,
+    static_activations: false,
     passes: vlmc_passes::ONNX_RUNTIME,
 };

@@ -14,6 +14,7 @@ pub(super) const TARGET: Target = Target {
     opset: Some(onnx::ATTENTION_OPSET),
     opsets: &[17, 18, 19, 20, 21, 22, 23],
     own_operators: false,
+    static_activations: true,
     passes: vlmc_passes::ONNX,
 };
 

@@ -163,6 +163,32 @@ pub(super) fn round_to_8_bits<'g>(g: &'g Builder<'g>, x: Val<'g>, scheme: Scheme
     Some(if parts.is_empty() { x } else { g.concat(&parts, axis) })
 }
 
+/// `x f32[...]` in steps of `scale`: `round(x / scale)`, ties to even, kept in -128 ..= 127, times `scale`. ONNX has it as
+/// QuantizeLinear and then DequantizeLinear.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FakeQuantize {
+    /// Of all elements.
+    pub scale: f64,
+}
+
+impl OpDef for FakeQuantize {
+    const NAME: &'static str = "fake_quantize";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x] = operands(args)?;
+        expect_number(x, "x")?;
+        expect(self.scale > 0.0 && self.scale.is_finite(), || format!("scale must be positive, is {}", self.scale))?;
+        Ok(vec![x.clone()])
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let number = |v: f64| g.literal(Literal::scalar(DType::F32, v));
+        let steps = g.unary(Unary::Round, *args.first()? / number(self.scale));
+        let kept = g.binary(Binary::Min, g.binary(Binary::Max, steps, number(-128.0)), number(127.0));
+        Some(vec![kept * number(self.scale)])
+    }
+}
+
 /// `table [entries, width]`, `ids i64[...]` to the rows chosen, `f32[..., width]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Embedding {}

@@ -18,8 +18,8 @@ pub use attention::{
 };
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Gated, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
-pub use matrix::{Embedding, Linear, MatMul, MergeFeatures};
-pub use moe::{Moe, Route, TopK};
+pub use matrix::{Embedding, FakeQuantize, Linear, MatMul, MergeFeatures};
+pub use moe::{Moe, Route, RoutedMoe, TopK, shares};
 pub use norm::{AddLayerNorm, AddRmsNorm, BatchNorm, LayerNorm, RmsNorm};
 pub use positions::{GridPositions, LogN, Mrope, NtkRope, Rope, RopeScaling, Rotary2d, StretchedPositions, WindowOrder};
 pub use shape::{Broadcast, Concat, CumSum, DimValue, Gather, Iota, ReduceOp, Reshape, Slice, Transpose};
@@ -154,6 +154,7 @@ ops! {
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
     // Composites that no frontend writes: passes make them of the ones above.
     Gated, AddLayerNorm, AddRmsNorm, RotaryAttention, MergedRotary, MultiHeadAttention, GroupQueryAttention,
+    RoutedMoe, FakeQuantize,
 }
 
 // What type rules share.

@@ -1,6 +1,6 @@
 //! Mixtures of experts.
 
-use super::{OpDef, expect, expect_dtype, expect_float, expect_shape, matrix::round_to_8_bits, operands};
+use super::{OpDef, expect, expect_dtype, expect_float, expect_number, expect_shape, matrix::round_to_8_bits, operands};
 use crate::{Bindings, Builder, DType, Dim, Literal, Type, Val, interp::Array};
 use ndarray::{ArrayD, IxDyn};
 use serde::{Deserialize, Serialize};
@@ -44,7 +44,7 @@ impl OpDef for TopK {
 }
 
 /// Gated experts (DeepSeekMoE, Dai et al., 2024): `x f32[n, h]`, the chosen `experts i64[n, k]` and their `weights f32[n, k]`,
-/// and of each of `e` experts `gate`, `up [e, m, h]` and `down [e, h, m]`, to `f32[n, h]`:
+/// none of them negative, and of each of `e` experts `gate`, `up [e, m, h]` and `down [e, h, m]`, to `f32[n, h]`:
 /// the sum over the chosen of `weight * down(act(gate x) * up x)`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Moe {
@@ -82,21 +82,89 @@ impl OpDef for Moe {
     fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
         let [x, experts, weights, gate, up, down] = args.try_into().ok()?;
         let (e, n, h): (Dim, Dim, Dim) = (gate.dim(0), x.dim(0), x.dim(1));
-        // [n, k, e]: the weight where the expert is the chosen one.
-        let chosen = g.binary(Binary::Eq, g.unsqueeze(experts, 2), g.reshape(g.iota(e.clone()), [1.into(), 1.into(), e.clone()]));
-        let share = g.reduce(Reduce::Sum, g.cast(chosen, DType::F32) * g.unsqueeze(weights, 2), &[1]);
+        let share = shares(g, experts, weights, &e);
         let share = g.reshape(g.transpose(share, &[1, 0]), [e, n.clone(), 1.into()]);
         let x3 = g.reshape(x, [1.into(), n, h]);
-        let product = |x: Val<'g>, w: Val<'g>| {
-            let x = match w.ty().dtype.scheme().filter(|_| self.dynamic) {
-                Some(scheme) => round_to_8_bits(g, x, scheme)?,
-                None => x,
-            };
-            Some(g.matmul(x, g.transpose(g.cast(w, DType::F32), &[0, 2, 1])))
-        };
+        let product = |x, w| product(g, x, w, self.dynamic);
         let inner = g.unary(self.act, product(x3, gate)?) * product(x3, up)?;
         Some(vec![g.reduce(Reduce::Sum, product(inner, down)? * share, &[0])])
     }
+}
+
+/// [`Moe`] with the choice of experts in it, as ONNX Runtime's MoE and QMoE have it: `x f32[n, h]`, `logits f32[n, e]`, and of each of
+/// `e` experts `gate_up [e, 2 m, h]`, whose rows are those of gate and up in turn, and `down [e, h, m]`, to `f32[n, h]`: the sum over
+/// the `k` experts with the largest logits of `softmax(logits) * down(silu(gate x) * up x)`. The softmax is over all experts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoutedMoe {
+    /// Experts per row.
+    pub k: usize,
+    /// As [`Moe::dynamic`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dynamic: bool,
+}
+
+impl OpDef for RoutedMoe {
+    const NAME: &'static str = "routed_moe";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let [x, logits, gate_up, down] = operands(args)?;
+        expect_number(x, "x")?;
+        expect_dtype(logits, x.dtype, "logits")?;
+        expect(x.rank() == 2 && logits.rank() == 2, || format!("x must be [n, h] and logits [n, e], are {x} and {logits}"))?;
+        expect(logits.shape[0] == x.shape[0], || format!("{x} and {logits} are of different numbers of rows"))?;
+        for (w, what) in [(gate_up, "gate_up"), (down, "down")] {
+            expect_float(w, what)?;
+            expect(w.rank() == 3, || format!("{what} must have 3 axes, is {w}"))?;
+            expect(!self.dynamic || w.dtype.scheme().is_some(), || format!("x is rounded for quantized weights only, not {what} {w}"))?;
+        }
+        let (e, h, m) = (logits.shape[1].clone(), x.shape[1].clone(), down.shape[2].clone());
+        expect(e.as_const().is_some_and(|e| self.k as i64 <= e), || format!("{} of the experts of {logits}", self.k))?;
+        expect_shape(gate_up, &[e.clone(), &m * &Dim::from(2), h.clone()], "gate_up")?;
+        expect_shape(down, &[e, h, m], "down")?;
+        Ok(vec![x.clone()])
+    }
+
+    /// All experts of all rows, of which those that are not chosen count 0.
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let [x, logits, gate_up, down] = args.try_into().ok()?;
+        let (e, n, h, m): (Dim, Dim, Dim, Dim) = (logits.dim(1), x.dim(0), x.dim(1), down.dim(2));
+        let chosen = is_one_of(g, g.top_k(logits, self.k), &e);
+        let share = softmax(g, logits) * g.reduce(Reduce::Sum, chosen, &[1]);
+        let share = g.reshape(g.transpose(share, &[1, 0]), [e.clone(), n.clone(), 1.into()]);
+        let inner = product(g, g.reshape(x, [1.into(), n.clone(), h]), gate_up, self.dynamic)?;
+        let inner = g.reshape(inner, [e.clone(), n.clone(), m.clone(), 2.into()]);
+        let part = |i: usize| g.reshape(g.slice(inner, 3, i, 1), [e.clone(), n.clone(), m.clone()]);
+        let inner = g.unary(Unary::Silu, part(0)) * part(1);
+        Some(vec![g.reduce(Reduce::Sum, product(g, inner, down, self.dynamic)? * share, &[0])])
+    }
+}
+
+/// `x [1 or e, n, k]` times each of the matrices `w [e, m, k]`; `dynamic`ally, what it multiplies is rounded to 8 bits.
+fn product<'g>(g: &'g Builder<'g>, x: Val<'g>, w: Val<'g>, dynamic: bool) -> Option<Val<'g>> {
+    let x = match w.ty().dtype.scheme().filter(|_| dynamic) {
+        Some(scheme) => round_to_8_bits(g, x, scheme)?,
+        None => x,
+    };
+    Some(g.matmul(x, g.transpose(g.cast(w, DType::F32), &[0, 2, 1])))
+}
+
+/// Of all `e` experts the weights that they have, `f32[n, e]`: 0 where they are not chosen.
+pub fn shares<'g>(g: &'g Builder<'g>, experts: Val<'g>, weights: Val<'g>, e: &Dim) -> Val<'g> {
+    g.reduce(Reduce::Sum, is_one_of(g, experts, e) * g.unsqueeze(weights, 2), &[1])
+}
+
+/// `index i64[...]` to `f32[..., count]`: 1 at the index, else 0.
+fn is_one_of<'g>(g: &'g Builder<'g>, index: Val<'g>, count: &Dim) -> Val<'g> {
+    let rank = index.ty().rank();
+    let mut shape = vec![Dim::from(1); rank + 1];
+    shape[rank] = count.clone();
+    g.cast(g.binary(Binary::Eq, g.unsqueeze(index, rank), g.reshape(g.iota(count.clone()), shape)), DType::F32)
+}
+
+/// Over the last of two axes.
+fn softmax<'g>(g: &'g Builder<'g>, x: Val<'g>) -> Val<'g> {
+    let y = g.unary(Unary::Exp, x - g.unsqueeze(g.reduce(Reduce::Max, x, &[1]), 1));
+    y / g.unsqueeze(g.reduce(Reduce::Sum, y, &[1]), 1)
 }
 
 /// Which experts a row goes to (DeepSeek-V2, Liu et al., 2024, section 2.1; without auxiliary loss: DeepSeek-V3): `logits f32[n, e]`
@@ -149,19 +217,8 @@ impl OpDef for Route {
         let (logits, bias) = (args[0], args.get(1).copied());
         let (n, e) = (logits.dim(0), logits.dim(1));
         let sum = |x: Val<'g>, axis: usize| g.reduce(Reduce::Sum, x, &[axis]);
-        let scores = if self.sigmoid {
-            g.unary(Unary::Sigmoid, logits)
-        } else {
-            let y = g.unary(Unary::Exp, logits - g.unsqueeze(g.reduce(Reduce::Max, logits, &[1]), 1));
-            y / g.unsqueeze(sum(y, 1), 1)
-        };
-        // 1 where the last axis, of `count`, is one of the indices of the axis before it.
-        let marks = |index: Val<'g>, count: &Dim| {
-            let rank = index.ty().rank();
-            let mut shape = vec![Dim::from(1); rank + 1];
-            shape[rank] = count.clone();
-            g.cast(g.binary(Binary::Eq, g.unsqueeze(index, rank), g.reshape(g.iota(count.clone()), shape)), DType::F32)
-        };
+        let scores = if self.sigmoid { g.unary(Unary::Sigmoid, logits) } else { softmax(g, logits) };
+        let marks = |index, count: &Dim| is_one_of(g, index, count);
         let mut choice = bias.map_or(scores, |b| scores + b);
         if self.groups > 1 {
             let groups = Dim::from(self.groups);

@@ -39,7 +39,7 @@
 //! default   = "weights" "=" recipe
 //! weight    = "weight" name type "=" recipe
 //! recipe    = source | "reshape" "(" recipe "," "[" int,* "]" ")" | "cast" "(" recipe "," dtype ")" | "concat" "(" recipe,* ")"
-//!           | "transpose" "(" recipe "," int ")" | "scale" "(" recipe "," source ")"
+//!           | "interleave" "(" int "," recipe,* ")" | "transpose" "(" recipe "," int ")" | "scale" "(" recipe "," source ")"
 //!           | "quantize" "(" recipe "," dtype "," method ")" | "codes" "(" source "," dtype ")"
 //! source    = "*" | name
 //! method    = "round" | "search"

@@ -505,6 +505,11 @@ impl<'a> Parser<'a> {
         let inner = |p: &mut Self| p.recipe(depth + 1);
         let recipe = match name.0.as_str() {
             "concat" => return self.list(")", inner).map(Recipe::Concat),
+            "interleave" => {
+                let rows = self.int("a number of rows")?;
+                self.expect(",")?;
+                return Ok(Recipe::Interleave(self.list(")", inner)?, rows));
+            }
             "reshape" => {
                 let source = Box::new(inner(self)?);
                 self.expect(",")?;

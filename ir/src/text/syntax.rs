@@ -391,6 +391,9 @@ impl Display for Expression<'_> {
             Recipe::Cast(inner, dtype) => write!(f, "cast({}, {dtype})", Expression(inner)),
             Recipe::Transpose(inner, rows) => write!(f, "transpose({}, {rows})", Expression(inner)),
             Recipe::Concat(parts) => write!(f, "concat({})", List(&parts.iter().map(Expression).collect::<Vec<_>>())),
+            Recipe::Interleave(parts, rows) => {
+                write!(f, "interleave({rows}, {})", List(&parts.iter().map(Expression).collect::<Vec<_>>()))
+            }
             Recipe::Scale(inner, by) => write!(f, "scale({}, {by})", Expression(inner)),
             Recipe::Quantize(inner, scheme, method) => write!(f, "quantize({}, {scheme}, {method})", Expression(inner)),
             Recipe::Codes(name, scheme) => write!(f, "codes({name}, {scheme})"),

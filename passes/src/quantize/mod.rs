@@ -9,7 +9,11 @@ pub use policy::{BUILT_IN, Calibration, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
 use std::collections::BTreeMap;
-use vlmc_ir::{DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId, rewrite};
+use vlmc_ir::{
+    DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
+    ops::{FakeQuantize, Linear},
+    rewrite,
+};
 
 /// Tables of fewer entries are left alone: positions and kinds of tokens, which are small and count for every token.
 pub const LEAST_ENTRIES: usize = 8192;
@@ -106,6 +110,7 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         };
         outcomes.insert(name, outcome);
     }
+    refuse_mixed(target, &program, &mut outcomes);
     let choice = |name: &str| if let Some(Outcome::Done(c)) = outcomes.get(name) { Some(*c) } else { None };
     program.map_weights(|name, w| match choice(name) {
         Some(c) if w.dtype.scheme().is_none() => w.quantize(c.scheme, c.method),
@@ -135,6 +140,46 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
     Ok((program, outcomes))
 }
 
+/// Layers of 8 bits with a scale per row that round what they read do so in the same steps for all, which the largest number that
+/// calibration saw a layer read decides; a layer that it did not see rounds nothing.
+///
+/// # Errors
+/// A rewrite made something ill-typed: a bug.
+pub fn round_statically(mut program: Program, largest: &dyn Fn(&str) -> Option<f32>) -> Result<Program, crate::PassError> {
+    program.graphs = program
+        .graphs
+        .iter()
+        .map(|graph| {
+            rewrite(graph, |g, node, args| {
+                let (Op::Linear(linear), Def::Weight(name)) = (&node.op, graph.def(*node.args.get(1)?)) else { return None };
+                let rows = graph.ty(node.args[1]).dtype.scheme().is_some_and(|s| s.bits == 8 && s.group.is_none());
+                let largest = largest(name).filter(|v| linear.dynamic && rows && *v > 0.0 && v.is_finite())?;
+                let [x] = g.apply(FakeQuantize { scale: f64::from(largest) / 127.0 }, &args[..1]);
+                Some(g.apply_op(Linear { dynamic: false, ..linear.clone() }.into(), &[&[x], &args[1..]].concat()))
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(program)
+}
+
+/// Leaves experts as they are whose stacks the policy wants in different types, where `target` runs them in one only.
+fn refuse_mixed(target: &Target, program: &Program, outcomes: &mut BTreeMap<String, Outcome>) {
+    for (g, node) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
+        let Op::Moe(_) = node.op else { continue };
+        let name = |v: &ValueId| if let Def::Weight(name) = g.def(*v) { Some(name.clone()) } else { None };
+        let ty = |v: &ValueId| match name(v).and_then(|name| outcomes.get(&name).cloned()) {
+            Some(Outcome::Done(c)) => g.ty(*v).with_dtype(DType::Quant(c.scheme)),
+            _ => g.ty(*v).clone(),
+        };
+        let types: Vec<Type> = node.args.iter().map(ty).collect();
+        if let Support::Reject(why) = target.support(&node.op, &types) {
+            let stacks = node.args.iter().filter_map(name).filter(|n| matches!(outcomes.get(n), Some(Outcome::Done(_))));
+            let stacks: Vec<String> = stacks.collect();
+            outcomes.extend(stacks.into_iter().map(|name| (name, Outcome::Refused(why.clone()))));
+        }
+    }
+}
+
 /// Why `target` does not run the weight of that name in that type, if so.
 pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -> Option<String> {
     program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))).find_map(|(g, node)| {
@@ -142,8 +187,12 @@ pub fn refusal(target: &Target, program: &Program, name: &str, scheme: Scheme) -
         if !node.args.iter().any(reads) {
             return None;
         }
-        let ty = |v: &ValueId| if reads(v) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() };
-        match target.support(&node.op, &node.args.iter().map(ty).collect::<Vec<Type>>()) {
+        // Stacks of experts go together.
+        let together = |i: usize| matches!(node.op, Op::Moe(_)) && i >= 3;
+        let ty = |(i, v): (usize, &ValueId)| {
+            if reads(v) || together(i) { g.ty(*v).with_dtype(DType::Quant(scheme)) } else { g.ty(*v).clone() }
+        };
+        match target.support(&node.op, &node.args.iter().enumerate().map(ty).collect::<Vec<Type>>()) {
             Support::Native => None,
             Support::Reject(why) => Some(why),
             Support::Decompose => Some(format!("'{}' is run in parts, which read no quantized weights", node.op.name())),

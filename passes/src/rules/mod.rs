@@ -14,6 +14,7 @@ mod packed;
 mod pattern;
 mod residual_norm;
 mod rotary_attention;
+mod routed_moe;
 
 pub(crate) use linear_activation::LINEAR_ACTIVATION;
 pub(crate) use pack_gate_up::PACK_GATE_UP;
@@ -21,6 +22,7 @@ pub(crate) use pack_qkv::PACK_QKV;
 pub use pattern::{Match, Pattern};
 pub(crate) use residual_norm::RESIDUAL_NORM;
 pub(crate) use rotary_attention::ROTARY_ATTENTION;
+pub(crate) use routed_moe::ROUTED_MOE;
 
 use crate::{PassError, clean, trace::Event};
 use std::collections::{BTreeMap, HashSet};

@@ -1,9 +1,9 @@
 //! IR to ONNX, op by op.
 
-use super::{MICROSOFT, ir_version, layout, proto, stored_name};
+use super::{MICROSOFT, block, ir_version, layout, proto, scales, stored_name};
 use crate::{
     Error, Result,
-    back::{Layout, Place, blocks},
+    back::{Layout, Place},
     target::onnx::AXES_OPSET,
 };
 use proto::{
@@ -130,6 +130,13 @@ fn string(name: &str, v: &str) -> AttributeProto {
     }
 }
 
+/// Attributes of MoE and QMoE for `softmax(logits) * down(silu(gate x) * up x)` with rows of gate and up in turn.
+fn routed(k: usize) -> Vec<AttributeProto> {
+    let activation = [string("activation_type", "swiglu"), float("activation_alpha", 1.0), float("activation_beta", 0.0)];
+    let rest = [int("swiglu_fusion", 1), int("k", k as i64), int("normalize_routing_weights", 0)];
+    activation.into_iter().chain(rest).collect()
+}
+
 /// A port that has this very dim, and which of its axes that is.
 fn axis_of<'p>(g: &Graph, d: &Dim, mut ports: impl Iterator<Item = (&'p String, ValueId)>) -> Option<(String, usize)> {
     ports.find_map(|(name, v)| Some((name.clone(), g.ty(v).shape.iter().position(|x| x == d)?)))
@@ -207,7 +214,7 @@ impl Emitter<'_> {
     }
 
     fn weight(&mut self, weight: &str, ty: &Type, op: &Op, operand: usize) -> Emitted<String> {
-        let layout = layout(self.target, op, operand, ty.dtype);
+        let layout = layout(self.target, op, operand, ty);
         let name = stored_name(weight, layout);
         if !self.stored.insert(name.clone()) {
             return Ok(name);
@@ -235,45 +242,79 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Initializers of a quantized matrix `[n, k]`: codes, scales, and zero points or nothing. A table has its codes as
-    /// `[n, bytes]`, which are the same bytes.
-    fn codes(&mut self, weight: &str, scheme: Scheme, [n, k]: [usize; 2], table: bool) -> Emitted<[String; 3]> {
-        let (block, blocks) = blocks(scheme, k);
+    /// Initializers of a quantized matrix `[n, k]`, or a stack of them: codes, scales, and zero points or nothing. Tables and stacks
+    /// have the codes of a row as one axis, which are the same bytes.
+    fn codes(&mut self, weight: &str, scheme: Scheme, shape: &[usize], block: usize, flat: bool) -> Emitted<[String; 3]> {
+        let Some((k, rows)) = shape.split_last() else { return Err("a quantized weight has no axes".into()) };
+        let blocks = k.div_ceil(block);
         let (bits, float) = (usize::from(scheme.bits), self.target.float);
+        let dims = |row: &[usize]| [rows, row].concat();
         let mut part = |part: &str, name: String, dtype, dims: &[usize]| {
             let dims = dims.iter().map(|d| *d as i64).collect();
             let new = self.stored.insert(name.clone());
             if new { self.external(&name, &format!("{weight}.{part}"), dtype, dims) } else { Ok(()) }.map(|()| name)
         };
-        let codes = if table {
-            part("codes", format!("{weight}.rows"), DType::U8, &[n, blocks * block * bits / 8])?
+        let codes = if flat {
+            part("codes", format!("{weight}.rows"), DType::U8, &dims(&[blocks * block * bits / 8]))?
         } else {
-            part("codes", format!("{weight}.codes"), DType::U8, &[n, blocks, block * bits / 8])?
+            part("codes", format!("{weight}.codes"), DType::U8, &dims(&[blocks, block * bits / 8]))?
         };
-        let scales = part("scales", format!("{weight}.scales"), float, &[n, blocks])?;
+        let scales = part("scales", format!("{weight}.scales"), float, &dims(&[blocks]))?;
         let zeros = match scheme.zero_points {
-            true => part("zeros", format!("{weight}.zeros"), DType::U8, &[n, (blocks * bits).div_ceil(8)])?,
+            true => part("zeros", format!("{weight}.zeros"), DType::U8, &dims(&[(blocks * bits).div_ceil(8)]))?,
             false => String::new(),
         };
         Ok([codes, scales, zeros])
     }
 
-    /// A linear layer or a table of quantized weights, in ONNX Runtime's own operators.
-    fn quantized(&mut self, node: &Node, scheme: Scheme, output: &str) -> Emitted {
-        let table = matches!(node.op, Op::Embedding(_));
-        let (weight, x) = if table { (node.args[0], node.args[1]) } else { (node.args[1], node.args[0]) };
+    /// Name and shape of a quantized weight.
+    fn matrix<const AXES: usize>(&self, weight: ValueId) -> Emitted<(String, [usize; AXES])> {
         let Def::Weight(name) = self.graph.def(weight) else { return Err("only weights are quantized".into()) };
         let extents: Option<Vec<usize>> =
             self.graph.ty(weight).shape.iter().map(|d| d.as_const().and_then(|d| usize::try_from(d).ok())).collect();
-        let [n, k] = extents.and_then(|e| e.try_into().ok()).ok_or("a quantized matrix must have two axes of known length")?;
-        let name = name.clone();
-        if layout(self.target, &node.op, usize::from(!table), DType::Quant(scheme)) == Layout::Signed(self.target.float) {
-            return self.dequantized(node, &name, scheme, [n, k], output);
+        let shape = extents.and_then(|e| e.try_into().ok());
+        Ok((name.clone(), shape.ok_or_else(|| format!("a quantized weight must have {AXES} axes of known length here"))?))
+    }
+
+    /// Experts of quantized weights.
+    fn experts(&mut self, node: &Node, k: usize, dynamic: bool, scheme: Scheme, output: &str) -> Emitted {
+        let mut inputs = vec![self.operand(node.args[0], &node.op, 0)?, self.operand(node.args[1], &node.op, 1)?];
+        let (mut zeros, mut columns) = (vec![], 0);
+        for i in [2, 3] {
+            let (name, shape) = self.matrix::<3>(node.args[i])?;
+            columns = block(&node.op, i, scheme, self.graph.ty(node.args[i]));
+            let [codes, scales, zero_points] = self.codes(&name, scheme, &shape, columns, true)?;
+            inputs.extend([codes, scales, String::new()]);
+            zeros.push(zero_points);
         }
-        let [codes, scales, zeros] = self.codes(&name, scheme, [n, k], table)?;
+        if scheme.zero_points {
+            inputs.extend(vec![String::new(); 3]);
+            inputs.extend(zeros);
+        }
+        // The last of them is a bias that is not there.
+        let given = inputs.iter().rposition(|i| !i.is_empty()).map_or(0, |last| last + 1);
+        let inputs: Vec<&str> = inputs.iter().take(given).map(String::as_str).collect();
+        let own = [int("expert_weight_bits", scheme.bits.into()), int("block_size", columns as i64)];
+        let level = int("accuracy_level", if dynamic { 4 } else { 1 });
+        self.own("QMoE", &inputs, &[output], routed(k).into_iter().chain(own).chain([level]).collect());
+        Ok(())
+    }
+
+    /// A linear layer or a table of quantized weights, in ONNX Runtime's own operators.
+    fn quantized(&mut self, node: &Node, scheme: Scheme, output: &str) -> Emitted {
+        if let Op::RoutedMoe(o) = &node.op {
+            return self.experts(node, o.k, o.dynamic, scheme, output);
+        }
+        let table = matches!(node.op, Op::Embedding(_));
+        let (weight, x) = if table { (node.args[0], node.args[1]) } else { (node.args[1], node.args[0]) };
+        let (name, [n, k]) = self.matrix(weight)?;
+        let Layout::Blocks(_, columns) = layout(self.target, &node.op, usize::from(!table), self.graph.ty(weight)) else {
+            return self.dequantized(node, &name, scheme, [n, k], output);
+        };
+        let [codes, scales, zeros] = self.codes(&name, scheme, &[n, k], columns, table)?;
         let x = self.operand(x, &node.op, usize::from(table))?;
         let bits = int("bits", scheme.bits.into());
-        let block = int("block_size", blocks(scheme, k).0 as i64);
+        let block = int("block_size", columns as i64);
         let (op, inputs, attributes) = match &node.op {
             Op::Linear(o) => {
                 let bias = node.args.get(2).map_or(Ok(String::new()), |b| self.operand(*b, &node.op, 2))?;
@@ -292,7 +333,7 @@ impl Emitter<'_> {
 
     /// A linear layer of weights that are numbers again before the product.
     fn dequantized(&mut self, node: &Node, weight: &str, scheme: Scheme, [n, k]: [usize; 2], output: &str) -> Emitted {
-        let (codes, scales) = (format!("{weight}.codes"), format!("{weight}.scales"));
+        let (codes, steps) = (format!("{weight}.codes"), format!("{weight}.scales"));
         if self.stored.insert(codes.clone()) {
             let dims = |d: &[usize]| d.iter().map(|d| *d as i64).collect();
             self.external(&codes, &codes, DType::I8, dims(&[n, k]))?;
@@ -300,7 +341,7 @@ impl Emitter<'_> {
                 t.data_type = Some(proto::tensor_proto::DataType::Int4 as i32);
             }
             let groups = scheme.group.map(|g| k / usize::from(g));
-            self.external(&scales, &scales, self.target.float, dims(&[&[n], groups.as_slice()].concat()))?;
+            self.external(&steps, &steps, scales(self.target), dims(&[&[n], groups.as_slice()].concat()))?;
         }
         let attributes = match scheme.group {
             Some(g) => vec![int("axis", 1), int("block_size", g.into())],
@@ -308,13 +349,36 @@ impl Emitter<'_> {
         };
         let matrix = format!("{weight}.T");
         if self.stored.insert(matrix.clone()) {
-            let rows = self.helper("DequantizeLinear", &[&codes, &scales], weight, attributes);
+            let mut rows = self.helper("DequantizeLinear", &[&codes, &steps], weight, attributes);
+            if scales(self.target) != self.target.float {
+                rows = self.helper("Cast", &[&rows], weight, vec![int("to", data_type(self.target.float).into())]);
+            }
             self.named("Transpose", &[&rows], &matrix, vec![ints("perm", [1, 0])]);
         }
         let x = self.operand(node.args[0], &node.op, 0)?;
         let bias = node.args.get(2).map(|b| self.operand(*b, &node.op, 2)).transpose()?;
         self.product(&[&x, &matrix], bias.as_deref(), output);
         Ok(())
+    }
+
+    /// `x` in steps of `scale`, in 8 bits.
+    fn fake_quantize(&mut self, x: &str, dtype: DType, scale: f64, output: &str) {
+        let wide = if dtype == self.target.float { scales(self.target) } else { dtype };
+        // Smaller ones of f16 are not exact; the layer's numbers are in fewer steps then.
+        let scale = if wide == DType::F16 { scale.max(half::f16::MIN_POSITIVE.to_f64()) } else { scale };
+        let (step, zero) = (format!("{output}/scale"), "zero_i8");
+        self.literal(&step, &Literal::scalar(wide, scale));
+        if self.stored.insert(zero.into()) {
+            self.literal(zero, &Literal::scalar(DType::I8, 0.0));
+        }
+        let to = |dtype| vec![int("to", data_type(dtype).into())];
+        let x = if wide == dtype { x.to_string() } else { self.helper("Cast", &[x], output, to(wide)) };
+        let steps = self.helper("QuantizeLinear", &[&x, &step, zero], output, vec![]);
+        if wide == dtype {
+            return self.named("DequantizeLinear", &[&steps, &step, zero], output, vec![]);
+        }
+        let rounded = self.helper("DequantizeLinear", &[&steps, &step, zero], output, vec![]);
+        self.named("Cast", &[&rounded], output, to(dtype));
     }
 
     /// A product, and what is added to it.
@@ -330,6 +394,7 @@ impl Emitter<'_> {
 
     fn literal(&mut self, name: &str, l: &Literal) {
         let raw: Vec<u8> = match l.dtype {
+            DType::I8 => l.data.iter().flat_map(|v| (*v as i8).to_le_bytes()).collect(),
             DType::I64 => l.data.iter().flat_map(|v| (*v as i64).to_le_bytes()).collect(),
             DType::Bool => l.data.iter().map(|v| u8::from(*v != 0.0)).collect(),
             DType::F16 => l.data.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
@@ -608,7 +673,7 @@ impl Emitter<'_> {
                 }
             }
             Op::MatMul(_) => self.named("MatMul", &x, &out, vec![]),
-            Op::Linear(_) if layout(self.target, &node.op, 1, ty(1).dtype) == Layout::Transposed => {
+            Op::Linear(_) if layout(self.target, &node.op, 1, ty(1)) == Layout::Transposed => {
                 self.product(&x[..2], x.get(2).copied(), &out);
             }
             // The matrix lies in rows.
@@ -627,6 +692,7 @@ impl Emitter<'_> {
                 }
                 self.product(&[x[0], &matrix], x.get(2).copied(), &out);
             }
+            Op::FakeQuantize(o) => self.fake_quantize(x[0], ty(0).dtype, o.scale, &out),
             Op::Embedding(_) if ty(0).dtype != DType::F32 => {
                 let rows = self.helper("Gather", &x, &out, vec![int("axis", 0)]);
                 self.named("Cast", &[&rows], &out, vec![int("to", data_type(DType::F32).into())]);
@@ -666,6 +732,7 @@ impl Emitter<'_> {
                 let outs: Vec<&str> = outs.iter().map(String::as_str).collect();
                 self.own("GroupQueryAttention", &inputs, &outs, heads.into());
             }
+            Op::RoutedMoe(o) => self.own("MoE", &[x[0], x[1], x[2], "", x[3]], &[&out], routed(o.k)),
             Op::Attention(o) => {
                 if matches!(o.mask, Mask::Causal | Mask::Segments) {
                     return Err("was not legalised".into());

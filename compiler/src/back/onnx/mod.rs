@@ -13,10 +13,11 @@ pub use profiles::{provider_options, trtexec};
 pub use text::to_text;
 
 use super::{Layout, Stored};
-use crate::{Error, Result};
+use crate::{Error, Result, target::onnx::NARROW_SCALES_OPSET};
 use prost::Message;
 use std::{collections::BTreeSet, path::Path};
-use vlmc_ir::{DType, Def, Op, Verified};
+use vlmc_artifact::Scheme;
+use vlmc_ir::{DType, Def, Dim, Op, Type, Verified};
 use vlmc_passes::Target;
 
 /// Version of the file format: that which came with the operator set.
@@ -39,21 +40,39 @@ pub fn stored(target: &Target, program: &Verified) -> Vec<Stored> {
     for (g, n) in program.graphs.iter().flat_map(|g| g.nodes().map(move |(_, n)| (g, n))) {
         for (i, a) in n.args.iter().enumerate() {
             if let Def::Weight(name) = g.def(*a) {
-                found.insert((name.clone(), layout(target, &n.op, i, g.ty(*a).dtype)));
+                found.insert((name.clone(), layout(target, &n.op, i, g.ty(*a))));
             }
         }
     }
     found.into_iter().map(|(weight, layout)| Stored { name: stored_name(&weight, layout), weight, layout }).collect()
 }
 
-fn layout(target: &Target, op: &Op, operand: usize, dtype: DType) -> Layout {
-    match (op, operand, dtype) {
-        (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(target.float),
-        (_, _, DType::Quant(_)) => Layout::Blocks(target.float),
+fn layout(target: &Target, op: &Op, operand: usize, ty: &Type) -> Layout {
+    match (op, operand, ty.dtype) {
+        (_, _, DType::Quant(_)) if !target.own_operators => Layout::Signed(scales(target)),
+        (_, _, DType::Quant(scheme)) => Layout::Blocks(target.float, block(op, operand, scheme, ty)),
         // Narrow matrices stay as checkpoints have them, so that their files can be used as they are.
         (Op::Linear(_), 1, _) if target.float == DType::F32 => Layout::Transposed,
         _ => Layout::Rows,
     }
+}
+
+/// Type of the scales of QuantizeLinear and DequantizeLinear.
+fn scales(target: &Target) -> DType {
+    if target.opset < Some(NARROW_SCALES_OPSET) { DType::F32 } else { target.float }
+}
+
+/// Columns of a block of a quantized matrix `[n, k]`, or of each of a stack. A row with one scale is cut into blocks that repeat it:
+/// ONNX Runtime wants a power of 2, of a table's rows a divisor, and of experts one that divides what both of their products read.
+pub(crate) fn block(op: &Op, operand: usize, scheme: Scheme, ty: &Type) -> usize {
+    let dim = |i: usize| ty.shape.get(i).and_then(Dim::as_const).and_then(|d| usize::try_from(d).ok()).unwrap_or(0);
+    let divided = match (op, operand) {
+        (Op::RoutedMoe(_), 2) => vec![dim(1) / 2, dim(2)],
+        (Op::RoutedMoe(_) | Op::Moe(_), _) => vec![dim(1), dim(2)],
+        _ => vec![dim(1)],
+    };
+    let divisor = || [128, 64, 32, 16].into_iter().find(|b| divided.iter().all(|d| d.is_multiple_of(*b))).unwrap_or(128);
+    scheme.group.map_or_else(divisor, usize::from)
 }
 
 fn stored_name(weight: &str, layout: Layout) -> String {

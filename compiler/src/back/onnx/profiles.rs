@@ -13,7 +13,9 @@ const EDGES: [i64; 3] = [256, 1024, 4096];
 /// Length that kernels are tuned for, of texts and pictures.
 const USUAL: i64 = 1024;
 
-/// Least, usual and largest values of the symbols of a graph.
+/// Least, usual and largest values of the symbols of a graph. The least may be 0, for a cache without positions and for no positions
+/// to be scored: profiles take empty tensors since TensorRT 8 (of 7, issue 337 of NVIDIA/TensorRT), and its layers give them no special
+/// treatment, as the developer guide says ("Working with Empty Tensors"). Who binds one must give it an address all the same.
 type Profile = [Bindings; 3];
 
 /// Names of the three in options and arguments.
