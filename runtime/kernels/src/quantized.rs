@@ -520,17 +520,17 @@ impl IntTile<'_, '_> {
                 if self.block.start == 0 { out.bias(bias, column) } else { out.read(self.first_row + row + r, column) }
             };
             if whole {
-                for r in 0..R {
-                    for p in 0..P {
-                        sums[r][p] = I::Floats::load(&start(r, p));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    for (p, sum) in sums.iter_mut().enumerate() {
+                        *sum = I::Floats::load(&start(r, p));
                     }
                 }
             } else {
                 let mut values = [[[0.0; N]; P]; R];
                 values.iter_mut().enumerate().take(rows).for_each(|(r, v)| *v = std::array::from_fn(|p| start(r, p)));
-                for r in 0..R {
-                    for p in 0..P {
-                        sums[r][p] = I::Floats::load(&values[r][p]);
+                for (sums, values) in sums.iter_mut().zip(&values) {
+                    for (sum, values) in sums.iter_mut().zip(values) {
+                        *sum = I::Floats::load(values);
                     }
                 }
             }
