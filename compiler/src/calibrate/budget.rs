@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(names(5.6), ["int4g32", "int4g128", "int8"]);
         assert_eq!(names(9.0), ["int8", "int8", "int8"]);
         let together = [report.keys().take(2).collect::<Vec<_>>(), report.keys().skip(2).collect()];
-        let (chosen, _) = choose(&report, &together, shape, 5.6).unwrap();
+        let (chosen, _) = choose(&report, &together, shape, 5.7).unwrap();
         assert_eq!(chosen.into_values().map(|s| s.to_string()).collect::<Vec<_>>(), ["int4g32", "int4g32", "int8"]);
         let error = choose(&report, &together, shape, 3.0).unwrap_err().to_string();
         assert!(error.contains("4.125"), "{error}");
