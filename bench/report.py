@@ -38,6 +38,9 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
 - **start to first token**: from the start of the process, files being in the system's cache, to the first token after a short
   question; for OpenVINO, onnxruntime-genai and torch without the time that Python and imports take.
 - **peak memory**: the largest resident set of the process, mapped files included.
+- **vlmc's graphs in the same client**: onnxruntime-genai runs what its own builder made of the text model, and what vlmc made with
+  `--target onnx-cpu --layout genai --quant int4`. The tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32
+  for pictures of this size. **checkpoint to ONNX graphs**: the builder makes the text model, vlmc text model and tower.
 - **of the limit**: of this machine's bandwidth (decode) or arithmetic (prefill, encode), measured by `vlmc bench` in the same run.
 """
 

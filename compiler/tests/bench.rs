@@ -52,7 +52,8 @@ fn a_model_that_answers_prompts() {
     let sizes = ["--picture", "56x84", "--picture", "112x112", "--prompt-tokens", "24", "--prompt-tokens", "7"];
     let decode = ["--new-tokens", "5", "--context", "9", "--repeat", "2", "--threads", "2", "--json"];
     let r = json(&[&["bench", &artifact], &sizes[..], &decode[..]].concat());
-    let expected = "architecture target task repeat machine load_s first_token_s encode prefill decode peak_memory_bytes weight_bytes";
+    let expected = "architecture target task repeat machine load_s first_token_s encode prefill decode peak_memory_bytes weight_bytes \
+                    large_page_bytes";
     assert_eq!(keys(&r).join(" "), expected);
     assert_eq!((r["architecture"].as_str(), r["target"].as_str(), r["task"].as_str()), (Some("qwen2_vl"), Some("cpu"), Some("generate")));
 
