@@ -32,11 +32,16 @@ fi
 rm -rf target/onnx-check
 for checkpoint in fixtures/*/; do
   [ -f "$checkpoint/model.safetensors" ] || [ -f "$checkpoint/model.safetensors.index.json" ] || continue
-  for options in "onnx-cpu" "onnx-cuda" "onnx-cuda --dtype bf16" "onnx-tensorrt" "onnx-tensorrt --dtype f32" "onnx-tensorrt --opset 17"; do
+  for options in "onnx-cpu" "onnx-cuda" "onnx-cuda --dtype bf16" "onnx-tensorrt" "onnx-tensorrt --dtype f32" "onnx-tensorrt --opset 17" \
+    "onnx-cpu --quant int4" "onnx-tensorrt --quant int4" "onnx-tensorrt --quant int8 --opset 17"; do
     out="target/onnx-check/$(basename "$checkpoint")-${options// /}"
     # shellcheck disable=SC2086 # options are words
     "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile "$checkpoint" --target $options -o "$out"
   done
+done
+for opset in 17 19 23; do
+  "${CARGO_TARGET_DIR:-target}/debug/vlmc" compile fixtures/shapes-vl --target onnx-tensorrt --opset $opset --quant int8 \
+    --calibrate fixtures/shapes-vl/calibration.jsonl -o "target/onnx-check/shapes-vl-calibrated-$opset"
 done
 PYTHONPATH=target/python python3 tests/tools/check_onnx.py target/onnx-check/*/*.onnx
 

@@ -6,21 +6,26 @@ use vlmc::{
     back::onnx::{self, proto::GraphProto},
     calibrate::chosen,
     compile::Model,
-    verify::Request,
+    verify::{Options, Request, verify},
 };
 use vlmc_passes::quantize::{Outcome, Policy};
+use vlmc_runtime::Artifact;
 use vlmc_tests::{cases, compile_with, exec_case, fixture, floats, quantization::policy, relative_error, target, write_inputs};
 
-/// The fixture's model, calibrated on its goldens' inputs.
-fn calibrated(name: &str, to: &str, policy: &Policy) -> Model {
+/// The inputs of the fixture's goldens.
+fn requests(name: &str) -> Vec<Request> {
     let (fixture, dir) = (fixture(name), tempfile::tempdir().unwrap());
     let request = |case: &String| {
         let inputs = dir.path().join("inputs.safetensors");
         write_inputs(&fixture, case, &[], &inputs);
         Request { name: case.clone(), tensors: vlmc::exec::read(&inputs).unwrap() }
     };
-    let requests: Vec<Request> = cases(&fixture).iter().map(request).collect();
-    Model::open(&fixture).unwrap().calibrate(target(to), &chosen(policy), &requests, &|_| {}).unwrap().0
+    cases(&fixture).iter().map(request).collect()
+}
+
+/// The fixture's model, calibrated on its goldens' inputs.
+fn calibrated(name: &str, to: &str, policy: &Policy) -> Model {
+    Model::open(&fixture(name)).unwrap().calibrate(target(to), &chosen(policy), &requests(name), &|_| {}).unwrap().0
 }
 
 /// Logits of all cases of the fixture's goldens.
@@ -75,6 +80,12 @@ fn activations_in_8_bits() {
             assert!(!report.warnings.iter().any(|w| w.contains("not rounded")), "{:?}", report.warnings);
             let [all, rounded] = products(&onnx::read(&artifact.join("decoder.onnx")).unwrap().graph.unwrap());
             assert!(all > 0 && rounded == all, "{name}: {to}: {rounded} of {all}");
+            if to == "onnx-tensorrt:f32" {
+                let options = Options { threads: None, new_tokens: 0, progress: &|_| {} };
+                let model = Model::open(&fixture(name)).unwrap();
+                let report = verify(&Artifact::open(&artifact).unwrap(), model, &requests(name), &options).unwrap();
+                assert!(report.is_right(), "{name}: {:?}", report.first_wrong());
+            }
             let got = logits(name, &artifact);
             let (from_plain, from_ours) = (relative_error(&got, &plain), relative_error(&got, &ours));
             println!("{name} {to}: {from_plain:.4} from plain, {from_ours:.4} from cpu, which is {dynamic:.4} from plain");

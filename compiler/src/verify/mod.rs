@@ -449,9 +449,16 @@ impl Stored {
             let tensors = header.tensors.into_iter().collect();
             return Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".rows"], rounding: 0.0 });
         }
-        // Codes of blocks: [rows, blocks, bytes of a block].
-        for (name, t) in &header.tensors {
+        // Codes of blocks: [rows, blocks, bytes of a block]; signed ones: [rows, bytes], with scales of rows or of their groups.
+        let tensors: HashMap<String, crate::stored::Stored> = header.tensors.into_iter().collect();
+        for (name, t) in &tensors {
             let weight = name.strip_suffix(".codes").and_then(|n| Some((n, weights.get(n)?.shape.last()?)));
+            if let (Some((weight, k)), [_, bytes]) = (weight, &t.shape[..]) {
+                let groups = tensors.get(&format!("{weight}.scales")).and_then(|scales| scales.shape.get(1));
+                let group = groups.and_then(|groups| k.checked_div(*groups)).and_then(|group| u16::try_from(group).ok());
+                let scheme = Scheme { bits: if bytes < k { 4 } else { 8 }, group, zero_points: false };
+                dtypes.insert(name.clone(), DType::Quant(scheme));
+            }
             if let (Some((weight, k)), [_, blocks, bytes]) = (weight, &t.shape[..]) {
                 let bits = if blocks * bytes * 8 >= k * 8 { 8 } else { 4 };
                 let block = (bytes * 8).checked_div(bits).and_then(|b| u16::try_from(b).ok());
@@ -468,7 +475,6 @@ impl Stored {
         }
         // Graphs compute in the type of their weights.
         let rounding = dtypes.values().map(|d| rounding(*d)).fold(0.0, f64::max);
-        let tensors = header.tensors.into_iter().collect();
         Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".T", ".codes", ".rows"], rounding })
     }
 
