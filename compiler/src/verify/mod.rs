@@ -449,7 +449,7 @@ impl Stored {
             let tensors = header.tensors.into_iter().collect();
             return Ok(Self { path, file, tensors, dtypes, weights, suffixes: &[".rows"], rounding: 0.0 });
         }
-        // Codes of blocks: [rows, blocks, bytes of a block]; signed ones: [rows, bytes], with scales of rows or of their groups.
+        // Codes of blocks: [.., rows, blocks, bytes of a block]; signed ones: [rows, bytes], with scales of rows or of their groups.
         let tensors: HashMap<String, crate::stored::Stored> = header.tensors.into_iter().collect();
         for (name, t) in &tensors {
             let weight = name.strip_suffix(".codes").and_then(|n| Some((n, weights.get(n)?.shape.last()?)));
@@ -459,7 +459,9 @@ impl Stored {
                 let scheme = Scheme { bits: if bytes < k { 4 } else { 8 }, group, zero_points: false };
                 dtypes.insert(name.clone(), DType::Quant(scheme));
             }
-            if let (Some((weight, k)), [_, blocks, bytes]) = (weight, &t.shape[..]) {
+            if let (Some((weight, k)), [_, .., blocks, bytes]) = (weight, &t.shape[..])
+                && t.shape.len() > 2
+            {
                 let bits = if blocks * bytes * 8 >= k * 8 { 8 } else { 4 };
                 let block = (bytes * 8).checked_div(bits).and_then(|b| u16::try_from(b).ok());
                 let scheme =
@@ -492,6 +494,9 @@ impl Stored {
     fn parts(&self, stored: &str) -> Vec<String> {
         let stripped = self.suffixes.iter().filter_map(|s| stored.strip_suffix(s));
         for name in stripped.chain([stored]) {
+            if self.weights.contains_key(name) {
+                return vec![name.into()];
+            }
             let parts: Vec<&str> = name.split('+').collect();
             if parts.iter().all(|p| self.weights.contains_key(*p)) {
                 return parts.into_iter().map(String::from).collect();

@@ -12,8 +12,9 @@ use vlmc_ir::{
 use vlmc_runtime::{Data, Engine, Tensor, artifact::Manifest, binding};
 
 /// Passes that only spell the program out: widen weights, decompose what the target decomposes, compute constants. What comes
-/// after them in a pipeline, fusion and quantization, is what the reference is there to check.
-const SPELLED_OUT: [&str; 5] = ["storage", "legalize", "fold", "cse", "dce"];
+/// after them in a pipeline, fusion and quantization, is what the reference is there to check. Experts that are one node of the
+/// artifact are one here, too: decomposed, they would have no node to be compared with.
+const SPELLED_OUT: [&str; 6] = ["storage", "routed-moe", "legalize", "fold", "cse", "dce"];
 
 /// A node that the reference has computed.
 pub(super) struct Step<'a> {
@@ -42,16 +43,19 @@ pub(super) struct Reference {
     watcher: Watcher,
 }
 
-/// The program that the reference interprets, and the weights as the frontend declared them.
+/// The program that the reference interprets, and the weights as the frontend declared them, or [`SPELLED_OUT`] made of these.
 ///
 /// # Errors
 /// The checkpoint cannot be lowered for the artifact's target, or has other entries than the artifact.
 pub(super) fn program(model: &Model, manifest: &Manifest) -> Result<(Verified, BTreeMap<String, WeightDef>)> {
     let target = crate::target::named(&manifest.target)?;
     let lowered = model.lower_with_codes(target)?.program;
-    let weights = lowered.weights.clone();
+    let mut weights = lowered.weights.clone();
     let passes: Vec<_> = target.passes.iter().copied().filter(|p| SPELLED_OUT.contains(&p.name)).collect();
     let program = vlmc_passes::run(target, lowered, &passes, |_, _| {})?;
+    for (name, def) in &program.weights {
+        weights.entry(name.clone()).or_insert_with(|| def.clone());
+    }
     for e in &manifest.entries {
         let graph = program.graphs.iter().find(|g| g.name == e.name);
         let same = graph.is_some_and(|g| {
