@@ -10,7 +10,7 @@ use vlmc::{
 };
 use vlmc_passes::quantize::{Outcome, Policy};
 use vlmc_runtime::Artifact;
-use vlmc_tests::{cases, compile_with, exec_case, fixture, floats, quantization::policy, relative_error, target, write_inputs};
+use vlmc_tests::{CPU, cases, compile_with, exec_case, fixture, floats, quantization::policy, relative_error, target, write_inputs};
 
 /// The inputs of the fixture's goldens.
 fn requests(name: &str) -> Vec<Request> {
@@ -81,7 +81,7 @@ fn activations_in_8_bits() {
             let [all, rounded] = products(&onnx::read(&artifact.join("decoder.onnx")).unwrap().graph.unwrap());
             assert!(all > 0 && rounded == all, "{name}: {to}: {rounded} of {all}");
             if to == "onnx-tensorrt:f32" {
-                let options = Options { threads: None, new_tokens: 0, progress: &|_| {} };
+                let options = Options { engine: CPU, new_tokens: 0, progress: &|_| {} };
                 let model = Model::open(&fixture(name)).unwrap();
                 let report = verify(&Artifact::open(&artifact).unwrap(), model, &requests(name), &options).unwrap();
                 assert!(report.is_right(), "{name}: {:?}", report.first_wrong());
