@@ -10,7 +10,7 @@ use std::{
     ops::Range,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 use vlmc_artifact::{
     DType,
@@ -157,8 +157,8 @@ impl Weights {
         }
         let copying = start.elapsed();
         let range = |c: &Copy| self.tensors[c.tensor].range.clone();
-        let before: Duration = sample.iter().map(|c| kernels.read_time(&self.map[range(c)])).sum();
-        let after: Duration = sample.iter().map(|c| kernels.read_time(&large[c.at..][..range(c).len()])).sum();
+        let before = kernels.read_time(sample.iter().map(|c| &self.map[range(c)]));
+        let after = kernels.read_time(sample.iter().map(|c| &large[c.at..][..range(c).len()]));
         if before.saturating_sub(after) * TOKENS > copying && self.copy(kernels, rest, &mut large) {
             copies.iter().for_each(|c| self.tensors[c.tensor].copy = Some(c.at));
             self.large = Some(large);
