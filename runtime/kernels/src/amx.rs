@@ -12,7 +12,6 @@ use crate::{
     round::{round_to, steps as steps_of},
 };
 use std::{arch::x86_64::*, cell::RefCell, sync::OnceLock};
-use vlmc_artifact::program::Unary;
 
 /// Rows from which tiles pay.
 pub(crate) const MIN_ROWS: usize = 32;
@@ -268,17 +267,18 @@ impl Pack<'_> {
         self.tiles[last..].fill(0);
         for (r, x) in self.x.chunks_exact(self.grid.k).enumerate() {
             if ints {
-                let mut at = r * ROW;
                 // SAFETY: the caller's promise.
                 unsafe {
                     let (inverse, scale) = steps_of::<Avx512>(x);
                     self.scales[r] = scale;
-                    self.sums[r] = round_to::<Avx512>(x, inverse, |i, bytes| {
-                        self.tiles[at + i % ROW..][..N].copy_from_slice(bytemuck::cast_slice(bytes));
-                        if i % ROW == ROW - N {
-                            at += TILE;
-                        }
-                    });
+                    let mut sum = Avx512::splat(0.0);
+                    for (i, x) in x.chunks(N).enumerate() {
+                        let mut bytes = [0; N];
+                        sum = round_to(x, Avx512::splat(inverse), &mut bytes).add(sum);
+                        let at = i * N / ROW * TILE + r * ROW + i * N % ROW;
+                        self.tiles[at..at + N].copy_from_slice(bytemuck::cast_slice(&bytes));
+                    }
+                    self.sums[r] = sum.sum();
                 }
                 continue;
             }
@@ -378,7 +378,6 @@ impl Columns {
 /// Panels of one thread times a chunk of packed rows.
 struct Panels<'a> {
     piece: Piece<'a>,
-    act: Option<Unary>,
     /// `[rows / 16, steps]` tiles.
     x: &'a [u8],
     /// Of each row.
@@ -484,7 +483,7 @@ impl Panels<'_> {
                         L::load(&products).add(bias).store(values);
                     }
                 }
-                if let Some(act) = self.act {
+                if let Some((_, act)) = self.piece.act {
                     elementwise::map::<L>(act, values[..rows].as_flattened_mut());
                 }
                 for (r, values) in values.iter().enumerate().take(rows) {
@@ -503,7 +502,6 @@ impl Kernels {
         x: &[f32],
         m: usize,
         grid: Grid,
-        act: Option<Unary>,
         packed: &mut Vec<i32>,
         pieces: impl Fn(&(dyn Fn(Piece<'_>) + Sync)),
     ) {
@@ -522,7 +520,7 @@ impl Kernels {
                 unsafe { Pack { grid, x, tiles: bytemuck::cast_slice_mut(tiles), scales, sums }.run() }
             });
             let (tiles, scales, sums) = (bytemuck::cast_slice(tiles), &*scales, &*sums);
-            pieces(&|piece| self.isa.run(Panels { piece, act, x: tiles, scales, sums, first_row, rows }));
+            pieces(&|piece| self.isa.run(Panels { piece, x: tiles, scales, sums, first_row, rows }));
         }
     }
 }

@@ -21,6 +21,12 @@ pub(crate) trait Ints: Copy {
     unsafe fn and(self, o: Self) -> Self;
     /// Shifts zeros in.
     unsafe fn shift_right<const BITS: u32>(self) -> Self;
+    /// Shifts zeros in.
+    unsafe fn shift_left<const BITS: u32>(self) -> Self;
+    /// Differences of 16 bits each.
+    unsafe fn sub_16(self, o: Self) -> Self;
+    /// Products of signed 16 bits each, divided by 2^15 and rounded; those of -2^15 with itself excluded.
+    unsafe fn mul_round_16(self, o: Self) -> Self;
     /// `self` + the products of a lane's four unsigned bytes of `codes`, of which only the low `BITS` (4 or 8) bits are set,
     /// with the four signed bytes of `x`, -128 excluded.
     unsafe fn dot<const BITS: u8>(self, codes: Self, x: i32) -> Self;
@@ -35,6 +41,14 @@ impl ScalarInts {
     #[inline(always)]
     fn zip(self, o: Self, f: impl Fn(i32, i32) -> i32) -> Self {
         Self(std::array::from_fn(|i| f(self.0[i], o.0[i])))
+    }
+
+    #[inline(always)]
+    fn zip_16(self, o: Self, f: impl Fn(i16, i16) -> i16) -> Self {
+        self.zip(o, |a, b| {
+            let [low, high] = [0, 16].map(|at| u32::from(f((a >> at) as i16, (b >> at) as i16) as u16));
+            (low | high << 16) as i32
+        })
     }
 }
 
@@ -75,6 +89,18 @@ impl Ints for ScalarInts {
     #[inline(always)]
     unsafe fn shift_right<const BITS: u32>(self) -> Self {
         Self(self.0.map(|v| (v as u32 >> BITS) as i32))
+    }
+    #[inline(always)]
+    unsafe fn shift_left<const BITS: u32>(self) -> Self {
+        Self(self.0.map(|v| v << BITS))
+    }
+    #[inline(always)]
+    unsafe fn sub_16(self, o: Self) -> Self {
+        self.zip_16(o, i16::wrapping_sub)
+    }
+    #[inline(always)]
+    unsafe fn mul_round_16(self, o: Self) -> Self {
+        self.zip_16(o, |a, b| ((i32::from(a) * i32::from(b) + (1 << 14)) >> 15) as i16)
     }
     #[inline(always)]
     unsafe fn dot<const BITS: u8>(self, codes: Self, x: i32) -> Self {
@@ -140,6 +166,18 @@ mod x86 {
         #[inline(always)]
         unsafe fn shift_right<const BITS: u32>(self) -> Self {
             unsafe { Self(_mm512_srli_epi32::<BITS>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn shift_left<const BITS: u32>(self) -> Self {
+            unsafe { Self(_mm512_slli_epi32::<BITS>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub_16(self, o: Self) -> Self {
+            unsafe { Self(_mm512_sub_epi16(self.0, o.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_round_16(self, o: Self) -> Self {
+            unsafe { Self(_mm512_mulhrs_epi16(self.0, o.0)) }
         }
         #[inline(always)]
         unsafe fn dot<const BITS: u8>(self, codes: Self, x: i32) -> Self {
@@ -237,6 +275,21 @@ mod x86 {
                 let by = _mm_cvtsi32_si128(BITS as i32);
                 Self(_mm256_srl_epi32(self.0, by), _mm256_srl_epi32(self.1, by))
             }
+        }
+        #[inline(always)]
+        unsafe fn shift_left<const BITS: u32>(self) -> Self {
+            unsafe {
+                let by = _mm_cvtsi32_si128(BITS as i32);
+                Self(_mm256_sll_epi32(self.0, by), _mm256_sll_epi32(self.1, by))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sub_16(self, o: Self) -> Self {
+            unsafe { Self(_mm256_sub_epi16(self.0, o.0), _mm256_sub_epi16(self.1, o.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_round_16(self, o: Self) -> Self {
+            unsafe { Self(_mm256_mulhrs_epi16(self.0, o.0), _mm256_mulhrs_epi16(self.1, o.1)) }
         }
         #[inline(always)]
         unsafe fn dot<const BITS: u8>(self, codes: Self, x: i32) -> Self {

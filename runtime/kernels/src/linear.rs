@@ -360,8 +360,9 @@ impl Isa {
 
 impl Kernels {
     /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`. With
-    /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says, or with many rows and groups of
-    /// columns to bf16, where the CPU multiplies that faster.
+    /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says. Of many rows, where small groups
+    /// would take as long to bring together as to multiply, `x` and numbers of 4 bits are rounded to 8 bits with a scale for 256
+    /// columns, or with AMX to bf16.
     ///
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
@@ -389,25 +390,25 @@ impl Kernels {
             Floats::F16(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::BF16(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::Quant(panels, scheme) => {
-                let grid = Grid::new(scheme, k);
+                let (grid, act) = (Grid::new(scheme, k), act.map(|act| (self.isa, act)));
                 let pieces = |product: &(dyn Fn(Piece<'_>) + Sync)| {
                     self.panel_pieces(panels, m * n * k, n, m, |first_panel, panels| {
-                        product(Piece { grid, panels, first_panel, bias, out: columns, m })
+                        product(Piece { grid, panels, first_panel, bias, act, out: columns, m })
                     });
                 };
                 if dynamic {
                     let mut words = self.take_scratch();
                     #[cfg(target_arch = "x86_64")]
                     if in_tiles(self.isa, m) {
-                        self.tile_product(x, m, grid, act, &mut words, pieces);
+                        self.tile_product(x, m, grid, &mut words, pieces);
                         self.give_scratch(words);
                         return;
                     }
                     self.round_rows(x, m, grid, &mut words);
-                    pieces(&|piece| self.rounded_product(&words, piece, act));
+                    pieces(&|piece| self.rounded_product(&words, piece));
                     self.give_scratch(words);
                 } else {
-                    pieces(&|piece| self.widened_product(x, piece, act));
+                    pieces(&|piece| self.widened_product(x, piece));
                 }
             }
         }
@@ -421,13 +422,13 @@ impl Kernels {
     }
 
     /// Splits the panels of `n` rows among threads: calls `job` with each piece and the number of its first panel. Pieces begin at
-    /// even panels.
+    /// every fourth panel.
     fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
         let count = n.div_ceil(N);
         let len = panels.len() / count;
         // Large contiguous pieces read memory best; with many rows, more pieces balance the load.
         let pieces = if work < 1 << 16 { 1 } else { self.pool.threads() * if m > ROWS { 4 } else { 1 } };
-        let step = count.div_ceil(pieces.clamp(1, count)).next_multiple_of(2);
+        let step = count.div_ceil(pieces.clamp(1, count)).next_multiple_of(4);
         self.pool.run(count.div_ceil(step), |piece| {
             let first = piece * step;
             job(first, &panels[first * len..(first + step).min(count) * len]);

@@ -56,30 +56,22 @@ impl Task for Keep<'_> {
     }
 }
 
-/// Rounds `x * inverse`, calls `put` with each 16 of them and the number of the first one, the last ones filled up with zeros, and
-/// gives the sum.
+/// Rounds `x * inverse`, of up to 16 numbers, to `codes` and gives the integers; those that are missing count as zeros.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-pub(crate) unsafe fn round_to<L: Lanes>(x: &[f32], inverse: f32, mut put: impl FnMut(usize, &[i8; N])) -> f32 {
+pub(crate) unsafe fn round_to<L: Lanes>(x: &[f32], inverse: L, codes: &mut [i8; N]) -> L {
+    let mut padded = [0.0; N];
+    let x = x.as_array().unwrap_or_else(|| {
+        padded[..x.len()].copy_from_slice(x);
+        &padded
+    });
     // SAFETY: the caller's promise.
     unsafe {
-        // Integers below 2^24: the sum is exact.
-        let mut sum = L::splat(0.0);
-        for (c, x) in x.chunks(N).enumerate() {
-            let mut padded = [0.0; N];
-            let x = x.as_array().unwrap_or_else(|| {
-                padded[..x.len()].copy_from_slice(x);
-                &padded
-            });
-            let v = L::load(x).mul(L::splat(inverse)).round();
-            sum = sum.add(v);
-            let mut bytes = [0; N];
-            v.store_i8(&mut bytes);
-            put(c * N, &bytes);
-        }
-        sum.sum()
+        let v = L::load(x).mul(inverse).round();
+        v.store_i8(codes);
+        v
     }
 }
 
