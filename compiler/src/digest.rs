@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 use std::io::{self, Read};
 
 /// Bytes per read: large enough for sequential speed, small against any memory.
-const TILE: usize = 1 << 20;
+pub(crate) const TILE: usize = 1 << 20;
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
@@ -23,7 +23,8 @@ pub(crate) fn sha256_of(mut reader: impl Read) -> io::Result<String> {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// In lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 

@@ -3,17 +3,17 @@
 //! All tensors are declared first, which fixes the header and every offset; their bytes may then come in any order and from
 //! any thread. Every tensor starts at a multiple of [`ALIGNMENT`] of the *file* (so that it can be used where it lies in a
 //! mapped file): the header is padded with spaces, and since the format allows no holes, gaps between tensors are `u8` tensors
-//! named `_pad.N`, full of zeros.
+//! named `_pad.N`, full of zeros. The digest of the data follows the writers, as far as the file is complete from its start.
 
 use crate::{Error, Result, digest, safetensors_header::MAX_HEADER};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
-    io::{Seek, SeekFrom},
     os::unix::fs::FileExt,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 use vlmc_artifact::{DATA_SHA256, DType, FileEntry};
 
@@ -51,6 +51,7 @@ pub struct WeightsWriter {
     by_name: HashMap<String, usize>,
     data_start: u64,
     digest_at: u64,
+    digested: Mutex<Digested>,
 }
 
 #[derive(Debug)]
@@ -58,8 +59,26 @@ struct Slot {
     name: String,
     offset: u64,
     len: u64,
-    /// Ranges written so far, disjoint and not adjacent: start to end.
-    written: Mutex<BTreeMap<u64, u64>>,
+    /// What some thread has begun to write.
+    begun: Mutex<Ranges>,
+    /// What is in the file.
+    written: Mutex<Ranges>,
+}
+
+/// Disjoint ranges that are not adjacent: start to end.
+#[derive(Debug, Default)]
+struct Ranges(BTreeMap<u64, u64>);
+
+/// The digest of the data up to some place.
+#[derive(Debug, Default)]
+struct Digested {
+    hash: Sha256,
+    /// Bytes of the data.
+    end: u64,
+    /// The first tensor that is not wholly among them.
+    tensor: usize,
+    /// For reading.
+    tile: Vec<u8>,
 }
 
 impl WeightsWriter {
@@ -94,7 +113,7 @@ impl WeightsWriter {
             // File offsets are signed.
             end = offset.checked_add(len).filter(|end| *end < i64::MAX as u64 - MAX_HEADER).ok_or_else(too_large)?;
             list(name, *dtype, shape, offset, end);
-            tensors.push(Slot { name: name.clone(), offset, len, written: Mutex::default() });
+            tensors.push(Slot { name: name.clone(), offset, len, begun: Mutex::default(), written: Mutex::default() });
         }
 
         // The digest is only known at the end: its place is kept by zeros.
@@ -110,7 +129,8 @@ impl WeightsWriter {
         io(file.set_len(data_start + end))?;
         io(file.write_all_at(&(json.len() as u64).to_le_bytes(), 0))?;
         io(file.write_all_at(json.as_bytes(), 8))?;
-        Ok(Self { path, file, tensors, by_name, data_start, digest_at: 8 + before.len() as u64 })
+        let digest_at = 8 + before.len() as u64;
+        Ok(Self { path, file, tensors, by_name, data_start, digest_at, digested: Mutex::default() })
     }
 
     /// Where the tensor starts in the file.
@@ -147,8 +167,38 @@ impl WeightsWriter {
         if bytes.is_empty() {
             return Ok(());
         }
-        slot.claim(offset, end)?;
-        self.file.write_all_at(bytes, self.data_start + slot.offset + offset).map_err(Error::io(&self.path))
+        if !locked(&slot.begun).add(offset, end) {
+            return Err(Error::tensor(&slot.name, format!("bytes {offset}..{end} were partly written before")));
+        }
+        self.file.write_all_at(bytes, self.data_start + slot.offset + offset).map_err(Error::io(&self.path))?;
+        locked(&slot.written).add(offset, end);
+        // If another thread is at it, it or a later one goes on with this.
+        match self.digested.try_lock() {
+            Ok(mut digested) => self.digest(&mut digested, digest::TILE),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Goes on with the digest as far as the file is complete, in tiles of at least so many bytes.
+    fn digest(&self, digested: &mut Digested, least: usize) -> Result<()> {
+        let mut complete = self.file_len() - self.data_start;
+        while let Some(slot) = self.tensors.get(digested.tensor) {
+            let written = locked(&slot.written).first_gap();
+            if written < slot.len {
+                complete = slot.offset + written;
+                break;
+            }
+            digested.tensor += 1;
+        }
+        while let Some(len) = complete.checked_sub(digested.end).map(|n| n.min(digest::TILE as u64) as usize)
+            && len >= least.max(1)
+        {
+            digested.tile.resize(len, 0);
+            self.file.read_exact_at(&mut digested.tile, self.data_start + digested.end).map_err(Error::io(&self.path))?;
+            digested.hash.update(&digested.tile);
+            digested.end += len as u64;
+        }
+        Ok(())
     }
 
     /// Completes the header with the digest of the data section, and returns it with the length of the file.
@@ -159,9 +209,9 @@ impl WeightsWriter {
         for slot in &self.tensors {
             slot.check_complete()?;
         }
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(self.data_start)).map_err(Error::io(&self.path))?;
-        let sha256 = digest::sha256_of(file).map_err(Error::io(&self.path))?;
+        let mut digested = std::mem::take(&mut *locked(&self.digested));
+        self.digest(&mut digested, 1)?;
+        let sha256 = digest::hex(&digested.hash.finalize());
         self.file.write_all_at(sha256.as_bytes(), self.digest_at).map_err(Error::io(&self.path))?;
         Ok(FileEntry { bytes: self.file_len(), sha256, header_sha256: None })
     }
@@ -173,37 +223,44 @@ impl WeightsWriter {
 }
 
 impl Slot {
-    /// Notes that `start..end` gets written.
-    fn claim(&self, start: u64, end: u64) -> Result<()> {
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = written.range(..=start).next_back().map(|(s, e)| (*s, *e));
-        let after = written.range(start..).next().map(|(s, e)| (*s, *e));
-        if before.is_some_and(|(_, e)| e > start) || after.is_some_and(|(s, _)| s < end) {
-            return Err(Error::tensor(&self.name, format!("bytes {start}..{end} were partly written before")));
-        }
-        let start = before.filter(|(_, e)| *e == start).map_or(start, |(s, _)| s);
-        let end = match after {
-            Some((s, e)) if s == end => {
-                written.remove(&s);
-                e
-            }
-            _ => end,
-        };
-        written.insert(start, end);
-        Ok(())
-    }
-
     fn check_complete(&self) -> Result<()> {
-        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let first_gap = match written.first_key_value() {
-            Some((0, end)) => *end,
-            _ => 0,
-        };
+        let first_gap = locked(&self.written).first_gap();
         if first_gap < self.len {
             return Err(Error::tensor(&self.name, format!("is incomplete: byte {first_gap} of {} was not written", self.len)));
         }
         Ok(())
     }
+}
+
+impl Ranges {
+    /// Adds `start..end`; false if a part of it was there.
+    fn add(&mut self, start: u64, end: u64) -> bool {
+        let before = self.0.range(..=start).next_back().map(|(s, e)| (*s, *e));
+        let after = self.0.range(start..).next().map(|(s, e)| (*s, *e));
+        if before.is_some_and(|(_, e)| e > start) || after.is_some_and(|(s, _)| s < end) {
+            return false;
+        }
+        let start = before.filter(|(_, e)| *e == start).map_or(start, |(s, _)| s);
+        let end = match after {
+            Some((s, e)) if s == end => {
+                self.0.remove(&s);
+                e
+            }
+            _ => end,
+        };
+        self.0.insert(start, end);
+        true
+    }
+
+    /// The first number from 0 that is in none.
+    fn first_gap(&self) -> u64 {
+        self.0.get(&0).copied().unwrap_or(0)
+    }
+}
+
+/// What the mutex guards is whole at any time.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -307,17 +364,17 @@ mod tests {
         /// Overlaps and gaps are told exactly, against a bit per byte.
         #[test]
         fn coverage(ranges in prop::collection::vec((0u64..24, 1u64..9), 0..20)) {
-            let slot = Slot { name: "t".into(), offset: 0, len: 24, written: Mutex::default() };
+            let mut known = Ranges::default();
             let mut bits = [false; 24];
             for (start, len) in ranges {
                 let end = (start + len).min(24);
                 let bits = &mut bits[start as usize..end as usize];
-                prop_assert_eq!(slot.claim(start, end).is_ok(), bits.iter().all(|b| !b));
+                prop_assert_eq!(known.add(start, end), bits.iter().all(|b| !b));
                 if bits.iter().all(|b| !b) {
                     bits.fill(true);
                 }
             }
-            prop_assert_eq!(slot.check_complete().is_ok(), bits.iter().all(|b| *b));
+            prop_assert_eq!(known.first_gap(), bits.iter().take_while(|b| **b).count() as u64);
         }
     }
 }

@@ -19,6 +19,8 @@ use vlmc_kernels::Isa;
 
 /// Elements of a tile, roughly.
 const TILE: usize = 1 << 20;
+/// The same where codes are found, in several passes over the numbers: these stay in the cache.
+const CODES_TILE: usize = 1 << 18;
 
 /// Writes all of `stored`; `progress` is called with the elements of each tile written.
 pub(crate) fn write(
@@ -34,11 +36,13 @@ pub(crate) fn write(
         let rows = def.shape.first().copied().unwrap_or(1);
         // A stack of matrices is written matrix by matrix.
         let unit = if def.shape.len() == 2 { PANEL } else { 1 };
-        let step = (TILE / row_elements(def).max(1)).max(1).next_multiple_of(unit);
+        let tile = if def.dtype.scheme().is_some() { CODES_TILE } else { TILE };
+        let step = (tile / row_elements(def).max(1)).max(1).next_multiple_of(unit);
         tiles.extend((0..rows).step_by(step).map(|start| (s, def, start..rows.min(start + step))));
     }
     let isa = Isa::detect();
-    tiles.into_par_iter().try_for_each(|(s, def, rows)| {
+    // In the order of the file, so that its digest can follow.
+    tiles.into_iter().par_bridge().try_for_each(|(s, def, rows)| {
         let source = Rows { checkpoint, dtype: def.dtype, isa };
         match def.dtype {
             DType::Quant(scheme) => write_codes(s, def, scheme, rows.clone(), &source, file)?,
@@ -99,7 +103,8 @@ fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, 
 
 /// Scales in a float type.
 fn scales_as(scales: &[f32], float: DType) -> Vec<u8> {
-    let bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+    let mut bytes = vec![0; size_of_val(scales)];
+    bytes.as_chunks_mut().0.iter_mut().zip(scales).for_each(|(bytes, scale)| *bytes = scale.to_le_bytes());
     if float == DType::F32 { bytes } else { convert(&bytes, DType::F32, float) }
 }
 
@@ -111,26 +116,29 @@ fn signed(codes: &[u8], scheme: Scheme) -> Vec<u8> {
     }
 }
 
-/// Rows of codes as [`Layout::Blocks`] has them: codes, scales, zero points.
+/// Rows of codes as [`Layout::Blocks`] has them: codes, scales, and zero points if there are some.
 fn pack_blocks(rows: &Codes, k: usize, scheme: Scheme, block: usize) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
-    let (blocks, groups) = (k.div_ceil(block), scheme.groups(k));
-    let (mut codes, mut scales, mut zeros) = (vec![], vec![], vec![]);
-    let pack = |values: &[u8], len: usize, out: &mut Vec<u8>| {
-        let start = out.len();
-        out.resize(start + len, 0);
-        for (i, v) in values.iter().enumerate() {
-            if scheme.bits == 4 { out[start + i / 2] |= v << (4 * (i % 2)) } else { out[start + i] = *v }
+    let (k, bits) = (k.max(1), usize::from(scheme.bits));
+    let (n, blocks, groups) = (rows.codes.len() / k, k.div_ceil(block), scheme.groups(k));
+    // One after another, by row, into rows of so many bytes; what is missing is 0.
+    let pack = |values: &[u8], each: usize, bytes: usize| {
+        let mut out = vec![0; n * bytes];
+        for (values, out) in values.chunks_exact(each).zip(out.chunks_exact_mut(bytes)) {
+            if scheme.bits == 8 {
+                out[..each].copy_from_slice(values);
+                continue;
+            }
+            let (pairs, last) = values.as_chunks::<2>();
+            out.iter_mut().zip(pairs).for_each(|(out, [low, high])| *out = low | high << 4);
+            last.iter().for_each(|last| out[pairs.len()] = *last);
         }
+        out
     };
-    let bits = usize::from(scheme.bits);
-    for (r, row) in rows.codes.chunks_exact(k.max(1)).enumerate() {
-        let group = |b: usize| r * groups + if scheme.group.is_some() { b } else { 0 };
-        row.chunks(block).for_each(|row| pack(row, block * bits / 8, &mut codes));
-        scales.extend((0..blocks).map(|b| rows.scales[group(b)]));
-        let row_zeros: Vec<u8> = (0..blocks).map(|b| rows.zeros[group(b)]).collect();
-        pack(&row_zeros, (blocks * bits).div_ceil(8), &mut zeros);
-    }
-    (codes, scales, zeros)
+    // A row's only scale is repeated.
+    let group = |b: usize| b / blocks * groups + if scheme.group.is_some() { b % blocks } else { 0 };
+    let scales = (0..n * blocks).map(|b| rows.scales[group(b)]).collect();
+    let zeros: Vec<u8> = if scheme.zero_points { (0..n * blocks).map(|b| rows.zeros[group(b)]).collect() } else { vec![] };
+    (pack(&rows.codes, k, blocks * block * bits / 8), scales, pack(&zeros, blocks, (blocks * bits).div_ceil(8)))
 }
 
 /// Elements of a row of the weight.
@@ -251,7 +259,7 @@ impl Rows<'_> {
         let from = Rows { dtype: DType::F32, ..*self }.append(recipe, rows, &mut bytes)?;
         Ok(match from {
             DType::F16 => reinterpret::<2, _>(&bytes, f16::from_le_bytes).to_f32_vec(),
-            DType::BF16 => reinterpret::<2, _>(&bytes, bf16::from_le_bytes).to_f32_vec(),
+            DType::BF16 => reinterpret(&bytes, |b| bf16::from_le_bytes(b).to_f32()),
             _ => reinterpret(&bytes, f32::from_le_bytes),
         })
     }

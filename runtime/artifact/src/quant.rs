@@ -69,7 +69,7 @@ impl Scheme {
 
     /// A scale as it is kept.
     #[inline(always)]
-    fn keep(self, scale: f32) -> f32 {
+    pub fn keep(self, scale: f32) -> f32 {
         if self.group.is_some() { f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32() } else { scale }
     }
 
@@ -243,11 +243,12 @@ pub fn pack_panels(rows: &Codes, k: usize, scheme: Scheme) -> Vec<u8> {
             let codes = &mut out[start..];
             for r in 0..panel {
                 let row = &rows.codes[(first + r) * k..][columns.clone()];
-                for (block, row) in row.chunks(block).enumerate() {
-                    let bytes = &mut codes[(block * PANEL + r) * 4..][..4];
-                    for (c, code) in row.iter().enumerate() {
-                        bytes[c % 4] |= if scheme.bits == 4 && c >= 4 { code << 4 } else { *code };
-                    }
+                for (row, bytes) in row.chunks(block).zip(codes.as_chunks_mut::<4>().0[r..].iter_mut().step_by(PANEL)) {
+                    // Columns that the last block lacks are 0.
+                    let mut whole = [0; 8];
+                    whole[..row.len()].copy_from_slice(row);
+                    let [low, high] = [0, 4].map(|at| u32::from_le_bytes(std::array::from_fn(|c| whole[at + c])));
+                    *bytes = (low | high << 4).to_le_bytes();
                 }
             }
         }
@@ -256,8 +257,9 @@ pub fn pack_panels(rows: &Codes, k: usize, scheme: Scheme) -> Vec<u8> {
 }
 
 /// Candidates of [`Method::Search`]: codes that the largest number of a group gets, of 8. Smaller ones spend range on it;
-/// larger ones cut it off. The lowest code has one more step than the highest, so it gets codes of either sign.
-const PEAKS: [f32; LANES] = [-6.8, -7.2, -7.6, -8.0, -8.4, -8.9, -9.5, -10.4, 6.8, 7.2, 7.6, 8.0, 8.4, 8.9, 9.5, 10.4];
+/// larger ones cut it off. The lowest code has one more step than the highest, so it gets codes of either sign: the second half is
+/// the first with the other sign.
+pub const PEAKS: [f32; LANES] = [-6.8, -7.2, -7.6, -8.0, -8.4, -8.9, -9.5, -10.4, 6.8, 7.2, 7.6, 8.0, 8.4, 8.9, 9.5, 10.4];
 /// The same for ranges with a zero point: the part of the range that is kept.
 const SHRINKS: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7];
 
@@ -299,22 +301,43 @@ fn bounded(v: f32, low: f32, high: f32) -> f32 {
     if v > high { high } else { v }
 }
 
-/// To the nearest integer, ties to even, for numbers below 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
+/// 1.5 * 2^23: adding it to a number below 2^22 leaves no room for a fraction, so that it is rounded to the nearest integer, of two
+/// to the even one. The low bits of the sum are that integer's.
+pub const MAGIC: f32 = 12_582_912.0;
+
+/// To the nearest integer, ties to even, for numbers below 2^22.
 #[inline(always)]
 fn round(v: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0;
     (v + MAGIC) - MAGIC
+}
+
+/// An integer from 0 to 255; of not-a-number 0. Unlike `as u8`, compilers vectorise it.
+#[inline(always)]
+fn byte(v: f32) -> u8 {
+    if v >= 0.0 { ((v + MAGIC).to_bits() & 0xff) as u8 } else { 0 }
 }
 
 /// Codes of one group that share a scale; gives the scale, as it is kept, and the zero. Not-a-number counts as 0.
 #[inline(always)]
 fn quantize_group(x: &[f32], scheme: Scheme, method: Method, codes: &mut [u8]) -> (f32, u8) {
     let (scale, zero) = choose_scale(x, scheme, method);
+    codes_of(x, scale, zero, scheme, codes);
+    (scale, zero)
+}
+
+/// The codes nearest to `x`, in lanes as in [`sums`].
+#[inline(always)]
+pub fn codes_of(x: &[f32], scale: f32, zero: u8, scheme: Scheme, codes: &mut [u8]) {
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    for (x, code) in x.iter().zip(codes) {
+    let ((chunks, rest), (code_chunks, code_rest)) = (x.as_chunks::<LANES>(), codes.as_chunks_mut::<LANES>());
+    for (x, codes) in chunks.iter().zip(code_chunks) {
+        for i in 0..LANES {
+            codes[i] = code_of(x[i], inverse, zero, scheme);
+        }
+    }
+    for (x, code) in rest.iter().zip(code_rest) {
         *code = code_of(*x, inverse, zero, scheme);
     }
-    (scale, zero)
 }
 
 /// The scale of a group, as it is kept, and its zero.
@@ -326,7 +349,7 @@ pub fn choose_scale(x: &[f32], scheme: Scheme, method: Method) -> (f32, u8) {
 /// The code nearest to `x`, where `inverse` is 1 / scale, or 0 if the scale is 0.
 #[inline(always)]
 pub fn code_of(x: f32, inverse: f32, zero: u8, scheme: Scheme) -> u8 {
-    bounded(round(bounded(x * inverse, -512.0, 512.0)) + f32::from(zero), 0.0, f32::from(scheme.max_code())) as u8
+    byte(bounded(round(bounded(x * inverse, -512.0, 512.0)) + f32::from(zero), 0.0, f32::from(scheme.max_code())))
 }
 
 /// The lowest and the highest number, 0 among them.
@@ -340,8 +363,19 @@ fn range(x: &[f32]) -> (f32, f32) {
             high[i] = if chunk[i] > high[i] { chunk[i] } else { high[i] };
         }
     }
-    let all = |lanes: [f32; LANES], f: fn(f32, f32) -> f32| lanes.iter().chain(rest).copied().fold(0.0, f);
-    (all(low, f32::min), all(high, f32::max))
+    for (i, v) in rest.iter().enumerate() {
+        low[i] = if *v < low[i] { *v } else { low[i] };
+        high[i] = if *v > high[i] { *v } else { high[i] };
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            low[i] = if low[i + width] < low[i] { low[i + width] } else { low[i] };
+            high[i] = if high[i + width] > high[i] { high[i + width] } else { high[i] };
+        }
+        width /= 2;
+    }
+    (low[0], high[0])
 }
 
 /// The number of largest size, with its sign.
