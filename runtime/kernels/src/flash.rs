@@ -149,9 +149,9 @@ unsafe fn put_row(row: &[f32], i: usize, tiles: &mut [u8]) {
     }
 }
 
-/// `2^x` of `x` up to 0, to 1.1e-4 of it, a twentieth of what rounding it to bf16 takes, and exactly if `x` is whole. 0 below 2^-120,
-/// of which products would be subnormal and slow. `x` is an integer, which is added to the exponent of the power of the rest, at most
-/// a half: a polynomial of least relative error.
+/// `2^x` to 1.1e-4 of it, a twentieth of what rounding it to bf16 takes, and exactly if `x` is whole. 0 from 2^-127 down, or
+/// subnormal, which products of bf16 take as 0. `x` is an integer, which is added to the exponent of the power of the rest, at most a
+/// half: a polynomial of least relative error. Few of the operations are multiplications, which products wait for.
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
@@ -160,15 +160,16 @@ unsafe fn put_row(row: &[f32], i: usize, tiles: &mut [u8]) {
 unsafe fn exp2(x: __m512) -> __m512 {
     /// Among numbers of this size the next one is 1 greater: a sum with it is rounded to an integer, in the lowest bits.
     const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+    // The larger of both, since bits of negative numbers are in reverse order.
+    let x = _mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(x), _mm512_castps_si512(_mm512_set1_ps(-127.0))));
     let shifted = _mm512_add_ps(x, _mm512_set1_ps(WHOLE));
     let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(WHOLE)));
     let mut p = _mm512_set1_ps(0.055_009);
     for c in [0.242_211, 0.693_283, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
-    let something = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-120.0));
     let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-    _mm512_castsi512_ps(_mm512_maskz_add_epi32(something, _mm512_castps_si512(p), exponent))
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent))
 }
 
 /// Weights of two keys, of which 16 scores each begin at `even` and `odd`, as pairs of bf16.
