@@ -59,7 +59,7 @@ impl Tiling {
 /// What a thread works in, made when it is first needed.
 #[derive(Default)]
 struct Work {
-    /// A row in `f32`, and one more.
+    /// Room for two rows in `f32`.
     row: Vec<f32>,
     /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries.
     queries: Vec<Line>,
@@ -131,21 +131,29 @@ unsafe fn narrow(first: __m512, second: __m512) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
 }
 
-/// A row, a multiple of 32 floats, as row `i` of tiles in rows of 16.
+/// Floats from `first` on, up to 16, and zeros.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(row: &[f32], first: usize) -> __m512 {
+    let there = row.len().saturating_sub(first).min(N);
+    // SAFETY: the caller's promise; only floats that there are are read.
+    unsafe { _mm512_maskz_loadu_ps(((1_u32 << there) - 1) as u16, row.as_ptr().wrapping_add(first)) }
+}
+
+/// A row as row `i` of tiles in rows of `depth`, filled up with zeros.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and BF16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn put_row(row: &[f32], i: usize, tiles: &mut [u8]) {
-    let (parts, _) = row.as_chunks::<SIDE>();
-    for (step, part) in parts.iter().enumerate() {
-        let to = &mut tiles[(i / N * parts.len() + step) * TILE + i % N * ROW..][..ROW];
-        // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
-        unsafe {
-            let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
-            _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
-        }
+unsafe fn put_row(row: &[f32], i: usize, depth: usize, tiles: &mut [u8]) {
+    for step in 0..depth {
+        let to = &mut tiles[(i / N * depth + step) * TILE + i % N * ROW..][..ROW];
+        // SAFETY: the caller's promise; `to` is of 64 bytes.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), narrow(load(row, step * SIDE), load(row, step * SIDE + N))) };
     }
 }
 
@@ -207,34 +215,25 @@ impl Pack<'_> {
     unsafe fn run(self, row: &mut Vec<f32>) {
         let Tiling { depth, across } = self.tiling;
         let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
-        row.clear();
-        row.resize(depth * SIDE, 0.0);
         if self.count < KEYS {
             keys.fill(0);
         }
+        row.resize(row.len().max(self.d).max(2 * self.dv), 0.0);
         for j in 0..self.count {
-            self.k.widen(j, &mut row[..self.d]);
             // SAFETY: the caller's promise.
-            unsafe { put_row(row, j, keys) };
+            unsafe { put_row(self.k.row(j, &mut row[..self.d]), j, depth, keys) };
         }
-        let width = across * N;
-        row.clear();
-        row.resize(2 * width, 0.0);
-        let (even, odd) = row.split_at_mut(width);
+        let (even, odd) = row[..2 * self.dv].split_at_mut(self.dv);
         for step in 0..KEYS / SIDE {
             let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
             for pair in 0..N {
-                for (i, row) in [&mut *even, &mut *odd].into_iter().enumerate() {
-                    let j = step * SIDE + 2 * pair + i;
-                    if j < self.count { self.v.widen(j, &mut row[..self.dv]) } else { row.fill(0.0) }
-                }
+                let j = step * SIDE + 2 * pair;
+                let even = if j < self.count { self.v.row(j, even) } else { &[] };
+                let odd = if j + 1 < self.count { self.v.row(j + 1, odd) } else { &[] };
                 for a in 0..across {
                     let to = &mut values[tile(a) + pair * ROW..][..ROW];
-                    // SAFETY: the caller's promise; the rows have 16 floats from `a * 16` on, and `to` is of 64 bytes.
-                    unsafe {
-                        let load = |row: &[f32]| _mm512_loadu_ps(row[a * N..][..N].as_ptr());
-                        _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even), load(odd))));
-                    }
+                    // SAFETY: the caller's promise; `to` is of 64 bytes.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even, a * N), load(odd, a * N)))) };
                 }
             }
             for a in 0..across {
@@ -352,20 +351,24 @@ impl Block<'_, '_> {
         let scale = self.a.scale * std::f32::consts::LOG2_E;
         let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut work.queries);
         let row = &mut work.row;
-        row.clear();
-        row.resize(depth * SIDE, 0.0);
+        row.resize(row.len().max(d), 0.0);
         for i in 0..self.run.queries.len().next_multiple_of(SIDE) {
-            match self.q.get(i * d..(i + 1) * d) {
-                Some(q) => row[..d].copy_from_slice(q),
-                None => row.fill(0.0),
-            }
-            if let (Some([cos, sin]), true) = (self.a.rotary, i < self.run.queries.len()) {
+            let Some(q) = self.q.get(i * d..(i + 1) * d) else {
+                // SAFETY: the caller's promise.
+                unsafe { put_row(&[], i, depth, tiles) };
+                continue;
+            };
+            let row = &mut row[..d];
+            if let Some([cos, sin]) = self.a.rotary {
                 let at = (self.lead * self.a.s + self.run.queries.start + i) * (d / 2);
-                rotate(&mut row[..d], &cos[at..at + d / 2], &sin[at..at + d / 2]);
+                row.copy_from_slice(q);
+                rotate(row, &cos[at..at + d / 2], &sin[at..at + d / 2]);
+                row.iter_mut().for_each(|v| *v *= scale);
+            } else {
+                row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
             }
-            row.iter_mut().for_each(|v| *v *= scale);
             // SAFETY: the caller's promise.
-            unsafe { put_row(row, i, tiles) };
+            unsafe { put_row(row, i, depth, tiles) };
         }
         let used = self.run.queries.len().div_ceil(SIDE) * 2 * depth * TILE;
         for tile in tiles[..used].chunks_exact_mut(TILE) {
@@ -570,5 +573,35 @@ impl Kernels {
             });
         }
         self.give_scratch(words);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn powers_of_two_are_near_and_never_of_what_is_unseen() {
+        if !Isa::Avx512Bf16.is_supported() {
+            return;
+        }
+        let power = |x: f32| {
+            let mut out = [0.0; N];
+            // SAFETY: the CPU has AVX-512 F; `out` is of 16 floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), exp2(_mm512_set1_ps(x))) };
+            out[0]
+        };
+        for i in 0..126_000 {
+            let x = -i as f32 / 1000.0;
+            let expected = f64::from(x).exp2();
+            assert!((f64::from(power(x)) / expected - 1.0).abs() <= 1.1e-4, "{x}");
+            let whole = x.trunc();
+            assert_eq!(f64::from(power(whole)), f64::from(whole).exp2());
+        }
+        for i in 0..2000 {
+            let small = power(-126.0 - i as f32 / 1000.0);
+            assert!((0.0..=2.0 * f32::MIN_POSITIVE).contains(&small), "{i}: {small}");
+        }
+        assert_eq!([-128.0, -1e30, f32::MIN, f32::NEG_INFINITY].map(power), [0.0; 4]);
     }
 }
