@@ -59,6 +59,20 @@ impl<'a> Kept<'a> {
         }
     }
 
+    /// Row `i` in `f32`, as it lies or in `room`, which is as long.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn row<'b>(self, i: usize, room: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if let Self::F32(rows) = self {
+            return &rows[i * room.len()..(i + 1) * room.len()];
+        }
+        self.widen(i, room);
+        room
+    }
+
     /// Row `i` in `f32`.
     #[inline(always)]
     pub(crate) fn widen(self, i: usize, out: &mut [f32]) {
@@ -571,6 +585,36 @@ mod tests {
                     k.attention(&Attention { q: &turned, ..a }, &mut scratch, &mut before);
                     k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut scratch, &mut within);
                     prop_assert_eq!(before, within);
+                }
+            }
+        }
+    }
+
+    /// Scores from -150 to 150, whose largest of a query grows from block to block; all products of queries and keys are exact in bf16.
+    #[test]
+    fn what_was_summed_for_smaller_scores_is_scaled_down() {
+        let (s, d, dv) = (70, 80, 72);
+        for t in [70, 129, 700] {
+            let mut q = vec![0.0; s * d];
+            q.iter_mut().step_by(d).enumerate().for_each(|(i, q)| *q = 1.0 + (i % 3) as f32);
+            let mut k = vec![0.0; t * d];
+            k.iter_mut().step_by(d).enumerate().for_each(|(j, k)| *k = ((j * 37 % 130 + 270 * j / t) as f32 - 200.0) / 4.0);
+            let v: Vec<f32> = (0..t * dv).map(|i| (i * 7 % 255) as f32 / 128.0 - 1.0).collect();
+            let keys = |rows| Keys { data: Kept::F32(rows), head_stride: t };
+            let (k, v) = (keys(&k), keys(&v));
+            // Some queries see no key at first.
+            let mask: Vec<i64> = (0..t).map(|j| i64::from(j > 40)).collect();
+            for seen in [Seen::All, Seen::Causal(&mask)] {
+                // Weights are powers of 2.
+                let scale = std::f32::consts::LN_2;
+                let a = Attention { q: &q, k, v, lead: 1, heads: 1, kv_heads: 1, s, t, d, dv, scale, seen, rotary: None, bf16: true };
+                let (expected, sizes) = naive(&a);
+                for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                    let (mut out, mut scratch) = (vec![f32::NAN; s * dv], vec![f32::NAN; attention_scratch(1, s, t, d, dv)]);
+                    Kernels::with_isa(1, isa).unwrap().attention(&a, &mut scratch, &mut out);
+                    for (i, (o, e)) in out.iter().zip(&expected).enumerate() {
+                        assert!((o - e).abs() <= 1e-5 + 0.012 * sizes[i / dv], "{isa:?}, {t} keys: {o} instead of {e}");
+                    }
                 }
             }
         }

@@ -12,6 +12,7 @@ use crate::{
     lanes::N,
     norm::rotate,
 };
+use half::bf16;
 use std::{arch::x86_64::*, cell::RefCell, ops::Range};
 
 /// Queries that one task serves: their tiles and sums stay in the second cache while keys and values go by.
@@ -58,7 +59,7 @@ impl Tiling {
 /// What a thread works in, made when it is first needed.
 #[derive(Default)]
 struct Work {
-    /// A row in `f32`, and one more.
+    /// Room for two rows in `f32`.
     row: Vec<f32>,
     /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries.
     queries: Vec<Line>,
@@ -130,39 +131,68 @@ unsafe fn narrow(first: __m512, second: __m512) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first)) }
 }
 
-/// A row, a multiple of 32 floats, as row `i` of tiles in rows of 16.
+/// Floats from `first` on, up to 16, and zeros.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(row: &[f32], first: usize) -> __m512 {
+    let there = row.len().saturating_sub(first).min(N);
+    // SAFETY: the caller's promise; only floats that there are are read.
+    unsafe { _mm512_maskz_loadu_ps(((1_u32 << there) - 1) as u16, row.as_ptr().wrapping_add(first)) }
+}
+
+/// A row as row `i` of tiles in rows of `depth`, filled up with zeros.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and BF16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn put_row(row: &[f32], i: usize, tiles: &mut [u8]) {
-    let (parts, _) = row.as_chunks::<SIDE>();
-    for (step, part) in parts.iter().enumerate() {
-        let to = &mut tiles[(i / N * parts.len() + step) * TILE + i % N * ROW..][..ROW];
-        // SAFETY: the caller's promise; `part` is of 32 floats and `to` of 64 bytes.
-        unsafe {
-            let both = narrow(_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[N..].as_ptr()));
-            _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
-        }
+unsafe fn put_row(row: &[f32], i: usize, depth: usize, tiles: &mut [u8]) {
+    for step in 0..depth {
+        let to = &mut tiles[(i / N * depth + step) * TILE + i % N * ROW..][..ROW];
+        // SAFETY: the caller's promise; `to` is of 64 bytes.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), narrow(load(row, step * SIDE), load(row, step * SIDE + N))) };
     }
 }
 
-/// `2^x` to 5e-6 of it, and 0 below 2^-120, of which products would be subnormal and slow: `x` is an integer and a rest of at most a
-/// half, whose power is a polynomial (Taylor's of `e^(x ln 2)`, the last coefficient fitted).
+/// `2^x` to 1.1e-4 of it, a twentieth of what rounding it to bf16 takes, and exactly if `x` is whole. 0 from 2^-127 down, or
+/// subnormal, which products of bf16 take as 0. `x` is an integer, which is added to the exponent of the power of the rest, at most a
+/// half: a polynomial of least relative error. Few of the operations are multiplications, which products wait for.
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn exp2(x: __m512) -> __m512 {
-    let n = _mm512_roundscale_ps::<0>(x);
-    let r = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(0.009_67);
-    for c in [0.055_504_1, 0.240_226_5, std::f32::consts::LN_2, 1.0] {
+    /// Among numbers of this size the next one is 1 greater: a sum with it is rounded to an integer, in the lowest bits.
+    const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+    // The larger of both, since bits of negative numbers are in reverse order.
+    let x = _mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(x), _mm512_castps_si512(_mm512_set1_ps(-127.0))));
+    let shifted = _mm512_add_ps(x, _mm512_set1_ps(WHOLE));
+    let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, _mm512_set1_ps(WHOLE)));
+    let mut p = _mm512_set1_ps(0.055_009);
+    for c in [0.242_211, 0.693_283, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
-    _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-120.0)), p, n)
+    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent))
+}
+
+/// Weights of two keys, of which 16 scores each begin at `even` and `odd`, as pairs of bf16.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW and BF16; both point to 16 floats.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn weigh(even: *const u32, odd: *const u32, largest: __m512) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let even = exp2(_mm512_sub_ps(_mm512_loadu_ps(even.cast()), largest));
+        let odd = exp2(_mm512_sub_ps(_mm512_loadu_ps(odd.cast()), largest));
+        interleaved(narrow(even, odd))
+    }
 }
 
 /// A block of keys and values of one head to tiles.
@@ -185,34 +215,25 @@ impl Pack<'_> {
     unsafe fn run(self, row: &mut Vec<f32>) {
         let Tiling { depth, across } = self.tiling;
         let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
-        row.clear();
-        row.resize(depth * SIDE, 0.0);
         if self.count < KEYS {
             keys.fill(0);
         }
+        row.resize(row.len().max(self.d).max(2 * self.dv), 0.0);
         for j in 0..self.count {
-            self.k.widen(j, &mut row[..self.d]);
             // SAFETY: the caller's promise.
-            unsafe { put_row(row, j, keys) };
+            unsafe { put_row(self.k.row(j, &mut row[..self.d]), j, depth, keys) };
         }
-        let width = across * N;
-        row.clear();
-        row.resize(2 * width, 0.0);
-        let (even, odd) = row.split_at_mut(width);
+        let (even, odd) = row[..2 * self.dv].split_at_mut(self.dv);
         for step in 0..KEYS / SIDE {
             let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
             for pair in 0..N {
-                for (i, row) in [&mut *even, &mut *odd].into_iter().enumerate() {
-                    let j = step * SIDE + 2 * pair + i;
-                    if j < self.count { self.v.widen(j, &mut row[..self.dv]) } else { row.fill(0.0) }
-                }
+                let j = step * SIDE + 2 * pair;
+                let even = if j < self.count { self.v.row(j, even) } else { &[] };
+                let odd = if j + 1 < self.count { self.v.row(j + 1, odd) } else { &[] };
                 for a in 0..across {
                     let to = &mut values[tile(a) + pair * ROW..][..ROW];
-                    // SAFETY: the caller's promise; the rows have 16 floats from `a * 16` on, and `to` is of 64 bytes.
-                    unsafe {
-                        let load = |row: &[f32]| _mm512_loadu_ps(row[a * N..][..N].as_ptr());
-                        _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even), load(odd))));
-                    }
+                    // SAFETY: the caller's promise; `to` is of 64 bytes.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even, a * N), load(odd, a * N)))) };
                 }
             }
             for a in 0..across {
@@ -255,7 +276,9 @@ unsafe fn transpose(tile: &mut [u8]) {
     assert!(rows.len() == N);
     // SAFETY: the caller's promise; rows are of 64 bytes.
     unsafe {
-        let columns = transposed(std::array::from_fn(|i| _mm512_loadu_si512(rows[i].as_ptr().cast())));
+        let mut columns = [_mm512_setzero_si512(); N];
+        columns.iter_mut().zip(&*rows).for_each(|(column, row)| *column = _mm512_loadu_si512(row.as_ptr().cast()));
+        columns = transposed(columns);
         rows.iter_mut().zip(columns).for_each(|(row, column)| _mm512_storeu_si512(row.as_mut_ptr().cast(), column));
     }
 }
@@ -328,20 +351,24 @@ impl Block<'_, '_> {
         let scale = self.a.scale * std::f32::consts::LOG2_E;
         let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut work.queries);
         let row = &mut work.row;
-        row.clear();
-        row.resize(depth * SIDE, 0.0);
+        row.resize(row.len().max(d), 0.0);
         for i in 0..self.run.queries.len().next_multiple_of(SIDE) {
-            match self.q.get(i * d..(i + 1) * d) {
-                Some(q) => row[..d].copy_from_slice(q),
-                None => row.fill(0.0),
-            }
-            if let (Some([cos, sin]), true) = (self.a.rotary, i < self.run.queries.len()) {
+            let Some(q) = self.q.get(i * d..(i + 1) * d) else {
+                // SAFETY: the caller's promise.
+                unsafe { put_row(&[], i, depth, tiles) };
+                continue;
+            };
+            let row = &mut row[..d];
+            if let Some([cos, sin]) = self.a.rotary {
                 let at = (self.lead * self.a.s + self.run.queries.start + i) * (d / 2);
-                rotate(&mut row[..d], &cos[at..at + d / 2], &sin[at..at + d / 2]);
+                row.copy_from_slice(q);
+                rotate(row, &cos[at..at + d / 2], &sin[at..at + d / 2]);
+                row.iter_mut().for_each(|v| *v *= scale);
+            } else {
+                row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
             }
-            row.iter_mut().for_each(|v| *v *= scale);
             // SAFETY: the caller's promise.
-            unsafe { put_row(row, i, tiles) };
+            unsafe { put_row(row, i, depth, tiles) };
         }
         let used = self.run.queries.len().div_ceil(SIDE) * 2 * depth * TILE;
         for tile in tiles[..used].chunks_exact_mut(TILE) {
@@ -364,12 +391,6 @@ impl Block<'_, '_> {
         // Of the block, in units of 32 keys.
         let steps = (keys.start - block * KEYS) / SIDE..(keys.end - block * KEYS).div_ceil(SIDE);
         let scores = &mut work.scores[..steps.len()];
-        for (step, scores) in steps.clone().zip(scores.iter_mut()) {
-            let keys = [0, 1].map(|half| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE]);
-            // SAFETY: the caller's promise.
-            unsafe { self.products(keys, queries, [SIDE, self.a.d.div_ceil(2)], true, scores) };
-        }
-        self.hide(scores, group, block * KEYS + steps.start * SIDE, &keys);
         let state = &mut work.states[group];
         let fresh = state.sum == State::EMPTY.sum && state.largest == State::EMPTY.largest;
         let out = &mut work.out[group * across / 2..][..across / 2];
@@ -377,31 +398,27 @@ impl Block<'_, '_> {
         let (first, second) = weights.split_at_mut(KEYS / SIDE * TILE);
         // SAFETY: the caller's promise; what is loaded and stored are arrays of 16 elements and rows of tiles.
         unsafe {
-            for (half, weights) in [&mut *first, &mut *second].into_iter().enumerate() {
+            let mut largest = [_mm512_loadu_ps(state.largest[0].as_ptr()), _mm512_loadu_ps(state.largest[1].as_ptr())];
+            for (step, scores) in steps.clone().zip(scores.iter_mut()) {
+                let keys_of = |half: usize| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE];
+                self.products([keys_of(0), keys_of(1)], queries, [SIDE, self.a.d.div_ceil(2)], true, scores);
+                self.hide(scores, group, block * KEYS + step * SIDE, &keys);
+                for row in &scores.0 {
+                    largest[0] = _mm512_max_ps(largest[0], _mm512_loadu_ps(row.as_ptr().cast()));
+                    largest[1] = _mm512_max_ps(largest[1], _mm512_loadu_ps(row[N..].as_ptr().cast()));
+                }
+            }
+            let mut sums = [_mm512_setzero_ps(); 2];
+            for half in 0..2 {
                 let before = _mm512_loadu_ps(state.largest[half].as_ptr());
-                let mut largest = before;
-                for row in scores.iter().flat_map(|s| &s.0) {
-                    largest = _mm512_max_ps(largest, _mm512_loadu_ps(row[half * N..].as_ptr().cast()));
-                }
+                // Rounded up to an integer, so that what was summed so far is scaled seldom and without rounding.
+                largest[half] = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(largest[half]);
+                _mm512_storeu_ps(state.largest[half].as_mut_ptr(), largest[half]);
                 // Without a key so far any shift does: all weights are 0.
-                let none = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(largest, _mm512_set1_ps(f32::NEG_INFINITY));
-                let shift = _mm512_mask_mov_ps(largest, none, _mm512_setzero_ps());
-                let shrink = exp2(_mm512_sub_ps(before, shift));
-                let mut sum = _mm512_mul_ps(_mm512_loadu_ps(state.sum[half].as_ptr()), shrink);
-                let (pairs, _) = weights.as_chunks_mut::<ROW>();
-                for (rows, to) in scores.iter().flat_map(|s| s.0.as_chunks::<2>().0).zip(pairs) {
-                    let weight = |row: &[u32; SIDE]| {
-                        let power = exp2(_mm512_sub_ps(_mm512_loadu_ps(row[half * N..].as_ptr().cast()), shift));
-                        // To bf16: the nearest one. The sum is of what is multiplied.
-                        let rounded = _mm512_add_epi32(_mm512_castps_si512(power), _mm512_set1_epi32(0x8000));
-                        _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000_u32 as i32))
-                    };
-                    let (even, odd) = (weight(&rows[0]), weight(&rows[1]));
-                    sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)));
-                    _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd));
-                }
-                _mm512_storeu_ps(state.largest[half].as_mut_ptr(), largest);
-                _mm512_storeu_ps(state.sum[half].as_mut_ptr(), sum);
+                let some = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(largest[half], _mm512_set1_ps(f32::NEG_INFINITY));
+                largest[half] = _mm512_maskz_mov_ps(some, largest[half]);
+                let shrink = exp2(_mm512_sub_ps(before, largest[half]));
+                sums[half] = _mm512_mul_ps(_mm512_loadu_ps(state.sum[half].as_ptr()), shrink);
                 if !fresh && _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(shrink, _mm512_set1_ps(1.0)) != 0 {
                     for row in out.iter_mut().flat_map(|s| &mut s.0) {
                         let at = row[half * N..].as_mut_ptr().cast::<f32>();
@@ -409,6 +426,22 @@ impl Block<'_, '_> {
                     }
                 }
             }
+            let ones = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(bf16::ONE.to_bits().cast_signed()));
+            let [mut sum_0, mut sum_1] = sums;
+            for ((scores, first), second) in scores.iter().zip(first.as_chunks_mut::<TILE>().0).zip(second.as_chunks_mut::<TILE>().0) {
+                for pair in 0..N {
+                    let [even, odd] = [&scores.0[2 * pair], &scores.0[2 * pair + 1]];
+                    let pair_0 = weigh(even.as_ptr(), odd.as_ptr(), largest[0]);
+                    let pair_1 = weigh(even[N..].as_ptr(), odd[N..].as_ptr(), largest[1]);
+                    _mm512_storeu_si512(first[pair * ROW..].as_mut_ptr().cast(), pair_0);
+                    _mm512_storeu_si512(second[pair * ROW..].as_mut_ptr().cast(), pair_1);
+                    // The sum is of what is multiplied.
+                    sum_0 = _mm512_dpbf16_ps(sum_0, std::mem::transmute::<__m512i, __m512bh>(pair_0), ones);
+                    sum_1 = _mm512_dpbf16_ps(sum_1, std::mem::transmute::<__m512i, __m512bh>(pair_1), ones);
+                }
+            }
+            _mm512_storeu_ps(state.sum[0].as_mut_ptr(), sum_0);
+            _mm512_storeu_ps(state.sum[1].as_mut_ptr(), sum_1);
         }
         let weights = [&first[..steps.len() * TILE], &second[..steps.len() * TILE]];
         for (i, out) in out.iter_mut().enumerate() {
@@ -434,13 +467,18 @@ impl Block<'_, '_> {
         }
     }
 
-    /// -inf for what queries do not see: `scores` are of keys from `first` on, of which there are those in `keys`.
+    /// -inf for what queries do not see: `scores` are of [`SIDE`] keys from `first` on, of which there are those in `keys`.
     #[inline(always)]
-    fn hide(&self, scores: &mut [Sums], group: usize, first: usize, keys: &Range<usize>) {
+    fn hide(&self, scores: &mut Sums, group: usize, first: usize, keys: &Range<usize>) {
         const HIDDEN: u32 = f32::NEG_INFINITY.to_bits();
         let mask = if let Seen::Causal(mask) = self.a.seen { Some(&mask[self.lead * self.a.t..][..self.a.t]) } else { None };
         let query = self.run.queries.start + group * SIDE;
-        for (j, row) in (first..).zip(scores.iter_mut().flat_map(|s| &mut s.0)) {
+        let end = first + SIDE;
+        let seen = |m: &[i64]| end + self.a.s <= self.a.t + query + 1 && m[first..end].iter().all(|m| *m != 0);
+        if keys.start <= first && end <= keys.end && mask.is_none_or(seen) {
+            return;
+        }
+        for (j, row) in (first..).zip(&mut scores.0) {
             if !keys.contains(&j) || mask.is_some_and(|m| m[j] == 0) {
                 row.fill(HIDDEN);
             } else if mask.is_some() {
@@ -458,27 +496,27 @@ impl Block<'_, '_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn finish(&mut self, work: &Work, group: usize) {
         let (dv, across) = (self.a.dv, self.tiling.across);
-        let rows = self.out.len() / dv;
         for half in 0..2 {
             let first = group * SIDE + half * N;
-            let sum = work.states[group].sum[half];
-            // A query that saw no key has sums that were never made, or zeros.
-            let inverse = sum.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
-            for a in 0..dv.div_ceil(N) {
-                let sums = &work.out[group * across / 2 + a / 2].0[a % 2 * N..][..N];
-                let width = N.min(dv - a * N);
-                // SAFETY: the caller's promise; what is loaded and stored are arrays of 16 elements.
-                unsafe {
-                    let inverse = _mm512_loadu_ps(inverse.as_ptr());
-                    let unseen = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(inverse, _mm512_setzero_ps());
-                    let columns = transposed(std::array::from_fn(|i| {
-                        let sums = _mm512_loadu_ps(sums[i][half * N..].as_ptr().cast());
-                        _mm512_castps_si512(_mm512_mask_mul_ps(_mm512_setzero_ps(), !unseen, sums, inverse))
-                    }));
-                    for (i, column) in columns.into_iter().enumerate().take(rows.saturating_sub(first)) {
-                        let mut values = [0.0; N];
-                        _mm512_storeu_si512(values.as_mut_ptr().cast(), column);
-                        self.out[(first + i) * dv + a * N..][..width].copy_from_slice(&values[..width]);
+            let rows = (self.run.queries.len()).saturating_sub(first).min(N);
+            // SAFETY: the caller's promise; what is loaded are arrays of 16 elements, and what is stored as many as there are.
+            unsafe {
+                let sum = _mm512_loadu_ps(work.states[group].sum[half].as_ptr());
+                // A query that saw no key has sums that were never made, or zeros.
+                let some = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(sum, _mm512_setzero_ps());
+                let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), sum);
+                for a in 0..dv.div_ceil(N) {
+                    let sums = &work.out[group * across / 2 + a / 2].0[a % 2 * N..][..N];
+                    let mut columns = [_mm512_setzero_si512(); N];
+                    for (column, sums) in columns.iter_mut().zip(sums) {
+                        let sums = _mm512_loadu_ps(sums[half * N..].as_ptr().cast());
+                        *column = _mm512_castps_si512(_mm512_maskz_mul_ps(some, sums, inverse));
+                    }
+                    let columns = transposed(columns);
+                    let there = u16::MAX >> (N - N.min(dv - a * N));
+                    for (i, column) in columns.iter().enumerate().take(rows) {
+                        let to = &mut self.out[(first + i) * dv + a * N..];
+                        _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), there, *column);
                     }
                 }
             }
@@ -535,5 +573,35 @@ impl Kernels {
             });
         }
         self.give_scratch(words);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn powers_of_two_are_near_and_never_of_what_is_unseen() {
+        if !Isa::Avx512Bf16.is_supported() {
+            return;
+        }
+        let power = |x: f32| {
+            let mut out = [0.0; N];
+            // SAFETY: the CPU has AVX-512 F; `out` is of 16 floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), exp2(_mm512_set1_ps(x))) };
+            out[0]
+        };
+        for i in 0..126_000 {
+            let x = -i as f32 / 1000.0;
+            let expected = f64::from(x).exp2();
+            assert!((f64::from(power(x)) / expected - 1.0).abs() <= 1.1e-4, "{x}");
+            let whole = x.trunc();
+            assert_eq!(f64::from(power(whole)), f64::from(whole).exp2());
+        }
+        for i in 0..2000 {
+            let small = power(-126.0 - i as f32 / 1000.0);
+            assert!((0.0..=2.0 * f32::MIN_POSITIVE).contains(&small), "{i}: {small}");
+        }
+        assert_eq!([-128.0, -1e30, f32::MIN, f32::NEG_INFINITY].map(power), [0.0; 4]);
     }
 }
