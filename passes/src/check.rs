@@ -1,6 +1,7 @@
 //! Passes against the reference interpreter: the program before against the program after, on sampled inputs.
 
 use crate::{Contract, Pass, PassError, Target, Trace};
+use half::f16;
 use std::collections::BTreeMap;
 use vlmc_ir::{
     Bindings, DType, Dim, Graph, Op, Program, Type, ValueId, Verified,
@@ -139,13 +140,15 @@ fn differ(before: &Array, after: &Array, contract: Contract) -> Result<f32, Stri
     let (Array::F32(a), Array::F32(b)) = (before, after) else {
         return if before == after { Ok(0.0) } else { Err("has other elements".into()) };
     };
-    let scale = a.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    // Below its least normal number `f16` has fewer and fewer digits.
+    let least = if contract == Contract::Narrow { f16::MIN_POSITIVE.to_f32() } else { f32::MIN_POSITIVE };
+    let scale = a.iter().fold(least, |m, v| m.max(v.abs()));
     let mut worst = 0.0f32;
     for (i, (x, y)) in a.iter().zip(b).enumerate() {
         if x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan() {
             continue;
         }
-        let relative = (x - y).abs() / scale.max(f32::MIN_POSITIVE);
+        let relative = (x - y).abs() / scale;
         let allowed = match contract {
             Contract::Exact => 0.0,
             Contract::Close => CLOSE,
