@@ -426,9 +426,13 @@ impl Kernels {
     fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
         let count = n.div_ceil(N);
         let len = panels.len() / count;
-        // Large contiguous pieces read memory best; with many rows, more pieces balance the load.
-        let pieces = if work < 1 << 16 { 1 } else { self.pool.threads() * if m > ROWS { 4 } else { 1 } };
-        let step = count.div_ceil(pieces.clamp(1, count)).next_multiple_of(4);
+        // Large contiguous pieces read memory best; with many rows, many small ones end at about the same time.
+        let step = match self.pool.threads() {
+            _ if work < 1 << 16 => count,
+            threads if m > ROWS => count / (32 * threads) / 4 * 4,
+            threads => count.div_ceil(threads).next_multiple_of(4),
+        };
+        let step = step.max(4);
         self.pool.run(count.div_ceil(step), |piece| {
             let first = piece * step;
             job(first, &panels[first * len..(first + step).min(count) * len]);
