@@ -162,7 +162,16 @@ impl Weights {
         if before.saturating_sub(after) * TOKENS > copying && self.copy(kernels, rest, &mut large) {
             copies.iter().for_each(|c| self.tensors[c.tensor].copy = Some(c.at));
             self.large = Some(large);
+            self.forget();
         }
+    }
+
+    /// Gives back the pages of the file that reading it has mapped, so that nothing is in memory twice; what is read again comes from
+    /// the file. If that fails, they only take memory.
+    #[allow(unsafe_code)]
+    fn forget(&self) {
+        // SAFETY: the map is of a file and never written to, so its pages hold nothing that the file does not.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
     /// Weights in the order of the file, each with the place of its copy, and the length of all copies.
@@ -260,6 +269,7 @@ mod tests {
         }
         copies.iter().for_each(|c| weights.tensors[c.tensor].copy = Some(c.at));
         weights.large = Some(large);
+        weights.forget();
         for (i, data) in data.iter().enumerate() {
             let Floats::F32(floats) = weights.floats(i) else { panic!() };
             assert_eq!(bytemuck::cast_slice::<f32, u8>(floats), data);
