@@ -44,7 +44,7 @@ pub struct Moe<'a> {
 }
 
 /// Rows of an expert that are computed at once: bounds the memory that it takes. A multiple of the rows of a tile, so that a
-/// row's result is the same as that of all at once.
+/// row's result is the same as that of all at once, but for what many rows are rounded to.
 const BLOCK: usize = 20 * ROWS;
 
 /// Floats that [`Kernels::moe`] needs for `n` rows of width `h`, `k` of `e` experts for each, of width `m`: where each expert's rows

@@ -2,9 +2,11 @@
 //!
 //! Either `x` is rounded to 8 bits and multiplied with the codes in integers, 4 columns at a time, or the codes are widened to
 //! `f32`. Both go by segments: runs of columns that share a scale, cut so short that a segment's integers fit 32 bits, however
-//! long a row is. For many rows of `x` the codes of a block of segments are unpacked once, and small groups of 4 bits become longer
-//! ones of 8 bits, whose sums are brought together more seldom.
+//! long a row is. What many rows need is in [`many`].
 
+mod many;
+
+use self::many::Matrix;
 use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
@@ -22,15 +24,12 @@ use vlmc_artifact::{
 };
 
 /// Most columns of a segment, and columns of a block of them: sums of 1536 products of 255 * 127 are far from 2^31, codes of
-/// [`PANELS`] panels stay in the second cache, and sums are seldom put aside. The sizes of groups divide it.
+/// four panels stay in the second cache, and sums are seldom put aside. The sizes of groups divide it.
 const BLOCK: usize = 1536;
 /// Columns whose codes make a vector: 4 bytes of each of 16 rows.
 const WORD: usize = 4;
 /// Most rows of rounded `x` that are multiplied at once.
 const ROWS: usize = 6;
-/// Panels that many rows are multiplied with at once: as many sums as there are registers for, and four products for each word of
-/// `x` that is loaded.
-const PANELS: usize = 4;
 /// Rows that are many: from here on it pays to unpack codes.
 const MANY: usize = 97;
 /// Least columns of a segment that many rows are multiplied with: 64 products of vectors for each sum that becomes a float.
@@ -120,21 +119,17 @@ impl Grid {
         Segment { scales, zeros, codes: &codes[first..first + columns.len().div_ceil(block)] }
     }
 
-    /// What many rows are multiplied with: the matrix itself, or, of small groups of 4 bits, its numbers rounded to 8 bits with a
-    /// scale for [`WIDE`] columns, which changes them by at most a 254th of the largest number of 4 bits among these. `None` for
-    /// small groups of 8 bits, which would lose what they are for.
-    fn wide(self) -> Option<Self> {
+    /// What `m` rows are multiplied with if they are many: the matrix itself, or, of small groups of 4 bits, its numbers rounded to 8
+    /// bits with a scale for [`WIDE`] columns, which changes them by at most a 254th of the largest number of 4 bits among these.
+    /// `None` for few rows, and for small groups of 8 bits, which would lose what they are for.
+    fn wide(self, m: usize) -> Option<Self> {
         let wide = Scheme { bits: 8, group: Some(WIDE as u16), zero_points: false };
         match self.scheme.bits {
+            _ if m < MANY => None,
             _ if self.scheme.group_len(self.k) >= WIDE.min(self.k) => Some(self),
             4 => Some(Self::new(wide, self.k)),
             _ => None,
         }
-    }
-
-    /// By which segments `m` rows of `x` are rounded: of another scheme if they are many and groups small.
-    fn rounding(self, m: usize) -> Self {
-        self.wide().filter(|_| m >= MANY).unwrap_or(self)
     }
 
     /// Row `r` of a panel.
@@ -469,270 +464,6 @@ fn prefetch(block: &[u8; 4 * PANEL], ahead: usize) {
     let _ = (block, ahead);
 }
 
-/// Rows of rounded `x` in blocks of [`ROWS`].
-struct Matrix<'a> {
-    piece: Piece<'a>,
-    /// [`Grid::wide`] of the piece's.
-    wide: Grid,
-    x: &'a [i32],
-}
-
-/// A block of segments of a panel, a byte for each code.
-struct Unpacked {
-    codes: [[u8; 4 * PANEL]; BLOCK / WORD],
-    scales: [[f32; N]; BLOCK / WIDE],
-    zeros: [[u8; PANEL]; BLOCK / WIDE],
-}
-
-impl Unpacked {
-    const EMPTY: Self = Self { codes: [[0; 4 * PANEL]; BLOCK / WORD], scales: [[0.0; N]; BLOCK / WIDE], zeros: [[0; PANEL]; BLOCK / WIDE] };
-
-    /// Segments `block` of `wide`, which is [`Grid::wide`] of the panel's grid.
-    ///
-    /// # Safety
-    /// The CPU has the instruction set of `I`.
-    #[inline(always)]
-    unsafe fn fill<I: Ints>(&mut self, grid: Grid, wide: Grid, panel: &[u8], block: Range<usize>) {
-        let first = wide.columns(block.start).start;
-        for (i, (scales, zeros)) in block.zip(self.scales.iter_mut().zip(&mut self.zeros)) {
-            let columns = wide.columns(i);
-            let codes = &mut self.codes[(columns.start - first) / WORD..];
-            // SAFETY: the caller's promise.
-            unsafe {
-                if grid.scheme != wide.scheme {
-                    merge::<I>(grid, panel, columns, codes, scales);
-                    continue;
-                }
-                let segment = grid.segment(panel, i);
-                segment.scales::<I::Floats>().store(scales);
-                if grid.scheme.bits == 4 {
-                    for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
-                        prefetch(from, AHEAD);
-                        let [low, high] = halves::<I>(from);
-                        low.store(&mut to[0]);
-                        high.store(&mut to[1]);
-                    }
-                } else {
-                    for (to, from) in codes.iter_mut().zip(segment.codes) {
-                        prefetch(from, AHEAD);
-                        I::load(from).store(to);
-                    }
-                }
-                if let Some(from) = segment.zeros {
-                    *zeros = *from;
-                }
-            }
-        }
-    }
-}
-
-/// Rounds the numbers of small groups of 4 bits to 8 bits, of middle 128, with one scale for each row of the panel: the least that
-/// holds all numbers that codes can stand for.
-///
-/// # Safety
-/// The CPU has the instruction set of `I`.
-#[inline(always)]
-unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes: &mut [[u8; 4 * PANEL]], scales: &mut [f32; N]) {
-    /// Bits behind the point of a group's scale in steps of the common one, which is below 16, and of a code.
-    const POINTS: [u32; 2] = [11, 4];
-    let len = grid.segment_len();
-    let groups = || (columns.start / len..columns.end.div_ceil(len)).map(|i| grid.segment(panel, i));
-    let middle = [grid.scheme.middle(); PANEL];
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut common = I::Floats::splat(0.0);
-        for group in groups() {
-            let zeros = group.zeros.unwrap_or(&middle);
-            let largest = zeros.map(|z| f32::from(z.max(grid.scheme.max_code().saturating_sub(z))));
-            let scale = group.scales::<I::Floats>().mul(I::Floats::load(&largest));
-            common = common.max(scale.max(I::Floats::splat(0.0).sub(scale)));
-        }
-        common.mul(I::Floats::splat(1.0 / 127.0)).store(scales);
-        let inverse = I::Floats::splat(127.0 * (1 << POINTS[0]) as f32).div(common.max(I::Floats::splat(f32::MIN_POSITIVE)));
-        let mut to = codes.as_chunks_mut::<2>().0.iter_mut();
-        for group in groups() {
-            let mut steps = [0.0; N];
-            group.scales::<I::Floats>().mul(inverse).round().store(&mut steps);
-            let steps = pairs::<I>(steps.map(|step| step as i32));
-            let zeros = pairs::<I>(group.zeros.unwrap_or(&middle).map(|zero| i32::from(zero) << POINTS[1]));
-            for (from, to) in group.codes.iter().zip(&mut to) {
-                prefetch(from, AHEAD);
-                let codes = I::load(from);
-                let scale = Rescale { zeros, steps };
-                scale.bytes(codes.shift_left::<4>(), codes.shift_right::<4>()).store(&mut to[0]);
-                scale.bytes(codes, codes.shift_right::<8>()).store(&mut to[1]);
-            }
-        }
-    }
-}
-
-/// Brings codes to another scale; pairs of 16 bits for each row.
-struct Rescale<I> {
-    /// With as many bits behind the point as the codes.
-    zeros: I,
-    steps: I,
-}
-
-impl<I: Ints> Rescale<I> {
-    /// Bytes of 128 + the numbers of codes in bits 4 to 7 of each 16 of `even` and `odd`.
-    ///
-    /// # Safety
-    /// The CPU has the instruction set of `I`.
-    #[inline(always)]
-    unsafe fn bytes(&self, even: I, odd: I) -> I {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (code, middle) = (I::splat(0x00f0_00f0), I::splat(-0x007f_0080));
-            let even = even.and(code).sub_16(self.zeros).mul_round_16(self.steps).sub_16(middle);
-            let odd = odd.and(code).sub_16(self.zeros).mul_round_16(self.steps).sub_16(middle);
-            even.add(odd.shift_left::<8>())
-        }
-    }
-}
-
-/// Each number twice, in 16 bits.
-///
-/// # Safety
-/// The CPU has the instruction set of `I`.
-#[inline(always)]
-unsafe fn pairs<I: Ints>(numbers: [i32; N]) -> I {
-    let mut words = [0; 4 * N];
-    for (word, v) in words.as_chunks_mut::<4>().0.iter_mut().zip(numbers) {
-        *word = (v & 0xffff | v << 16).to_le_bytes();
-    }
-    // SAFETY: the caller's promise.
-    unsafe { I::load(&words) }
-}
-
-impl IntTask for Matrix<'_> {
-    #[inline(always)]
-    unsafe fn run<I: Ints>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.wide.scheme {
-                Scheme { bits: 4, zero_points: false, .. } => self.products::<I, 4, false>(),
-                Scheme { bits: 4, .. } => self.products::<I, 4, true>(),
-                Scheme { zero_points: false, .. } => self.products::<I, 8, false>(),
-                _ => self.products::<I, 8, true>(),
-            }
-        }
-    }
-}
-
-impl Matrix<'_> {
-    #[inline(always)]
-    unsafe fn products<I: Ints, const BITS: u8, const ZEROS: bool>(self) {
-        let Self { piece, wide, x } = self;
-        let mut unpacked = [Unpacked::EMPTY; PANELS];
-        for (p, panels) in piece.panels.chunks(PANELS * piece.bytes()).enumerate() {
-            let column = (piece.first_panel + PANELS * p) * N;
-            for block in wide.blocks() {
-                let panels = panels.chunks_exact(piece.bytes());
-                for (unpacked, panel) in unpacked.iter_mut().zip(panels.clone()) {
-                    // SAFETY: the caller's promise.
-                    unsafe { unpacked.fill::<I>(piece.grid, wide, panel, block.clone()) };
-                }
-                for (b, x) in x.chunks_exact(wide.words(ROWS)).enumerate() {
-                    let tile = IntTile { piece: &piece, wide, x, block: block.clone(), first_row: b * ROWS, column };
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        if panels.len() == PANELS && I::MANY_REGISTERS {
-                            tile.compute::<I, BITS, ZEROS, PANELS, ROWS>(&unpacked, 0);
-                            continue;
-                        }
-                        for (i, unpacked) in unpacked.iter().enumerate().take(panels.len()) {
-                            let tile = IntTile { column: column + i * N, block: block.clone(), ..tile };
-                            for row in (0..ROWS).step_by(ROWS / 2) {
-                                tile.compute::<I, BITS, ZEROS, 1, { ROWS / 2 }>(std::array::from_ref(unpacked), row);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A block of rows of `x` and a block of segments.
-struct IntTile<'a, 'b> {
-    piece: &'a Piece<'b>,
-    wide: Grid,
-    /// [`Grid::words`] of [`ROWS`] rows.
-    x: &'a [i32],
-    block: Range<usize>,
-    first_row: usize,
-    column: usize,
-}
-
-impl IntTile<'_, '_> {
-    /// Adds to the result: rows `row..row + R` of the block with `P` panels.
-    ///
-    /// # Safety
-    /// The CPU has the instruction set of `I`.
-    #[inline(always)]
-    unsafe fn compute<I: Ints, const BITS: u8, const ZEROS: bool, const P: usize, const R: usize>(
-        &self,
-        panels: &[Unpacked; P],
-        row: usize,
-    ) {
-        let (Piece { out, bias, m, .. }, grid) = (*self.piece, self.wide);
-        let rows = m.saturating_sub(self.first_row + row).min(R);
-        let (codes, rest) = self.x.split_at(grid.vectors() * ROWS);
-        let (scales, corrections) = rest.split_at(grid.segments() * ROWS);
-        let ((codes, _), (scales, _), (corrections, _)) =
-            (codes.as_chunks::<ROWS>(), scales.as_chunks::<ROWS>(), corrections.as_chunks::<ROWS>());
-        let first = grid.columns(self.block.start).start / WORD;
-        // SAFETY: the caller's promise, and this thread has these columns.
-        unsafe {
-            let mut sums = [[[0.0; N]; P]; R];
-            for (r, sums) in sums.iter_mut().enumerate().take(rows) {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    let column = self.column + p * N;
-                    *sum = if self.block.start == 0 { out.bias(bias, column) } else { out.read(self.first_row + row + r, column) };
-                }
-            }
-            for (s, i) in self.block.clone().enumerate() {
-                let columns = grid.columns(i);
-                let vectors = columns.start / WORD - first..columns.end.div_ceil(WORD) - first;
-                let mut products = [[I::splat(0); P]; R];
-                for r in 0..R {
-                    let correction = I::splat(corrections[i][row + r]);
-                    for p in 0..P {
-                        products[r][p] = if ZEROS { Segment::zeros::<I>(&panels[p].zeros[s]).mul(correction) } else { correction };
-                    }
-                }
-                let x = &codes[first + vectors.start..first + vectors.end];
-                let panel_codes: [_; P] = std::array::from_fn(|p| &panels[p].codes[vectors.clone()]);
-                for (v, x) in x.iter().enumerate() {
-                    // SAFETY: as many vectors of codes as of `x` were taken.
-                    let codes: [I; P] = std::array::from_fn(|p| I::load(panel_codes[p].get_unchecked(v)));
-                    for r in 0..R {
-                        for p in 0..P {
-                            products[r][p] = products[r][p].dot::<BITS>(codes[p], x[row + r]);
-                        }
-                    }
-                }
-                for p in 0..P {
-                    let scale = I::Floats::load(&panels[p].scales[s]);
-                    for r in 0..R {
-                        let scale = scale.mul(I::Floats::splat(f32::from_bits(scales[i][row + r] as u32)));
-                        products[r][p].to_f32().mul_add(scale, I::Floats::load(&sums[r][p])).store(&mut sums[r][p]);
-                    }
-                }
-            }
-            if self.block.end == grid.segments() {
-                self.piece.write(self.first_row + row, self.column, &mut sums[..rows]);
-                return;
-            }
-            for (r, sums) in sums.iter().enumerate().take(rows) {
-                for (p, sum) in sums.iter().enumerate() {
-                    out.write(self.first_row + row + r, self.column + p * N, sum);
-                }
-            }
-        }
-    }
-}
-
 /// `x` as it is; codes are widened.
 struct Widened<'a> {
     piece: Piece<'a>,
@@ -824,7 +555,7 @@ unsafe fn widen_word<I: Ints>(codes: I, zeros: I, scales: I::Floats, out: &mut [
 impl Kernels {
     /// `x [m, k]` rounded to 8 bits for products with panels of `grid`, to `words`.
     pub(crate) fn round_rows(&self, x: &[f32], m: usize, grid: Grid, words: &mut Vec<i32>) {
-        let (grid, rows) = (grid.rounding(m), block_rows(m));
+        let (grid, rows) = (grid.wide(m).unwrap_or(grid), block_rows(m));
         words.resize(m.div_ceil(rows) * grid.words(rows), 0);
         self.pool.chunks(words, grid.words(rows), |i, out| {
             let x = &x[i * rows * grid.k..m.min((i + 1) * rows) * grid.k];
@@ -834,7 +565,7 @@ impl Kernels {
 
     /// Products of rows that [`Self::round_rows`] has rounded.
     pub(crate) fn rounded_product(&self, x: &[i32], piece: Piece<'_>) {
-        match piece.grid.wide().filter(|_| piece.m >= MANY) {
+        match piece.grid.wide(piece.m) {
             Some(wide) => self.isa.run_ints(Matrix { piece, wide, x }),
             None => with_rows!(piece.m, R => self.isa.run_ints(Few::<R> { piece, x })),
         }
