@@ -110,6 +110,10 @@ pub trait Engine {
         Ok(())
     }
 
+    /// Whether, from now on, of each row of what an entry gives only the largest number, and where it is, must be right: an engine may
+    /// then read less of the weights. The others are smaller. Off at first.
+    fn only_largest(&mut self, _on: bool) {}
+
     /// Bytes of weights that were copied to pages of 2 MiB when the artifact was loaded, since they are read faster there.
     fn large_page_bytes(&self) -> usize {
         0

@@ -118,7 +118,7 @@ pub(crate) fn generate(
     let mut stream = tokenizer.stream();
     let mut ids = vec![];
     let mut finish = Finish::Length;
-    let mut steps = Steps::new(pipeline, options.prompt_lookup);
+    let mut steps = Steps::new(pipeline, sampler.is_greedy(), options.prompt_lookup);
     let mut first = None;
     while ids.len() < limit {
         let id = sampler.next(steps.logits()?, &history);
@@ -171,13 +171,15 @@ struct Steps<'p> {
     ran: Vec<i64>,
     /// The row that follows the last token.
     row: usize,
+    /// Only the largest logits are asked for.
+    greedy: bool,
     lookup: Option<(Lookup, LookupReport)>,
 }
 
 impl<'p> Steps<'p> {
-    fn new(pipeline: &'p mut Pipeline, prompt_lookup: bool) -> Self {
+    fn new(pipeline: &'p mut Pipeline, greedy: bool, prompt_lookup: bool) -> Self {
         let lookup = prompt_lookup.then(|| (Lookup::new(), LookupReport::default()));
-        Self { pipeline, ran: vec![], row: 0, lookup }
+        Self { pipeline, ran: vec![], row: 0, greedy, lookup }
     }
 
     /// Of the next token, `[vocab]`.
@@ -200,7 +202,8 @@ impl<'p> Steps<'p> {
             self.ran.extend(lookup.propose(tokens, room));
             report.passes += 1;
         }
-        self.pipeline.extend(&self.ran).map(drop)
+        let run = if self.greedy { Pipeline::extend_greedily } else { Pipeline::extend };
+        run(self.pipeline, &self.ran).map(drop)
     }
 
     /// Forgets the tokens that were run ahead and not chosen.

@@ -381,6 +381,19 @@ impl Pipeline {
         self.logits()
     }
 
+    /// [`Self::extend`] for the most probable tokens: the largest of each row of logits is right, and where it is, the others are smaller.
+    /// Less may be read of the weights.
+    ///
+    /// # Errors
+    /// As [`Self::extend`].
+    pub fn extend_greedily(&mut self, ids: &[i64]) -> Result<&Tensor> {
+        self.engine.only_largest(true);
+        let result = self.extend(ids).map(drop);
+        self.engine.only_largest(false);
+        result?;
+        self.logits()
+    }
+
     /// What the last run gave, `f32[batch, scored, vocab]`.
     ///
     /// # Errors
@@ -414,7 +427,7 @@ impl Pipeline {
         for i in 0..n {
             out.iter_mut().zip(&last).for_each(|(o, id)| o.push(*id));
             if i + 1 < n {
-                let rows = self.extend(&last)?.f32()?.chunks_exact(vocab);
+                let rows = self.extend_greedily(&last)?.f32()?.chunks_exact(vocab);
                 last.iter_mut().zip(rows).for_each(|(last, row)| *last = argmax(row));
             }
         }
@@ -602,7 +615,11 @@ impl Prompt {
 
 /// Index of the largest value; the first of equals.
 pub(crate) fn argmax(row: &[f32]) -> i64 {
-    row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best }).0 as i64
+    // In lanes first, which is many times faster than to carry an index along.
+    let (chunks, rest) = row.as_chunks::<16>();
+    let lanes = chunks.iter().fold([f32::NEG_INFINITY; 16], |lanes, c| std::array::from_fn(|i| lanes[i].max(c[i])));
+    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter().position(|v| *v == largest).unwrap_or(0) as i64
 }
 
 /// Rows of features, whatever the number of leading axes.

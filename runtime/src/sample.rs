@@ -63,6 +63,11 @@ impl Sampler {
         argmax(&p)
     }
 
+    /// Whether [`Self::next`] looks at the largest of the logits only.
+    pub(crate) fn is_greedy(&self) -> bool {
+        !self.settings.do_sample && self.settings.repetition_penalty == 1.0
+    }
+
     fn penalized<'a>(&self, logits: &'a [f32], history: &[i64]) -> Cow<'a, [f32]> {
         let penalty = self.settings.repetition_penalty;
         if penalty == 1.0 {

@@ -41,6 +41,8 @@ pub enum Layout {
     Transposed,
     /// Of a matrix, or each of a stack of them: [`vlmc_artifact::program::Layout::Panel16`].
     Panels,
+    /// Of a quantized matrix: [`vlmc_artifact::program::Layout::Planes16`].
+    Planes,
     /// Of a quantized matrix `[n, k]`, or each of a stack of them, as ONNX Runtime's MatMulNBits and QMoE want it, in blocks of that
     /// many columns: three tensors, of the weight's name and `.codes` (`u8[n, blocks, bytes]`, low half first), `.scales`
     /// (`[n, blocks]`, of the type given), and `.zeros` (`u8[n, bytes]`, packed along the blocks) if it has zero points.
@@ -60,6 +62,10 @@ impl Stored {
         let one = |dtype, shape| vec![TensorSpec { name: self.name.clone(), dtype, shape }];
         let unfit = || Error::tensor(&self.weight, format!("of type {}{:?} cannot be stored as {:?}", def.dtype, def.shape, self.layout));
         Ok(match (self.layout, def.shape.as_slice(), def.dtype) {
+            (Layout::Planes, [n, k], DType::Quant(scheme)) => {
+                let planes = quant::plane_bytes(scheme, *k).ok_or_else(unfit)?;
+                one(DType::U8, vec![n.div_ceil(PANEL), planes.iter().sum()])
+            }
             (Layout::Panels, [lead @ .., n, k], DType::Quant(scheme)) => {
                 let bytes = quant::panel_bytes(scheme, *k).ok_or_else(unfit)?;
                 one(DType::U8, [lead, &[n.div_ceil(PANEL), bytes]].concat())

@@ -3,8 +3,11 @@
 use super::{Layout, Stored};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use vlmc_artifact::program::{self as out, Kernel, Place, Step};
-use vlmc_ir::{Def, Dim, Graph, Node, Op, Type, ValueId, Verified, ops::Mask};
+use vlmc_artifact::{
+    program::{self as out, Kernel, Place, Step},
+    quant::plane_bytes,
+};
+use vlmc_ir::{DType, Def, Dim, Graph, Node, Op, Type, ValueId, Verified, ops::Mask};
 use vlmc_passes::memory;
 
 /// The compiled program, and the weights it reads, by name.
@@ -17,10 +20,12 @@ pub fn lower(program: &Verified) -> Result<(out::Program, Vec<Stored>)> {
     Ok((out::Program { symbols: program.symbols.clone(), weights: weights.used, functions }, weights.stored))
 }
 
-/// Which layouts each weight is needed in. A table that is also a matrix (tied embedding) is stored once, in panels.
+/// Which layouts each weight is needed in. A table that is also a matrix (tied embedding) is stored once, as the matrix.
 struct WeightTable<'a> {
     program: &'a Verified,
     matrices: BTreeSet<&'a str>,
+    /// Those of the matrices that lie in planes.
+    heads: BTreeSet<&'a str>,
     index: BTreeMap<(&'a str, Layout), u32>,
     used: Vec<out::Weight>,
     stored: Vec<Stored>,
@@ -33,7 +38,13 @@ impl<'a> WeightTable<'a> {
             _ => None,
         };
         let matrices = program.graphs.iter().flat_map(|g| g.nodes().filter_map(move |(_, n)| matrix(g, n))).collect();
-        Self { program, matrices, index: BTreeMap::new(), used: vec![], stored: vec![] }
+        let heads = program.graphs.iter().filter(|g| !g.states.is_empty()).flat_map(heads);
+        let in_planes = |name: &&str| {
+            let def = program.weights.get(*name);
+            def.is_some_and(|w| matches!((w.dtype, &w.shape[..]), (DType::Quant(scheme), [_, k]) if plane_bytes(scheme, *k).is_some()))
+        };
+        let heads = heads.filter(in_planes).collect();
+        Self { program, matrices, heads, index: BTreeMap::new(), used: vec![], stored: vec![] }
     }
 
     fn index(&mut self, name: &'a str, layout: Layout) -> Result<u32> {
@@ -42,14 +53,32 @@ impl<'a> WeightTable<'a> {
         }
         let def = self.program.weights.get(name).ok_or_else(|| Error::Backend(format!("weight '{name}' is not declared")))?;
         // A weight in two layouts is stored under two names.
-        let stored = if layout == Layout::Panels || !self.matrices.contains(name) { name.into() } else { format!("{name}.rows") };
-        let runtime_layout = if layout == Layout::Panels { out::Layout::Panel16 } else { out::Layout::Rows };
+        let stored = if layout != Layout::Rows || !self.matrices.contains(name) { name.into() } else { format!("{name}.rows") };
+        let runtime_layout = match layout {
+            Layout::Panels => out::Layout::Panel16,
+            Layout::Planes => out::Layout::Planes16,
+            _ => out::Layout::Rows,
+        };
         self.used.push(out::Weight { name: stored.clone(), dtype: def.dtype, shape: def.shape.clone(), layout: runtime_layout });
         self.stored.push(Stored { name: stored, weight: name.into(), layout });
         let i = self.used.len() as u32 - 1;
         self.index.insert((name, layout), i);
         Ok(i)
     }
+}
+
+/// Matrices by which a graph makes outputs: logits, of which often only the largest is asked for.
+fn heads(g: &Graph) -> impl Iterator<Item = &str> {
+    let made_by = |mut v: ValueId| loop {
+        let Def::Node(n, _) = g.def(v) else { return None };
+        match &g.node(*n).op {
+            Op::Reshape(_) => v = g.node(*n).args[0],
+            Op::Linear(o) if o.dynamic && o.act.is_none() => return g.node(*n).args.get(1),
+            _ => return None,
+        }
+    };
+    let matrices = g.outputs.iter().filter_map(move |o| made_by(o.value));
+    matrices.filter_map(|w| if let Def::Weight(name) = g.def(*w) { Some(name.as_str()) } else { None })
 }
 
 struct Lowering<'a, 'w> {
@@ -136,7 +165,9 @@ impl<'a, 'w> Lowering<'a, 'w> {
 
     fn layout(&self, node: &Node, operand: usize) -> Option<Layout> {
         let Def::Weight(name) = self.graph.def(node.args[operand]) else { return None };
+        let is_head = self.weights.heads.contains(name.as_str());
         match (&node.op, operand) {
+            (Op::Linear(_), 1) | (Op::Embedding(_), 0) if is_head => Some(Layout::Planes),
             (Op::Linear(_), 1) | (Op::Moe(_), 3..=5) => Some(Layout::Panels),
             (Op::Embedding(_), 0) if self.weights.matrices.contains(name.as_str()) => Some(Layout::Panels),
             _ => None,

@@ -70,7 +70,7 @@ fn write_elements(s: &Stored, def: &WeightDef, rows: Range<usize>, source: &Rows
             let row = if let [_, n, k] = def.shape[..] { n.next_multiple_of(PANEL) * k * size } else { row };
             file.write_at(&s.name, (rows.start * row) as u64, &packed)
         }
-        Layout::Rows | Layout::Blocks(..) | Layout::Signed(_) => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
+        Layout::Rows | Layout::Planes | Layout::Blocks(..) | Layout::Signed(_) => file.write_at(&s.name, (rows.start * row) as u64, &bytes),
     }
 }
 
@@ -91,6 +91,14 @@ fn write_codes(s: &Stored, def: &WeightDef, scheme: Scheme, rows: Range<usize>, 
         return if scheme.zero_points { file.write_at(&format!("{}.zeros", s.name), at(&zeros), &zeros) } else { Ok(()) };
     }
     let panel = quant::panel_bytes(scheme, k).ok_or_else(|| Error::tensor(&s.weight, "is too large"))?;
+    if s.layout == Layout::Planes {
+        let [upper, lower] = quant::split_planes(&quant::pack_panels(&codes, k, scheme), k, scheme);
+        let all = def.shape[0].div_ceil(PANEL) as u64;
+        let [first, panels] = [rows.start, rows.len()].map(|rows| rows.div_ceil(PANEL) as u64);
+        let [upper_bytes, lower_bytes] = [&upper, &lower].map(|plane| plane.len() as u64 / panels.max(1));
+        file.write_at(&s.name, first * upper_bytes, &upper)?;
+        return file.write_at(&s.name, all * upper_bytes + first * lower_bytes, &lower);
+    }
     if let [_, n, _] = def.shape[..] {
         let mut packed = vec![];
         for matrix in 0..rows.len() {

@@ -199,10 +199,10 @@ struct Total {
 }
 
 impl Total {
-    fn of(program: &Program, runs: &[Run]) -> Result<Self> {
+    fn of(program: &Program, runs: &[Run], only_largest: bool) -> Result<Self> {
         let mut total = Self::default();
         for run in runs {
-            for work in work(program, &run.entry, &run.symbols, Isa::detect())? {
+            for work in work(program, &run.entry, &run.symbols, Isa::detect(), only_largest)? {
                 total.weight_bytes += work.weight_bytes;
                 total.state_bytes += work.state_bytes;
                 *match work.arithmetic {
@@ -415,30 +415,31 @@ impl Counter<'_> {
         pictures: &[[usize; 2]],
         context: usize,
         new_tokens: usize,
+        only_largest: bool,
         chosen: impl Fn(&[Run]) -> &[Run],
     ) -> Result<Option<Total>> {
         let Some(program) = &self.program else { return Ok(None) };
         let request = Request { pictures: pictures.to_vec(), context, new_tokens, threads: self.threads };
         let runs = needs(self.artifact.manifest(), Some(program), &request)?.runs;
-        Total::of(program, chosen(&runs)).map(Some)
+        Total::of(program, chosen(&runs), only_largest).map(Some)
     }
 
     fn picture(&self, picture: &Picture) -> Result<Option<Total>> {
         match self.artifact.manifest().task.prompt() {
             // The tower is counted as part of the shortest prompt with the picture, if the model has room for one.
             Some(rules) if picture.tokens >= rules.max_positions => Ok(None),
-            Some(_) => self.count(&[picture.size], picture.tokens + 1, 1, |runs| runs.get(..1).unwrap_or_default()),
-            None => self.count(&[picture.size], 0, 0, |runs| runs),
+            Some(_) => self.count(&[picture.size], picture.tokens + 1, 1, false, |runs| runs.get(..1).unwrap_or_default()),
+            None => self.count(&[picture.size], 0, 0, false, |runs| runs),
         }
     }
 
     fn prefill(&self, tokens: usize) -> Result<Option<Total>> {
-        self.count(&[], tokens, 1, |runs| runs.get(..2).unwrap_or_default())
+        self.count(&[], tokens, 1, false, |runs| runs.get(..2).unwrap_or_default())
     }
 
-    /// Of a token after so many.
+    /// Of a token after so many, chosen as the most probable one.
     fn token(&self, past: usize) -> Result<Option<Total>> {
-        self.count(&[], past + 1, 2, |runs| runs.get(runs.len().saturating_sub(2)..).unwrap_or_default())
+        self.count(&[], past + 1, 2, true, |runs| runs.get(runs.len().saturating_sub(2)..).unwrap_or_default())
     }
 }
 

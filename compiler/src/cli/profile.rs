@@ -72,7 +72,7 @@ fn table(program: &Program, phase: &Phase) -> Result<Table> {
     let mut sums: HashMap<(String, [usize; 3], Option<String>), Sum> = HashMap::new();
     let mut last: HashMap<&str, Vec<Work>> = HashMap::new();
     for run in phase.runs.iter().rev() {
-        let works = work(program, &run.entry, &run.symbols, Isa::detect())?;
+        let works = work(program, &run.entry, &run.symbols, Isa::detect(), run.only_largest)?;
         // Each token sees one key more than the one before: they are one row, with the shape of the last.
         let named = last.entry(&run.entry).or_insert_with(|| works.clone());
         for ((w, named), times) in works.iter().zip(named).zip(run.steps.windows(2)) {
@@ -155,7 +155,7 @@ fn trace(program: &Program, phases: &[Phase]) -> Result<Value> {
     for (phase, run) in phases.iter().flat_map(|p| p.runs.iter().map(move |r| (p, r))) {
         let symbols: serde_json::Map<_, _> = run.symbols.iter().map(|(n, v)| (n.to_string(), json!(v))).collect();
         events.push(event(run.entry.clone(), &phase.name, run.call, symbols.into()));
-        for (w, t) in work(program, &run.entry, &run.symbols, Isa::detect())?.iter().zip(run.steps.windows(2)) {
+        for (w, t) in work(program, &run.entry, &run.symbols, Isa::detect(), run.only_largest)?.iter().zip(run.steps.windows(2)) {
             let name = std::iter::once(&w.op).chain(&w.weights).map(String::as_str).collect::<Vec<_>>().join(" ");
             let [m, n, k] = w.shape;
             let args = json!({

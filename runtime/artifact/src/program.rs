@@ -50,6 +50,13 @@ pub enum Layout {
     /// which columns 0 to 3 are the low halves of the bytes, and 4 to 7 the high ones. A last block that is not full ends
     /// in zero bits.
     Panel16,
+    /// Quantized matrix `[n, k]` whose largest product can be found from half the bits of its codes: the upper planes of all panels,
+    /// then the lower ones, `u8[ceil(n/16), panel_bytes]` together ([`crate::quant::split_planes`]).
+    ///
+    /// An upper plane is a panel of [`Self::Panel16`] with a block in place of two: the upper half of the bits of each code of the
+    /// first, moved down, and of the second. A lower plane has the lower halves, those of the second moved up, and no scales. Groups
+    /// are whole pairs of blocks.
+    Planes16,
 }
 
 /// Rows per panel of [`Layout::Panel16`].

@@ -218,6 +218,43 @@ pub fn panel_bytes(scheme: Scheme, k: usize) -> Option<usize> {
     group(len)?.checked_mul(whole)?.checked_add(rest)
 }
 
+/// Bytes of the upper and the lower plane of a panel, see [`crate::program::Layout::Planes16`]; `None` if a group is not whole pairs of
+/// blocks, or a panel's bytes are no number.
+#[inline]
+pub fn plane_bytes(scheme: Scheme, k: usize) -> Option<[usize; 2]> {
+    let pairs = k.is_multiple_of(2 * block_len(scheme)).then_some(k / (2 * block_len(scheme)))?;
+    Some([panel_bytes(scheme, k)? - pairs * 4 * PANEL, pairs * 4 * PANEL])
+}
+
+/// In a byte of codes, the upper half of the bits of each, and how far it is from the lower half.
+#[inline]
+pub fn upper_bits(scheme: Scheme) -> (u8, u32) {
+    if scheme.bits == 4 { (0xcc, 2) } else { (0xf0, 4) }
+}
+
+/// Panels of rows of `k` columns to their planes, the upper and the lower ones.
+///
+/// # Panics
+/// If they have none, see [`plane_bytes`].
+pub fn split_planes(panels: &[u8], k: usize, scheme: Scheme) -> [Vec<u8>; 2] {
+    let (bytes, [upper_bytes, lower_bytes]) = panel_bytes(scheme, k).zip(plane_bytes(scheme, k)).expect("there are planes");
+    let count = panels.len() / bytes.max(1);
+    let (mut upper, mut lower) = (Vec::with_capacity(count * upper_bytes), Vec::with_capacity(count * lower_bytes));
+    let head = PANEL * (scheme.scale_bytes() + usize::from(scheme.zero_points));
+    let group = head + scheme.group_len(k).div_ceil(block_len(scheme)) * 4 * PANEL;
+    let (mask, shift) = upper_bits(scheme);
+    for group in panels.chunks_exact(bytes.max(1)).flat_map(|panel| panel.chunks(group)) {
+        let (head, codes) = group.split_at(head);
+        upper.extend_from_slice(head);
+        for pair in codes.chunks_exact(8 * PANEL) {
+            let (first, second) = pair.split_at(4 * PANEL);
+            upper.extend(first.iter().zip(second).map(|(a, b)| (a & mask) >> shift | b & mask));
+            lower.extend(first.iter().zip(second).map(|(a, b)| a & !mask | (b & !mask) << shift));
+        }
+    }
+    [upper, lower]
+}
+
 /// Codes of any number of rows to panels; rows that the last panel lacks have scale 0.
 pub fn pack_panels(rows: &Codes, k: usize, scheme: Scheme) -> Vec<u8> {
     let n = rows.codes.len() / k.max(1);

@@ -6,7 +6,7 @@ use crate::{
     Arithmetic, Isa, Kernels, Src, elementwise,
     isa::Task,
     lanes::{Lanes, N},
-    quantized::{Grid, Piece},
+    quantized::{Grid, Piece, Planes},
 };
 use half::{bf16, f16};
 use vlmc_artifact::{
@@ -54,19 +54,42 @@ impl<'a> Floats<'a> {
     }
 }
 
-/// A matrix `[n, k]` in [`Layout::Panel16`].
+/// A matrix `[n, k]` in panels.
 #[derive(Clone, Copy, Debug)]
 pub struct Panels<'a> {
     data: Floats<'a>,
+    /// If its panels are split.
+    planes: Option<Planes<'a>>,
     n: usize,
     k: usize,
 }
 
 impl<'a> Panels<'a> {
-    /// `None` if `data` is not as long as `ceil(n / 16)` panels.
+    /// In [`Layout::Panel16`]; `None` if `data` is not as long as `ceil(n / 16)` panels.
     pub fn new(data: Floats<'a>, n: usize, k: usize) -> Option<Self> {
         let len = n.div_ceil(PANEL).checked_mul(data.panel_len(k)?)?;
-        (data.len() == len).then_some(Self { data, n, k })
+        (data.len() == len).then_some(Self { data, planes: None, n, k })
+    }
+
+    /// In a layout; `None` if `data` cannot lie so, or is not as long as `ceil(n / 16)` panels.
+    pub fn in_layout(data: Floats<'a>, layout: Layout, n: usize, k: usize) -> Option<Self> {
+        let panels = Self::new(data, n, k)?;
+        match (layout, data) {
+            (Layout::Panel16, _) => Some(panels),
+            (Layout::Planes16, Floats::Quant(bytes, scheme)) => {
+                Some(Self { planes: Some(Planes::new(Grid::new(scheme, k), bytes)?), ..panels })
+            }
+            _ => None,
+        }
+    }
+
+    /// Rows of the matrix.
+    pub(crate) fn rows(&self) -> usize {
+        self.n
+    }
+
+    pub(crate) fn planes(&self) -> Option<Planes<'a>> {
+        self.planes
     }
 }
 
@@ -83,8 +106,9 @@ impl<'a> Table<'a> {
     /// `None` if `data` is not as long as the shape and layout need, or is quantized but not in panels.
     pub fn new(data: Floats<'a>, layout: Layout, n: usize, width: usize) -> Option<Self> {
         let len = match (layout, data) {
-            (Layout::Panel16, _) => n.div_ceil(PANEL).checked_mul(data.panel_len(width)?)?,
-            (Layout::Rows, Floats::Quant(..)) => return None,
+            (Layout::Planes16, Floats::Quant(bytes, scheme)) if Planes::new(Grid::new(scheme, width), bytes).is_none() => return None,
+            (Layout::Panel16, _) | (Layout::Planes16, Floats::Quant(..)) => n.div_ceil(PANEL).checked_mul(data.panel_len(width)?)?,
+            (Layout::Rows, Floats::Quant(..)) | (Layout::Planes16, _) => return None,
             (Layout::Rows, _) => n.checked_mul(width)?,
         };
         (data.len() == len).then_some(Self { data, layout, n, width })
@@ -98,6 +122,9 @@ impl<'a> Table<'a> {
             Floats::BF16(data) => self.floats(data, row, out),
             Floats::Quant(bytes, scheme) => {
                 let grid = Grid::new(scheme, self.width);
+                if let Some(planes) = (self.layout == Layout::Planes16).then(|| Planes::new(grid, bytes)).flatten() {
+                    return planes.row(row, out);
+                }
                 let len = grid.panel_bytes().unwrap_or(0);
                 grid.row(&bytes[row / PANEL * len..], row % PANEL, out);
             }
@@ -107,7 +134,7 @@ impl<'a> Table<'a> {
     fn floats<W: Element>(&self, data: &[W], row: usize, out: &mut [f32]) {
         match self.layout {
             Layout::Rows => out.iter_mut().zip(&data[row * self.width..]).for_each(|(o, v)| *o = v.to_f32()),
-            Layout::Panel16 => {
+            _ => {
                 let panel = &data[row / PANEL * PANEL * self.width..];
                 out.iter_mut().enumerate().for_each(|(c, o)| *o = panel[c * PANEL + row % PANEL].to_f32());
             }
@@ -251,6 +278,11 @@ unsafe impl Send for OutColumns {}
 unsafe impl Sync for OutColumns {}
 
 impl OutColumns {
+    /// Of `out [m, n]`.
+    pub(crate) fn new(out: &mut [f32], n: usize) -> Self {
+        Self { data: out.as_mut_ptr(), len: out.len(), n }
+    }
+
     /// Elements of a row.
     #[inline(always)]
     pub(crate) fn columns(self) -> usize {
@@ -384,17 +416,28 @@ impl Kernels {
             }
             return;
         }
-        let columns = OutColumns { data: out.as_mut_ptr(), len: out.len(), n };
+        let columns = OutColumns::new(out, n);
         match w.data {
             Floats::F32(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::F16(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::BF16(panels) => self.float_product(x, panels, k, bias, act, columns),
             Floats::Quant(panels, scheme) => {
+                if let Some(planes) = w.planes.filter(|_| m == 1 && dynamic && act.is_none()) {
+                    return self.row_product(x, planes, bias, false, out);
+                }
                 let (grid, act) = (Grid::new(scheme, k), act.map(|act| (self.isa, act)));
                 let pieces = |product: &(dyn Fn(Piece<'_>) + Sync)| {
-                    self.panel_pieces(panels, m * n * k, n, m, |first_panel, panels| {
-                        product(Piece { grid, panels, first_panel, bias, act, out: columns, m })
-                    });
+                    let product =
+                        |first_panel: usize, panels: &[u8]| product(Piece { grid, panels, first_panel, bias, act, out: columns, m });
+                    match w.planes {
+                        None => self.panel_pieces(panels, m * n * k, n, m, product),
+                        Some(planes) => {
+                            let count = |upper: &[u8]| upper.len() * n.div_ceil(N) / planes.upper.len();
+                            self.panel_pieces(planes.upper, m * n * k, n, m, |first, upper| {
+                                planes.joined(self, first, count(upper), product)
+                            });
+                        }
+                    }
                 };
                 if dynamic {
                     let mut words = self.take_scratch();
@@ -423,7 +466,7 @@ impl Kernels {
 
     /// Splits the panels of `n` rows among threads: calls `job` with each piece and the number of its first panel. Pieces begin at
     /// every fourth panel.
-    fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
+    pub(crate) fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
         let count = n.div_ceil(N);
         let len = panels.len() / count;
         // Large contiguous pieces read memory best; with many rows, many small ones end at about the same time.

@@ -2,11 +2,13 @@
 //!
 //! Either `x` is rounded to 8 bits and multiplied with the codes in integers, 4 columns at a time, or the codes are widened to
 //! `f32`. Both go by segments: runs of columns that share a scale, cut so short that a segment's integers fit 32 bits, however
-//! long a row is. What many rows need is in [`many`].
+//! long a row is. What many rows need is in [`many`], matrices whose codes lie in two halves are in [`planes`].
 
 mod many;
+mod planes;
 
 use self::many::Matrix;
+pub(crate) use self::planes::Planes;
 use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
@@ -61,6 +63,7 @@ pub(crate) struct Grid {
 }
 
 /// A segment of a panel.
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Segment<'a> {
     scales: &'a [u8],
     /// If the scheme has zero points.
@@ -103,20 +106,20 @@ impl Grid {
         (0..n).step_by(step).map(move |i| i..n.min(i + step))
     }
 
+    /// The segments of a panel.
     #[inline(always)]
-    pub(crate) fn segment<'a>(self, panel: &'a [u8], i: usize) -> Segment<'a> {
-        let (len, block) = (self.scheme.group_len(self.k), block_len(self.scheme));
-        let scale_bytes = PANEL * self.scheme.scale_bytes();
-        let head = scale_bytes + if self.scheme.zero_points { PANEL } else { 0 };
-        let columns = self.columns(i);
-        let group = columns.start / len;
-        // All groups before this one are whole.
-        let panel = &panel[group * (head + len.div_ceil(block) * 4 * PANEL)..];
-        let (scales, rest) = panel.split_at(scale_bytes);
-        let zeros = if self.scheme.zero_points { rest.first_chunk() } else { None };
-        let first = (columns.start - group * len) / block;
-        let (codes, _) = panel[head..].as_chunks();
-        Segment { scales, zeros, codes: &codes[first..first + columns.len().div_ceil(block)] }
+    pub(crate) fn segments_of(self, panel: &[u8]) -> Segments<'_> {
+        Segments::new(self, panel, block_len(self.scheme))
+    }
+
+    /// Segment `i` of a panel.
+    #[inline(always)]
+    pub(crate) fn segment(self, panel: &[u8], i: usize) -> Segment<'_> {
+        let mut segments = self.segments_of(panel);
+        // A group is one segment, or the whole row.
+        let (groups, within) = if self.scheme.group_len(self.k) <= BLOCK { (i, 0) } else { (0, i) };
+        segments.rest = &segments.rest[groups * segments.group_bytes..];
+        segments.nth(within).unwrap_or_default()
     }
 
     /// What `m` rows are multiplied with if they are many: the matrix itself, or, of small groups of 4 bits, its numbers rounded to 8
@@ -135,19 +138,23 @@ impl Grid {
     /// Row `r` of a panel.
     pub(crate) fn row(self, panel: &[u8], r: usize, out: &mut [f32]) {
         let block = block_len(self.scheme);
-        for i in 0..self.segments() {
-            let segment = self.segment(panel, i);
-            let scale = segment.scale(r);
-            let zero = segment.zeros.map_or(self.scheme.middle(), |z| z[r]);
-            for (c, out) in out[self.columns(i)].iter_mut().enumerate() {
-                let byte = segment.codes[c / block][4 * r + c % 4];
-                let code = match (self.scheme.bits, c % block) {
-                    (4, 0..4) => byte & 15,
-                    (4, _) => byte >> 4,
-                    _ => byte,
-                };
-                *out = scale * f32::from(i16::from(code) - i16::from(zero));
-            }
+        for (i, segment) in self.segments_of(panel).enumerate() {
+            let bytes = |c: usize| segment.codes[c / block][4 * r + c % 4];
+            self.numbers(&segment, r, bytes, &mut out[self.columns(i)]);
+        }
+    }
+
+    /// Numbers of row `r` of a segment; the code of column `c` is in the byte `byte(c)`.
+    fn numbers(self, segment: &Segment<'_>, r: usize, byte: impl Fn(usize) -> u8, out: &mut [f32]) {
+        let scale = segment.scale(r);
+        let zero = segment.zeros.map_or(self.scheme.middle(), |z| z[r]);
+        for (c, out) in out.iter_mut().enumerate() {
+            let code = match (self.scheme.bits, c % block_len(self.scheme)) {
+                (4, 0..4) => byte(c) & 15,
+                (4, _) => byte(c) >> 4,
+                _ => byte(c),
+            };
+            *out = scale * f32::from(i16::from(code) - i16::from(zero));
         }
     }
 
@@ -162,6 +169,48 @@ impl Grid {
     #[inline(always)]
     fn vectors(self) -> usize {
         self.k.div_ceil(2 * WORD) * 2
+    }
+}
+
+/// The segments of a panel, one after the other: small groups are many, so that a division for each would cost as much as its products.
+pub(crate) struct Segments<'a> {
+    /// Groups that have not begun.
+    rest: &'a [u8],
+    /// The last one that has, without what was given.
+    group: Segment<'a>,
+    group_bytes: usize,
+    scale_bytes: usize,
+    zero_bytes: usize,
+    /// Blocks of codes of a segment.
+    blocks: usize,
+}
+
+impl<'a> Segments<'a> {
+    /// Of a panel with a block of codes for `block` columns.
+    #[inline(always)]
+    fn new(grid: Grid, panel: &'a [u8], block: usize) -> Self {
+        let scale_bytes = PANEL * grid.scheme.scale_bytes();
+        let zero_bytes = if grid.scheme.zero_points { PANEL } else { 0 };
+        let group_bytes = scale_bytes + zero_bytes + grid.scheme.group_len(grid.k).div_ceil(block) * 4 * PANEL;
+        Self { rest: panel, group: Segment::default(), group_bytes, scale_bytes, zero_bytes, blocks: grid.segment_len().div_ceil(block) }
+    }
+}
+
+impl<'a> Iterator for Segments<'a> {
+    type Item = Segment<'a>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Segment<'a>> {
+        if self.group.codes.is_empty() {
+            let (group, rest) = self.rest.split_at(self.group_bytes.min(self.rest.len()));
+            let (scales, group) = group.split_at_checked(self.scale_bytes)?;
+            let (zeros, codes) = group.split_at_checked(self.zero_bytes)?;
+            self.group = Segment { scales, zeros: zeros.first_chunk(), codes: codes.as_chunks().0 };
+            self.rest = rest;
+        }
+        let (codes, rest) = self.group.codes.split_at(self.blocks.min(self.group.codes.len()));
+        self.group.codes = rest;
+        Some(Segment { codes, ..self.group })
     }
 }
 
@@ -190,6 +239,22 @@ impl Segment<'_> {
         }
     }
 
+    /// What zeros take from the products of rounded `x`, of which `correction` tells what a zero, or a zero of 1, takes.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of `I`.
+    #[inline(always)]
+    unsafe fn correction<I: Ints>(&self, correction: i32) -> I {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let correction = I::splat(correction);
+            match self.zeros {
+                Some(zeros) => Self::zeros::<I>(zeros).mul(correction),
+                None => correction,
+            }
+        }
+    }
+
     /// Zero points of all rows.
     ///
     /// # Safety
@@ -210,10 +275,10 @@ impl Segment<'_> {
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn halves<I: Ints>(block: &[u8; 4 * PANEL]) -> [I; 2] {
+unsafe fn halves<I: Ints>(both: I) -> [I; 2] {
     // SAFETY: the caller's promise.
     unsafe {
-        let (both, mask) = (I::load(block), I::splat(0x0f0f_0f0f));
+        let mask = I::splat(0x0f0f_0f0f);
         [both.and(mask), both.shift_right::<4>().and(mask)]
     }
 }
@@ -377,20 +442,16 @@ impl<const R: usize> Few<'_, R> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [I::Floats::load(bias); R];
-            for i in 0..grid.segments() {
-                let segment = grid.segment(panel, i);
+            let xs = codes.chunks(grid.segment_len().div_ceil(WORD));
+            for (((segment, x), corrections), scales) in grid.segments_of(panel).zip(xs).zip(corrections).zip(scales) {
                 let mut products = [I::splat(0); R];
                 for r in 0..R {
-                    let correction = I::splat(corrections[i][r]);
-                    products[r] = match segment.zeros {
-                        Some(zeros) => Segment::zeros::<I>(zeros).mul(correction),
-                        None => correction,
-                    };
+                    products[r] = segment.correction(corrections[r]);
                 }
-                dot::<I, BITS, R>(&mut products, segment.codes, &codes[grid.columns(i).start / WORD..]);
+                dot::<I, BITS, R>(&mut products, segment.codes, x);
                 let scale = segment.scales::<I::Floats>();
                 for r in 0..R {
-                    let scale = scale.mul(I::Floats::splat(f32::from_bits(scales[i][r] as u32)));
+                    let scale = scale.mul(I::Floats::splat(f32::from_bits(scales[r] as u32)));
                     sums[r] = products[r].to_f32().mul_add(scale, sums[r]);
                 }
             }
@@ -417,7 +478,7 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
         if BITS == 4 {
             for (block, x) in codes.iter().zip(xs) {
                 prefetch(block, AHEAD);
-                multiply::<I, BITS, R>(sums, &mut others, halves::<I>(block), x);
+                multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), x);
             }
         } else {
             for (pair, x) in pairs.iter().zip(xs) {
@@ -523,7 +584,7 @@ unsafe fn widen<I: Ints>(scheme: Scheme, segment: &Segment<'_>, out: &mut [f32])
         let out = out.as_chunks_mut::<N>().0;
         if scheme.bits == 4 {
             for (block, out) in segment.codes.iter().zip(out.chunks_mut(2 * WORD)) {
-                let [low, high] = halves::<I>(block);
+                let [low, high] = halves(I::load(block));
                 let (first, second) = out.split_at_mut(WORD.min(out.len()));
                 widen_word(low, zeros, scales, first);
                 widen_word(high, zeros, scales, second);

@@ -480,18 +480,19 @@ pub(super) fn layouts(p: &Program) -> Check {
         for (i, step) in f.steps.iter().enumerate() {
             for (operand, a) in step.args.iter().enumerate() {
                 let Place::Weight(w) = get(f, *a)?.place else { continue };
-                let panels = p.weights[w as usize].layout == Layout::Panel16;
+                let layout = p.weights[w as usize].layout;
                 let fits = match (&step.kernel, operand) {
-                    (Kernel::Linear { .. }, 1) | (Kernel::Moe { .. }, 3..=5) => panels,
-                    (Kernel::Embedding, 0) => panels || p.weights[w as usize].dtype.scheme().is_none(),
-                    _ => !panels,
+                    (Kernel::Linear { .. }, 1) => layout != Layout::Rows,
+                    (Kernel::Moe { .. }, 3..=5) => layout == Layout::Panel16,
+                    (Kernel::Embedding, 0) => layout != Layout::Rows || p.weights[w as usize].dtype.scheme().is_none(),
+                    _ => layout == Layout::Rows,
                 };
                 ensure(fits, || format!("function '{}': step {i}: operand {operand} has the wrong layout", f.name))?;
             }
         }
         for o in &f.outputs {
-            let panels = matches!(get(f, o.value)?.place, Place::Weight(w) if p.weights[w as usize].layout == Layout::Panel16);
-            ensure(!panels, || format!("function '{}': output '{}' has the wrong layout", f.name, o.name))?;
+            let rows = !matches!(get(f, o.value)?.place, Place::Weight(w) if p.weights[w as usize].layout != Layout::Rows);
+            ensure(rows, || format!("function '{}': output '{}' has the wrong layout", f.name, o.name))?;
         }
     }
     Ok(())

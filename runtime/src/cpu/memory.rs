@@ -250,6 +250,8 @@ pub(super) struct Frame<'a> {
     /// But for what the step writes.
     pub(super) arena: Rest<'a>,
     pub(super) states: &'a mut [State],
+    /// Of what products with matrices in planes give, only the largest is wanted.
+    pub(super) only_largest: bool,
 }
 
 impl Frame<'_> {

@@ -38,6 +38,7 @@ pub struct CpuEngine {
     arena: Arena,
     observer: Option<Observer>,
     profiler: Option<Profiler>,
+    only_largest: bool,
 }
 
 /// A function and what it keeps between runs.
@@ -115,7 +116,7 @@ impl CpuEngine {
         if options.large_pages {
             weights.enlarge(&kernels, &functions.iter().flat_map(|f| read_by_tokens(&f.function)).collect());
         }
-        Ok(Self { manifest, kernels, weights, functions, arena: Arena::default(), observer: None, profiler: None })
+        Ok(Self { manifest, kernels, weights, functions, arena: Arena::default(), observer: None, profiler: None, only_largest: false })
     }
 
     /// Tells `observer` of every step with weights from now on.
@@ -182,8 +183,8 @@ impl Loaded {
         kernels: &Kernels,
         weights: &Weights,
         arena: &mut Arena,
-        inputs: &[&Tensor],
-        outputs: &mut Vec<Tensor>,
+        (inputs, outputs): (&[&Tensor], &mut Vec<Tensor>),
+        only_largest: bool,
         mut watch: Option<Watch<'_>>,
     ) -> Result<()> {
         let symbols = &self.symbols;
@@ -207,6 +208,7 @@ impl Loaded {
                     places: &self.places,
                     arena: $arena,
                     states: &mut self.states,
+                    only_largest,
                 }
             };
         }
@@ -260,14 +262,20 @@ impl Engine for CpuEngine {
         loaded.before.extend(loaded.states.iter().map(State::len));
         let watch = self.observer.as_mut().map(|observer| Watch::new(observer, &self.weights, entry));
         loaded.times = call.map(|_| vec![]);
-        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, &inputs, outputs, watch);
+        // An observer is told results as they are.
+        let only_largest = self.only_largest && watch.is_none();
+        let result = loaded.run(&self.kernels, &self.weights, &mut self.arena, (&inputs, outputs), only_largest, watch);
         if result.is_err() {
             loaded.states.iter_mut().zip(&loaded.before).for_each(|(s, len)| s.truncate(*len));
         } else if let (Some(profiler), Some(call), Some(steps)) = (&mut self.profiler, call, loaded.times.take()) {
             let (entry, symbols) = (entry.name.clone(), loaded.symbols.clone());
-            profiler(TimedRun { entry, symbols, call: [call, Instant::now()], steps });
+            profiler(TimedRun { entry, symbols, only_largest, call: [call, Instant::now()], steps });
         }
         result
+    }
+
+    fn only_largest(&mut self, on: bool) {
+        self.only_largest = on;
     }
 
     fn large_page_bytes(&self) -> usize {

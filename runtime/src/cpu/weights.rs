@@ -15,7 +15,7 @@ use std::{
 use vlmc_artifact::{
     DType,
     program::{Layout, PANEL, Weight},
-    quant::panel_bytes,
+    quant::{panel_bytes, plane_bytes},
 };
 use vlmc_kernels::{Floats, Kernels};
 
@@ -88,6 +88,7 @@ pub(super) fn stored(w: &Weight) -> Result<(DType, Vec<usize>), String> {
     let (stack, [n, k]) = match (w.layout, w.shape.as_slice()) {
         (Layout::Rows, shape) if w.dtype.scheme().is_none() => return Ok((w.dtype, shape.to_vec())),
         (Layout::Panel16, [n, k]) => (vec![], [*n, *k]),
+        (Layout::Planes16, [n, k]) if w.dtype.scheme().is_some_and(|s| plane_bytes(s, *k).is_some()) => (vec![], [*n, *k]),
         (Layout::Panel16, [e, n, k]) => (vec![*e], [*n, *k]),
         (layout, shape) => return Err(format!("of {} and shape {shape:?} cannot lie in {layout:?}", w.dtype)),
     };

@@ -6,7 +6,8 @@ use serde_json::Value;
 use std::time::Instant;
 use vlmc_artifact::{
     Bindings, DType,
-    program::{Function, Kernel, Layout, Mask, PANEL, Place, Program, Step},
+    program::{Function, Kernel, Layout, Mask, PANEL, Place, Program, Step, Weight},
+    quant::plane_bytes,
 };
 use vlmc_kernels::{Arithmetic, Isa};
 
@@ -42,6 +43,8 @@ pub struct TimedRun {
     pub entry: String,
     /// Values of the symbols.
     pub symbols: Bindings,
+    /// Whether only the largest logit was wanted ([`crate::Engine::only_largest`]).
+    pub only_largest: bool,
     /// From the call to the return.
     pub call: [Instant; 2],
     /// Step `i` ran from `steps[i]` to `steps[i + 1]`.
@@ -52,17 +55,18 @@ pub struct TimedRun {
 pub type Profiler = Box<dyn FnMut(TimedRun)>;
 
 /// What each step of an entry does, with these values of the symbols and the kernels of `isa`, in a program that was checked
-/// ([`crate::Artifact::program`]).
+/// ([`crate::Artifact::program`]). If `only_largest` is wanted ([`crate::Engine::only_largest`]), the upper planes of a head are what is
+/// read of it; the few lower ones, which depend on the numbers, are not counted.
 ///
 /// # Errors
 /// There is no such entry, or a symbol has no value.
-pub fn work(program: &Program, entry: &str, symbols: &Bindings, isa: Isa) -> Result<Vec<Work>> {
+pub fn work(program: &Program, entry: &str, symbols: &Bindings, isa: Isa, only_largest: bool) -> Result<Vec<Work>> {
     let f = program.functions.iter().find(|f| f.name == entry);
     let f = f.ok_or_else(|| Error::Input(format!("the artifact has no entry '{entry}'")))?;
     let fail = |why: String| Error::Input(format!("{entry}: {why}"));
     let mut shapes = Shapes::new(f);
     let shapes = shapes.of(symbols).map_err(fail)?;
-    f.steps.iter().map(|step| Steps { program, f, shapes, isa }.of(step).map_err(fail)).collect()
+    f.steps.iter().map(|step| Steps { program, f, shapes, isa, only_largest }.of(step).map_err(fail)).collect()
 }
 
 struct Steps<'a> {
@@ -70,6 +74,7 @@ struct Steps<'a> {
     f: &'a Function,
     shapes: &'a [Vec<usize>],
     isa: Isa,
+    only_largest: bool,
 }
 
 fn product(dims: &[usize]) -> usize {
@@ -158,8 +163,12 @@ impl Steps<'_> {
         Ok(match step.kernel {
             // A block of a prompt that needs no logits has no rows for the head.
             Kernel::Linear { .. } if product(arg(0)) == 0 => 0,
+            Kernel::Linear { .. } if self.only_largest && w.layout == Layout::Planes16 && product(arg(0)) == w.shape[1] => {
+                let planes = planes(w).ok_or("a head has no planes")?;
+                shape[0].saturating_mul(planes[0])
+            }
             Kernel::Embedding if is_first => {
-                let filled_up = if w.layout == Layout::Panel16 { arg(0)[0].next_multiple_of(PANEL) } else { arg(0)[0] };
+                let filled_up = if w.layout == Layout::Rows { arg(0)[0] } else { arg(0)[0].next_multiple_of(PANEL) };
                 share(product(arg(1)), filled_up)
             }
             Kernel::Gather { axis } if is_first => share(product(arg(1)), arg(0)[axis]),
@@ -185,6 +194,11 @@ impl Steps<'_> {
     }
 }
 
+/// Bytes of the upper and the lower plane of a panel.
+fn planes(w: &Weight) -> Option<[usize; 2]> {
+    plane_bytes(w.dtype.scheme()?, *w.shape.last()?)
+}
+
 fn name(kernel: &Kernel) -> Result<String, String> {
     let fields = serde_json::to_value(kernel).map_err(|e| e.to_string())?;
     let text = |field: &str| fields.get(field).and_then(Value::as_str);
@@ -196,7 +210,7 @@ mod tests {
     use super::*;
     use vlmc_artifact::{
         Dim,
-        program::{NamedValue, StateDecl, Value, Weight},
+        program::{NamedValue, StateDecl, Value},
     };
 
     #[test]
@@ -238,7 +252,7 @@ mod tests {
         };
         // 64 columns in 4.5 bits.
         let row = 36;
-        let on = |seq, past, isa| work(&program, "decoder", &[("seq", seq), ("past", past)].into_iter().collect(), isa).unwrap();
+        let on = |seq, past, isa| work(&program, "decoder", &[("seq", seq), ("past", past)].into_iter().collect(), isa, false).unwrap();
         let of = |seq, past| on(seq, past, Isa::Avx2);
         let [embedding, linear, attention] = &of(3, 7)[..] else { panic!("three steps") };
         assert_eq!((embedding.op.as_str(), embedding.weight_bytes, embedding.operations), ("embedding", 3 * row, 0));
@@ -257,8 +271,8 @@ mod tests {
         assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic), [Arithmetic::Int8, many]);
         let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic);
         assert_eq!(attention, [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::F32]);
-        let missing = work(&program, "vision", &Bindings::default(), Isa::Scalar).unwrap_err().to_string();
+        let missing = work(&program, "vision", &Bindings::default(), Isa::Scalar, false).unwrap_err().to_string();
         assert!(missing.contains("no entry 'vision'"), "{missing}");
-        assert!(work(&program, "decoder", &Bindings::default(), Isa::Scalar).is_err());
+        assert!(work(&program, "decoder", &Bindings::default(), Isa::Scalar, false).is_err());
     }
 }

@@ -53,7 +53,7 @@ impl Unpacked {
                 if grid.scheme.bits == 4 {
                     for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
                         prefetch(from, AHEAD);
-                        let [low, high] = halves::<I>(from);
+                        let [low, high] = halves(I::load(from));
                         low.store(&mut to[0]);
                         high.store(&mut to[1]);
                     }
