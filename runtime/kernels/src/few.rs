@@ -16,6 +16,9 @@ const QUERIES: usize = 6;
 const KEYS: usize = 2;
 /// Vectors of a value that these queries read at once, if their sums find room in registers.
 const COLUMNS: usize = 4;
+/// Bytes from what is read to what memory is asked for: about what a thread reads until it answers. The CPU's own prefetching stops
+/// at pages of 4 KiB.
+const AHEAD: usize = 4096;
 
 /// Vectors of 16 keys for each of some queries, whose sums are the products with the keys.
 type Partial = [[[f32; N]; N]; QUERIES];
@@ -177,7 +180,7 @@ unsafe fn dots_of<L: Lanes, W: Element, const R: usize, const B: usize>(q: &[f32
             for c in 0..d / N {
                 let mut vectors = [L::splat(0.0); B];
                 for b in 0..B {
-                    vectors[b] = next_too::<L, W>(&keys[b][c * N..], N * d);
+                    vectors[b] = load(&keys[b][c * N..]);
                 }
                 add_products(&mut sums, vectors, q, c);
             }
@@ -283,7 +286,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
         for (i, row) in rows.chunks(width).enumerate().take(weights[0].len()) {
             let mut vectors = [L::splat(0.0); B];
             for b in 0..B {
-                vectors[b] = next_too::<L, W>(&row[b * N..], N * width);
+                vectors[b] = load(&row[b * N..]);
             }
             for r in 0..R {
                 let weight = L::splat(weights[r][i]);
@@ -300,14 +303,13 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
     }
 }
 
-/// The first 16 elements. Those of the next 16 rows, `ahead` elements further on, are asked for: the CPU's own prefetching stops at
-/// pages of 4 KiB.
+/// The first 16 elements. What lies [`AHEAD`] is asked for.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn next_too<L: Lanes, W: Element>(row: &[W], ahead: usize) -> L {
-    prefetch(row.as_ptr().wrapping_add(ahead));
+unsafe fn load<L: Lanes, W: Element>(row: &[W]) -> L {
+    prefetch(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
     // SAFETY: the caller's promise.
     unsafe { W::lanes(first_of(row)) }
 }
