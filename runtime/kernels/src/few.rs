@@ -16,8 +16,8 @@ const QUERIES: usize = 6;
 const KEYS: usize = 2;
 /// Vectors of a value that these queries read at once, if their sums find room in registers.
 const COLUMNS: usize = 4;
-/// Bytes from what is read to what memory is asked for: about what a thread reads until it answers. The CPU's own prefetching stops
-/// at pages of 4 KiB.
+/// Bytes from what is read to what is asked for: about what a thread reads until memory answers. The CPU's own prefetching stops at
+/// pages of 4 KiB.
 const AHEAD: usize = 4096;
 
 /// Vectors of 16 keys for each of some queries, whose sums are the products with the keys.
@@ -166,6 +166,8 @@ unsafe fn dots<L: Lanes, W: Element, const R: usize>(q: &[f32], rows: &[W], d: u
     unsafe { if L::MANY_REGISTERS { dots_of::<L, W, R, KEYS>(q, rows, d, out) } else { dots_of::<L, W, R, 1>(q, rows, d, out) } }
 }
 
+/// [`dots`], `B` rows at once.
+///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
@@ -200,6 +202,8 @@ unsafe fn dots_of<L: Lanes, W: Element, const R: usize, const B: usize>(q: &[f32
     }
 }
 
+/// Adds products of vector `c` of queries with that of keys.
+///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
@@ -264,7 +268,7 @@ unsafe fn add_rows<L: Lanes, W: Element, const R: usize>(weights: &[f32], stride
     }
 }
 
-/// The first `B` vectors of rows that are `width` apart.
+/// [`add_rows`] of the first `B` vectors of rows that are `width` apart.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
@@ -303,7 +307,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
     }
 }
 
-/// The first 16 elements. What lies [`AHEAD`] is asked for.
+/// The first 16 elements. What lies [`AHEAD`] of them is asked for.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
