@@ -11,6 +11,8 @@ pub(crate) const N: usize = 16;
 /// All methods need the CPU to have the implementor's instruction set.
 #[allow(clippy::missing_safety_doc)]
 pub(crate) trait Lanes: Copy {
+    /// Registers are enough for 24 sums at once.
+    const MANY_REGISTERS: bool;
     unsafe fn load(a: &[f32; N]) -> Self;
     unsafe fn load_bf16(a: &[bf16; N]) -> Self;
     unsafe fn load_f16(a: &[f16; N]) -> Self;
@@ -32,6 +34,8 @@ pub(crate) trait Lanes: Copy {
     /// The nearest integers, of two the even one, from -127 to 127.
     unsafe fn store_i8(self, a: &mut [i8; N]);
     unsafe fn sum(self) -> f32;
+    /// The sum of each.
+    unsafe fn sums(of: &[[f32; N]; N]) -> Self;
     unsafe fn largest(self) -> f32;
 }
 
@@ -58,11 +62,25 @@ pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
     }
 }
 
+/// Asks for the cache line at `place`. Nothing is read, so there need not be one.
+#[inline(always)]
+pub(crate) fn prefetch<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 CPU has the instruction, and it takes any address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// Without SIMD.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar([f32; N]);
 
 impl Lanes for Scalar {
+    const MANY_REGISTERS: bool = false;
+
     #[inline(always)]
     unsafe fn load(a: &[f32; N]) -> Self {
         Self(*a)
@@ -132,6 +150,10 @@ impl Lanes for Scalar {
         self.0.iter().sum()
     }
     #[inline(always)]
+    unsafe fn sums(of: &[[f32; N]; N]) -> Self {
+        Self(std::array::from_fn(|i| of[i].iter().sum()))
+    }
+    #[inline(always)]
     unsafe fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
@@ -150,6 +172,8 @@ mod x86 {
 
     // SAFETY of all methods: the trait asks for the instruction set; loads and stores are of arrays of 16 elements.
     impl Lanes for Avx512 {
+        const MANY_REGISTERS: bool = true;
+
         #[inline(always)]
         unsafe fn load(a: &[f32; N]) -> Self {
             unsafe { Self(_mm512_loadu_ps(a.as_ptr())) }
@@ -222,6 +246,31 @@ mod x86 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
         #[inline(always)]
+        unsafe fn sums(of: &[[f32; N]; N]) -> Self {
+            // Of four vectors to quarters: the sums of the first quarters of all four, then of the second ones, ...
+            #[inline(always)]
+            unsafe fn quarters(of: &[[f32; N]]) -> __m512 {
+                unsafe {
+                    let (a, b) = (_mm512_loadu_ps(of[0].as_ptr()), _mm512_loadu_ps(of[1].as_ptr()));
+                    let (c, d) = (_mm512_loadu_ps(of[2].as_ptr()), _mm512_loadu_ps(of[3].as_ptr()));
+                    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                    let [ab, cd] = [_mm512_castps_pd(ab), _mm512_castps_pd(cd)];
+                    _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
+                }
+            }
+            // The sum of even and of odd quarters of both.
+            #[inline(always)]
+            unsafe fn pairs(a: __m512, b: __m512) -> __m512 {
+                unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)) }
+            }
+            unsafe {
+                let first = pairs(quarters(&of[..4]), quarters(&of[4..8]));
+                let second = pairs(quarters(&of[8..12]), quarters(&of[12..]));
+                Self(pairs(first, second))
+            }
+        }
+        #[inline(always)]
         unsafe fn largest(self) -> f32 {
             unsafe { _mm512_reduce_max_ps(self.0) }
         }
@@ -241,6 +290,8 @@ mod x86 {
 
     // SAFETY of all methods: as above.
     impl Lanes for Avx2 {
+        const MANY_REGISTERS: bool = false;
+
         #[inline(always)]
         unsafe fn load(a: &[f32; N]) -> Self {
             unsafe { Self(_mm256_loadu_ps(a.as_ptr()), _mm256_loadu_ps(a.as_ptr().add(8))) }
@@ -334,6 +385,29 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { self.array().iter().sum() }
+        }
+        #[inline(always)]
+        unsafe fn sums(of: &[[f32; N]; N]) -> Self {
+            // Of four vectors: the sums of their even quarters, then of the odd ones.
+            #[inline(always)]
+            unsafe fn halves(of: &[[f32; N]]) -> __m256 {
+                unsafe {
+                    let mut halves = [_mm256_setzero_ps(); 4];
+                    for (half, of) in halves.iter_mut().zip(of) {
+                        *half = _mm256_add_ps(_mm256_loadu_ps(of.as_ptr()), _mm256_loadu_ps(of[8..].as_ptr()));
+                    }
+                    let [a, b, c, d] = halves;
+                    _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d))
+                }
+            }
+            #[inline(always)]
+            unsafe fn eight(of: &[[f32; N]]) -> __m256 {
+                unsafe {
+                    let (a, b) = (halves(&of[..4]), halves(&of[4..8]));
+                    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+                }
+            }
+            unsafe { Self(eight(of), eight(&of[8..])) }
         }
         #[inline(always)]
         unsafe fn largest(self) -> f32 {

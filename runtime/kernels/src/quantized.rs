@@ -13,7 +13,7 @@ use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
     isa::{IntTask, Task},
-    lanes::{Lanes, N},
+    lanes::{self, Lanes, N},
     linear::{self, OutColumns, Tile},
     round::{round_to, steps},
 };
@@ -513,16 +513,10 @@ unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], o
     }
 }
 
-/// Asks for the block that lies `ahead` blocks behind `block`. Nothing is read, so there need not be one.
+/// Asks for the block that lies `ahead` blocks behind `block`.
 #[inline(always)]
 fn prefetch(block: &[u8; 4 * PANEL], ahead: usize) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 CPU has the instruction, and it takes any address.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(std::ptr::from_ref(block).wrapping_add(ahead).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (block, ahead);
+    lanes::prefetch(std::ptr::from_ref(block).wrapping_add(ahead));
 }
 
 /// `x` as it is; codes are widened.
