@@ -31,13 +31,14 @@ class Peer:
 
 TEXT = ("decode", "prefill-512", "prefill-733", "first-token", "memory-text")
 ALL = (*TEXT, "encode-448", "encode-1344", "memory")
-# onnxruntime-genai beside graphs of its own builder.
-BUILT = ("onnx-decode", "onnx-prefill-512", "compile", "compile-memory")
+# onnxruntime-genai running graphs that others made.
+CLIENT = ("onnx-decode", "onnx-prefill-512", "onnx-equal-decode", "onnx-equal-prefill-512")
 PEERS = [
     Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "int4", (*ALL, "equal-accuracy", "lookup")),
     Peer("llama.cpp Q8_0", "llama.cpp", "8-bit text in groups of 32", "int8", TEXT),
     Peer("OpenVINO GenAI", "openvino", "4-bit text in groups of 128, 8-bit head and tower", "int4", ALL),
-    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", (*TEXT, *BUILT)),
+    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", (*TEXT, *CLIENT, "compile", "compile-memory")),
+    Peer("mobius", "mobius-onnx", "4-bit text and head, Q4_0 of llama.cpp, no tower", "onnx-genai", CLIENT),
     Peer("torch", "torch", "bf16", "int4", ALL),
     Peer("torch.onnx", "torch.onnx", "f32 tower for pictures of this size", "onnx", ("onnx-encode-448",)),
     Peer("vlmc int4", "vlmc", "as vlmc's", "int4", ("context",)),
@@ -55,7 +56,7 @@ def measure_peer(place: Place, vlmc: Path, peer: Peer, rows: list[str], threads:
         return compiling(place, lambda out: setup.build_command(place, out))
     model = place.peers_checkpoint if peer.tool == "torch" else place.model(peer.tool)
     if group.startswith("onnx"):
-        return in_client(place, peer.tool, model, threads, rows)
+        return in_client(place, "torch.onnx" if group == "onnx picture" else "onnxruntime-genai", model, threads, rows)
     finished = run([place.python(peer.tool), HERE / "worker.py", peer.tool, model, str(threads), str(prompt_tokens), *rows])
     measured = last_json(finished)
     return measured | {row: finished.peak_bytes / GB for row in rows if row.startswith("memory")}
@@ -63,9 +64,9 @@ def measure_peer(place: Place, vlmc: Path, peer: Peer, rows: list[str], threads:
 
 def in_client(place: Place, tool: str, model: Path, threads: int, rows: list[str]) -> dict[str, float]:
     """What a client makes of ONNX graphs, whoever made them."""
-    kinds = [row.removeprefix("onnx-") for row in rows]
+    kinds = {row.removeprefix("onnx-").removeprefix("equal-"): row for row in rows}
     measured = last_json(run([place.python(tool), HERE / "worker.py", tool, model, str(threads), "1", *kinds]))
-    return {f"onnx-{kind}": value for kind, value in measured.items()}
+    return {kinds[kind]: value for kind, value in measured.items()}
 
 
 def compiling(place: Place, command) -> dict[str, float]:
@@ -124,14 +125,13 @@ def measure_vlmc(place: Place, vlmc: Path, quant: str, rows: list[str], threads:
     if group == "lookup":
         return {"lookup": lookup(place, vlmc, quant, threads)}
     if group == "compile":
-        numbers = compiling(place, lambda out: setup.compile_command(place, vlmc, place.checkpoint, quant, out))
+        numbers = compiling(place, lambda out: setup.compile_command(place, vlmc, place.checkpoint, *setup.of_artifact(quant), out))
         return {row: {"value": value} for row, value in numbers.items()}
-    if group == "onnx text":
+    if group.startswith("onnx text"):
         return {row: {"value": value} for row, value in in_client(place, "onnxruntime-genai", place.artifact(quant), threads, rows).items()}
     if group == "onnx picture":
-        library = next(place.python("torch.onnx").parent.parent.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.1*"))
         options = ["--picture", "448x448", "--new-tokens", "1", "--context", "1"]
-        encode = bench(place, vlmc, quant, threads, options, {"ORT_DYLIB_PATH": str(library)})["encode"][0]
+        encode = bench(place, vlmc, quant, threads, options, onnxruntime(place))["encode"][0]
         return {"onnx-encode-448": {"value": encode["seconds"]["median"]}}
     if group == "context":
         decode = bench(place, vlmc, quant, threads, ["--context", "4096", "--new-tokens", "64"])["decode"]
@@ -177,11 +177,24 @@ def lookup(place: Place, vlmc: Path, quant: str, threads: int) -> dict:
     return {"value": ahead["decode_tokens_per_second"], "acceptance": ahead["prompt_lookup"]["acceptance"], "per_pass": ahead["prompt_lookup"]["tokens_per_pass"]}
 
 
+def onnxruntime(place: Place) -> dict[str, str] | None:
+    """The environment in which vlmc finds ONNX Runtime, if a peer has it."""
+    roots = [place.python(name).parent.parent for name in ("torch.onnx", "onnxruntime-genai")]
+    found = [file for root in roots for file in root.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.1*")]
+    return {"ORT_DYLIB_PATH": str(found[0])} if found else None
+
+
 def accuracy(place: Place, vlmc: Path) -> dict[str, dict]:
     """What policies of vlmc cost a small model that was trained: `vlmc eval` against the same model without quantization."""
-    artifacts = {quant: setup.compile(place, vlmc, setup.TRAINED, quant, f"trained-{quant}") for quant in ("none", "q4_0", "int4", "equal")}
+    variants = {quant: (setup.TRAINED, quant, []) for quant in ("none", "q4_0", "int4", "equal")}
+    env = onnxruntime(place)
+    if place.model("onnxruntime-genai").exists():
+        # By its search vlmc finds the codes and scales of numbers that are rounded already.
+        variants["onnx-builder"] = (setup.rounded_by_builder(place), "int4", setup.ONNX_CPU)
+        variants |= {f"onnx-{quant}": (setup.TRAINED, quant, setup.ONNX_CPU) for quant in ("int4", "equal")}
+    artifacts = {name: setup.compile(place, vlmc, *variant, f"trained-{name}") for name, variant in variants.items()}
     data = ["--reference", artifacts.pop("none"), "--data", setup.TRAINED / "heldout.jsonl", "--max-new-tokens", "16", "--json"]
-    scores = {quant: last_json(run([vlmc, "eval", artifact, *data])) for quant, artifact in artifacts.items()}
+    scores = {name: last_json(run([vlmc, "eval", artifact, *data], env)) for name, artifact in artifacts.items()}
     file = place.model("Q4_0.gguf")
     if file.exists():
         # A token reads all of it: the head is the table of tokens.

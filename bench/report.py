@@ -29,7 +29,8 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
 
 - **decode**: 64 tokens, one by one, after a prompt of one token. **prefill**: a prompt's tokens per second, up to the first token
   of the answer. **encode**: a picture through the vision tower.
-- **no less accurate**: vlmc's `equal` weights, which a token reads less of; what they cost is below.
+- **no less accurate**: vlmc's `equal` weights (`onnx-equal` in ONNX graphs), of which a token reads fewer bytes than of the peer's; what
+  they cost is below.
 - **prompt lookup**: after a prompt that quotes itself, vlmc with `--prompt-lookup`, whose answer is the same as without, and llama.cpp
   after as many tokens. vlmc's weights are `quoting`: `int4`, and one layer such that the answer quotes the prompt 20 tokens at a time,
   with one of its own between (`bench/quoting.py`).
@@ -38,9 +39,12 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
 - **start to first token**: from the start of the process, files being in the system's cache, to the first token after a short
   question; for OpenVINO, onnxruntime-genai and torch without the time that Python and imports take.
 - **peak memory**: the largest resident set of the process, mapped files included.
-- **vlmc's graphs in the same client**: onnxruntime-genai runs what its own builder made of the text model, and what vlmc made with
-  `--target onnx-cpu --layout genai --quant int4`. The tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32
-  for pictures of this size. **checkpoint to ONNX graphs**: the builder makes the text model, vlmc text model and tower.
+- **vlmc's graphs in the same client**: onnxruntime-genai runs what its own builder made of the text model, or what mobius made of it from
+  llama.cpp's Q4_0, and what vlmc made with `--target onnx-cpu --layout genai`. `onnx-genai` is `--quant int4`, with groups of 32 as the builder
+  and Q4_0 have them: a token reads as many bytes, by the same kernel. `onnx-equal` has groups of 128 in the layers, and so fewer bytes of
+  scales, 4.25 bits per weight instead of 5; searched scales make up for it, by mean KL and answers (below, beside `onnx-builder`). The
+  tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32 for pictures of this size. **checkpoint to ONNX
+  graphs**: the builder makes the text model, vlmc text model and tower.
 - **of the limit**: of this machine's bandwidth (decode) or arithmetic (prefill, encode), measured by `vlmc bench` in the same run.
 """
 
@@ -99,6 +103,10 @@ WEIGHTS = {
     "q4_0": "layers in 4 bits in groups of 32, rounded to the nearest, as Q4_0 of llama.cpp; head in 8 bits, for its 6",
     "int4": "layers and head in 4 bits in groups of 32, searched scales",
     "equal": "layers in 4 bits in groups of 128, head in groups of 32, searched scales",
+    "onnx-builder": "in ONNX Runtime, where scales are f32: layers and head with the codes and scales of onnxruntime-genai's builder, groups of 32, "
+    "5 bits per weight",
+    "onnx-int4": "the same with the codes and scales of `int4`, as in `onnx-genai`",
+    "onnx-equal": "the same with those of `equal`: 4.25 bits per weight of a layer, 5 of the head",
 }
 
 

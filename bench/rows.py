@@ -34,6 +34,8 @@ ROWS = [
     Row("memory", "peak memory, 448x448 picture and text", "GB", "memory", long=True),
     Row("onnx-decode", "decode 64 tokens, vlmc's graphs in the same client", "tok/s", "onnx text", rate=True, artifact="onnx-genai"),
     Row("onnx-prefill-512", "prefill 512 tokens, vlmc's graphs in the same client", "tok/s", "onnx text", rate=True, artifact="onnx-genai"),
+    Row("onnx-equal-decode", "decode 64 tokens, vlmc's graphs in the same client, no less accurate", "tok/s", "onnx text, equal accuracy", rate=True, artifact="onnx-equal"),
+    Row("onnx-equal-prefill-512", "prefill 512 tokens, vlmc's graphs in the same client, no less accurate", "tok/s", "onnx text, equal accuracy", rate=True, artifact="onnx-equal"),
     Row("onnx-encode-448", "encode a 448x448 picture, vlmc's graph in ONNX Runtime", "s", "onnx picture", artifact="onnx"),
     Row("compile", "checkpoint to ONNX graphs in int4", "s", "compile", long=True, artifact="onnx-genai"),
     Row("compile-memory", "peak memory of that", "GB", "compile", long=True, artifact="onnx-genai"),

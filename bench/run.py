@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each [default: 5]")
     parser.add_argument("--repeat-long", type=int, default=1, metavar="N", help="measurements of the largest picture, which takes minutes, and of memory with a picture [default: 1]")
     parser.add_argument("--add", action="store_true", help="to what results.json has of this machine; measurements of the same row, peer and threads are replaced")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "target/bench", metavar="DIR", help="where peers and models are made and kept: 30 GB [default: target/bench]")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "target/bench", metavar="DIR", help="where peers and models are made and kept: 35 GB [default: target/bench]")
     parser.add_argument("--vlmc", type=Path, metavar="PATH", help="binary to measure [default: built from this repository]")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR", help="where benchmarks.md and benchmarks.svg go [default: docs]")
     args = parser.parse_args()
@@ -66,6 +66,7 @@ def versions(place: Place, vlmc: Path) -> dict[str, str]:
     packages = {
         "openvino": ["openvino-genai", "optimum-intel", "transformers"],
         "onnxruntime-genai": ["onnxruntime-genai", "onnxruntime"],
+        "mobius-onnx": ["mobius-onnx"],
         "torch": ["torch", "transformers"],
     }
     found = {}

@@ -25,6 +25,7 @@ PACKAGES = {
     "openvino": ["transformers<5.1", "optimum-intel", "openvino-genai", "openvino-tokenizers", "nncf"],
     "onnxruntime-genai": ["transformers", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir"],
     "torch": ["transformers", "accelerate"],
+    "mobius-onnx": ["transformers", "mobius-onnx", "gguf"],
     "torch.onnx": ["transformers", "onnx", "onnxscript", "onnxruntime"],
 }
 SHARED_ENVIRONMENT = "shared"
@@ -38,8 +39,13 @@ POLICIES = {
     "q4_0": 'base = "int8"\n' + RULE.format("model.layers.*", "int4g32") + 'method = "round"\n',
     "equal": 'base = "int4"\n' + RULE.format("model.layers.*", "int4g128"),
 }
-# ONNX graphs in int4, for onnxruntime-genai and for vlmc.
-ONNX = {"onnx-genai": ["--layout", "genai"], "onnx": []}
+ONNX_CPU = ["--target", "onnx-cpu"]
+# Policies and options of ONNX graphs, for vlmc and for onnxruntime-genai.
+ONNX = {
+    "onnx": ("int4", ONNX_CPU),
+    "onnx-genai": ("int4", [*ONNX_CPU, "--layout", "genai"]),
+    "onnx-equal": ("equal", [*ONNX_CPU, "--layout", "genai"]),
+}
 # A small model that was trained, with pictures that it has not seen.
 TRAINED = REPOSITORY / "fixtures/shapes-vl"
 
@@ -150,30 +156,34 @@ def vlmc(place: Place, binary: Path | None, artifacts: set[str]) -> Path:
     for name in artifacts:
         if name == "quoting":
             make(place.quoting, "a checkpoint that quotes", lambda part: quoting.make(place.checkpoint, part))
-            compile(place, binary, place.quoting, "int4", name)
+            compile(place, binary, place.quoting, "int4", [], name)
             remove(place.quoting)
         else:
-            compile(place, binary, place.checkpoint, name, name)
+            compile(place, binary, place.checkpoint, *of_artifact(name), name)
     for side in SIDES:
         make(place.picture(side), "a picture", lambda part, side=side: part.write_bytes(png(side)))
     return binary
 
 
-def compile(place: Place, binary: Path, checkpoint: Path, quant: str, name: str) -> Path:
+def of_artifact(name: str) -> tuple[str, list[str]]:
+    """Policy and options of an artifact of Qwen2-VL-2B's shape."""
+    return ONNX.get(name, (name, []))
+
+
+def compile(place: Place, binary: Path, checkpoint: Path, quant: str, options: list[str], name: str) -> Path:
     """An artifact of a checkpoint, by a policy of POLICIES or of vlmc's own."""
     # The compiler may have changed since the last run, and compiling takes seconds.
     remove(place.artifact(name))
-    make(place.artifact(name), f"vlmc's artifact '{name}'", lambda part: run(compile_command(place, binary, checkpoint, quant, part)))
+    make(place.artifact(name), f"vlmc's artifact '{name}'", lambda part: run(compile_command(place, binary, checkpoint, quant, options, part)))
     return place.artifact(name)
 
 
-def compile_command(place: Place, binary: Path, checkpoint: Path, quant: str, out: Path) -> list[str | Path]:
-    policy = "int4" if quant in ONNX else quant
+def compile_command(place: Place, binary: Path, checkpoint: Path, quant: str, options: list[str], out: Path) -> list[str | Path]:
+    policy = quant
     if quant in POLICIES:
         policy = place.root / f"{quant}.toml"
         policy.write_text(POLICIES[quant])
-    target = ["--target", "onnx-cpu", *ONNX[quant]] if quant in ONNX else []
-    return [binary, "compile", checkpoint, "--quant", policy, *target, "-o", out]
+    return [binary, "compile", checkpoint, "--quant", policy, *options, "-o", out]
 
 
 def png(side: int) -> bytes:
@@ -242,7 +252,7 @@ def llama_cpp(place: Place) -> None:
         run([bin / "cmake", "--build", part, "--target", *tools])
 
     def convert(part: Path, *options: str) -> None:
-        run([place.python("llama.cpp"), HERE / "gguf_convert.py", place.llama_source, place.peers_checkpoint, "--outfile", part, *options])
+        run(gguf_command(place, place.peers_checkpoint, part, *options))
 
     def quantize(kind: str, part: Path) -> None:
         text = place.model("text-bf16.gguf")
@@ -257,6 +267,11 @@ def llama_cpp(place: Place) -> None:
     remove(place.model("text-bf16.gguf"))
 
 
+def gguf_command(place: Place, checkpoint: Path, out: Path, *options: str) -> list[str | Path]:
+    """Of llama.cpp's converter."""
+    return [place.python("llama.cpp"), HERE / "gguf_convert.py", place.llama_source, checkpoint, "--outfile", out, *options]
+
+
 def openvino(place: Place) -> None:
     export = [place.python("openvino"), "-m", "optimum.commands.optimum_cli", "export", "openvino", "--task", "image-text-to-text"]
     source = ["--model", place.peers_checkpoint, "--weight-format", "int4"]
@@ -268,14 +283,19 @@ def torch_onnx(place: Place) -> None:
     make(place.model("torch.onnx"), "the tower by torch.onnx, for minutes and with 14 GB of memory", lambda part: run([*export, part]))
 
 
-def onnxruntime_genai(place: Place) -> None:
-    """Its builder does not know Qwen2-VL, and gets the text model, whose tensors have the same names in Qwen2."""
+def text_checkpoint(place: Place) -> Path:
+    """The text model alone, whose tensors have the same names in Qwen2: the builder and mobius's GGUF reader do not know Qwen2-VL."""
     config = json.loads((place.peers_checkpoint / "config.json").read_text())
     config = {k: v for k, v in config.items() if k not in ("vision_config", "rope_scaling")}
     config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     tokenizer = json.loads((place.peers_checkpoint / "tokenizer.json").read_text())
     text = place.root / "checkpoint-text"
     make(text, "the text model's checkpoint", lambda part: checkpoint_like(place, part, config, tokenizer))
+    return text
+
+
+def onnxruntime_genai(place: Place) -> None:
+    text_checkpoint(place)
     make(
         place.model("onnxruntime-genai"),
         "onnxruntime-genai's model, for minutes and with 13 GB of memory",
@@ -289,10 +309,41 @@ def build_command(place: Place, out: Path) -> list[str | Path]:
     return [*builder, "-i", place.root / "checkpoint-text", "-o", out]
 
 
+def rounded_by_builder(place: Place) -> Path:
+    """The trained model with the numbers of onnxruntime-genai's builder in int4, which does not take the model itself."""
+    rounded = place.root / "trained-builder"
+    make(rounded, "a trained model rounded by a peer", lambda part: run([place.python("onnxruntime-genai"), HERE / "builder_rounding.py", TRAINED, part]))
+    return rounded
+
+
+def mobius(place: Place) -> None:
+    """It quantizes nothing itself, and gets the text model in llama.cpp's Q4_0, head included. onnxruntime-genai runs it."""
+    for needed, model in (("llama.cpp", llama_cpp), ("onnxruntime-genai", text_checkpoint)):
+        install(place, needed, PACKAGES[needed])
+        model(place)
+    text, codes = (place.model(f"qwen2-{kind}.gguf") for kind in ("bf16", "Q4_0"))
+
+    def quantize(part: Path) -> None:
+        make(text, "Qwen2's text model for llama.cpp", lambda part: run(gguf_command(place, text_checkpoint(place), part, "--outtype", "bf16")))
+        run([place.llama_tool("llama-quantize"), "--pure", text, part, "Q4_0"])
+        remove(text)
+
+    def build(part: Path) -> None:
+        make(codes, "the same in Q4_0", quantize)
+        command = [place.python("mobius-onnx"), "-m", "mobius"]
+        # Of GGUF it writes no settings for the client; those of the same model without weights have the same names.
+        run([*command, "build", "--config", text_checkpoint(place), part, "--no-weights", "--ep", "cpu", "--runtime", "ort-genai"])
+        run([*command, "build-gguf", codes, "--output", part, "--keep-quantized", "--ep", "cpu"])
+        remove(codes)
+
+    make(place.model("mobius-onnx"), "mobius's model", build)
+
+
 MODELS = {
     "llama.cpp": llama_cpp,
     "openvino": openvino,
     "onnxruntime-genai": onnxruntime_genai,
+    "mobius-onnx": mobius,
     "torch": lambda place: None,
     "torch.onnx": torch_onnx,
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -73,7 +74,9 @@ def onnxruntime_genai(model: str, threads: int):
     class Peer:
         def __init__(self) -> None:
             config = og.Config(model)
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+            parts = json.loads(Path(model, "genai_config.json").read_text())["model"]
+            options = {"session_options": {"intra_op_num_threads": threads}}
+            config.overlay(json.dumps({"model": {part: options for part in ("decoder", "embedding") if part in parts}}))
             self.model = og.Model(config)
 
         def generator(self, tokens: int):

@@ -135,8 +135,7 @@ fn config(model: &Model, manifest: &Manifest, rules: &PromptRules) -> Result<Val
             "do_sample": generation.do_sample,
             "max_length": context,
             "num_beams": 1,
-            // The graphs give keys and values longer by the new tokens.
-            "past_present_share_buffer": false,
+            "past_present_share_buffer": shares_cache(manifest),
             "repetition_penalty": generation.repetition_penalty,
             "temperature": generation.temperature,
             "top_k": generation.top_k,
@@ -155,6 +154,12 @@ fn config(model: &Model, manifest: &Manifest, rules: &PromptRules) -> Result<Val
         }
     }
     Ok(out)
+}
+
+/// Whether the client may keep the cache in one buffer of `max_length` positions instead of copying it for each token. On GPUs it may
+/// give a mask as long as the buffer then, and graphs count positions by the mask.
+fn shares_cache(manifest: &Manifest) -> bool {
+    manifest.target == "onnx-cpu" && entry(manifest, "decoder").is_some_and(|e| e.states.iter().all(|s| s.in_place))
 }
 
 fn entry<'m>(manifest: &'m Manifest, name: &str) -> Option<&'m Entry> {
@@ -216,7 +221,9 @@ fn readme(manifest: &Manifest, native: bool) -> String {
 prompt = \"<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\\n<|im_start|>assistant\\n\"
 inputs = processor(prompt, images=og.Images.open(\"a.png\"))   # images=None for text alone
 
-generator = og.Generator(model, og.GeneratorParams(model))
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=4096)   # tokens of prompt and answer, for which memory is taken
+generator = og.Generator(model, params)
 generator.set_inputs(inputs)
 stream = processor.create_stream()
 while not generator.is_done():
@@ -239,7 +246,9 @@ inputs[\"input_ids\"] = ids                  # int32[1, n], with the picture's t
 inputs[\"pixel_values\"] = pixels            # float32, as the model's own processor makes them
 inputs[\"num_image_tokens\"] = np.array([n_features])
 
-generator = og.Generator(model, og.GeneratorParams(model))
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=4096)   # tokens of prompt and answer, for which memory is taken
+generator = og.Generator(model, params)
 generator.set_inputs(inputs)
 while not generator.is_done():
     generator.generate_next_token()
