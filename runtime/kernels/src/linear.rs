@@ -126,7 +126,7 @@ impl<'a> Table<'a> {
                     return planes.row(row, out);
                 }
                 let len = grid.panel_bytes().unwrap_or(0);
-                grid.row(&bytes[row / PANEL * len..], row % PANEL, out);
+                grid.row(&bytes[row / PANEL * len..][..len], row % PANEL, out);
             }
         }
     }

@@ -442,7 +442,8 @@ impl<const R: usize> Few<'_, R> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [I::Floats::load(bias); R];
-            let xs = codes.chunks(grid.segment_len().div_ceil(WORD));
+            // Whole blocks of 8 columns, of which the last one of a row may lack some.
+            let xs = codes.chunks(2 * grid.segment_len().div_ceil(2 * WORD));
             for (((segment, x), corrections), scales) in grid.segments_of(panel).zip(xs).zip(corrections).zip(scales) {
                 let mut products = [I::splat(0); R];
                 for r in 0..R {

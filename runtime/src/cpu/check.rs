@@ -532,6 +532,7 @@ mod tests {
         };
         assert_eq!(linear(true, "int4g32", Layout::Panel16), Ok(()));
         assert_eq!(linear(false, "int8", Layout::Panel16), Ok(()));
+        assert_eq!(linear(true, "int8", Layout::Planes16), Ok(()));
         assert_eq!(linear(false, "bf16", Layout::Panel16), Ok(()));
         assert!(linear(true, "bf16", Layout::Panel16).unwrap_err().contains("must be quantized"));
         assert!(linear(true, "int4g32", Layout::Rows).unwrap_err().contains("layout"));

@@ -25,7 +25,7 @@ const WORTH_A_SAMPLE: usize = 256 << 20;
 const SAMPLE: usize = 64 << 20;
 /// Tokens within which copying weights must pay.
 const TOKENS: u32 = 256;
-/// Bytes that a thread copies at once.
+/// Most bytes that a thread copies at once.
 const PIECE: usize = 8 << 20;
 /// A cache line: copies begin at one.
 const LINE: usize = 64;
@@ -49,10 +49,12 @@ struct Tensor {
     layout: Layout,
 }
 
-/// A weight that is copied.
-struct Copy {
-    tensor: usize,
-    at: usize,
+/// Bytes that are copied.
+struct Piece {
+    /// Where they are in the file.
+    from: Range<usize>,
+    /// Where their copy begins.
+    to: usize,
 }
 
 /// Memory in pages of 2 MiB; `None` if the system has none.
@@ -151,56 +153,65 @@ impl Weights {
             return;
         }
         let Some(mut large) = large_pages(len) else { return };
-        let (sample, rest) = copies.split_at(copies.partition_point(|c| c.at < SAMPLE));
+        let pieces = self.pieces(&copies);
+        let (sample, rest) = pieces.split_at(pieces.partition_point(|piece| piece.to < SAMPLE));
         let start = Instant::now();
         if !self.copy(kernels, sample, &mut large) {
             return;
         }
         let copying = start.elapsed();
-        let range = |c: &Copy| self.tensors[c.tensor].range.clone();
-        let before = kernels.read_time(sample.iter().map(|c| &self.map[range(c)]));
-        let after = kernels.read_time(sample.iter().map(|c| &large[c.at..][..range(c).len()]));
+        let before = kernels.read_time(sample.iter().map(|piece| &self.map[piece.from.clone()]));
+        let after = kernels.read_time(sample.iter().map(|piece| &large[piece.to..][..piece.from.len()]));
+        // Before more is copied, so that nothing is in memory twice.
+        self.forget();
         if before.saturating_sub(after) * TOKENS > copying && self.copy(kernels, rest, &mut large) {
-            copies.iter().for_each(|c| self.tensors[c.tensor].copy = Some(c.at));
+            copies.iter().for_each(|(tensor, at)| self.tensors[*tensor].copy = Some(*at));
             self.large = Some(large);
-            self.forget();
         }
     }
 
-    /// Gives back the pages of the file that reading it has mapped, so that nothing is in memory twice; what is read again comes from
-    /// the file. If that fails, they only take memory.
+    /// Gives back the pages of the file that reading it has mapped; what is read again comes from the file. If that fails, they only take
+    /// memory.
     #[allow(unsafe_code)]
     fn forget(&self) {
         // SAFETY: the map is of a file and never written to, so its pages hold nothing that the file does not.
         let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
-    /// Weights in the order of the file, each with the place of its copy, and the length of all copies.
-    fn copies(&self, chosen: &BTreeSet<usize>) -> (Vec<Copy>, usize) {
-        let mut copies: Vec<_> = chosen.iter().map(|i| Copy { tensor: *i, at: 0 }).collect();
-        copies.sort_unstable_by_key(|c| self.tensors[c.tensor].range.start);
+    /// The chosen weights in the order of the file, each with the place of its copy, and the length of all copies.
+    fn copies(&self, chosen: &BTreeSet<usize>) -> (Vec<(usize, usize)>, usize) {
+        let mut copies: Vec<_> = chosen.iter().map(|tensor| (*tensor, 0)).collect();
+        copies.sort_unstable_by_key(|(tensor, _)| self.tensors[*tensor].range.start);
         let mut len = 0;
-        for c in &mut copies {
-            c.at = len;
-            len += self.tensors[c.tensor].range.len().next_multiple_of(LINE);
+        for (tensor, at) in &mut copies {
+            *at = len;
+            len += self.tensors[*tensor].range.len().next_multiple_of(LINE);
         }
         (copies, len)
     }
 
-    /// Reads weights from the file, which takes no memory besides; whether that could be done.
-    fn copy(&self, kernels: &Kernels, copies: &[Copy], to: &mut [u8]) -> bool {
-        let mut pieces = vec![];
-        let (mut rest, mut start) = (to, 0);
-        for c in copies {
-            let Range { start: from, end } = self.tensors[c.tensor].range;
-            let (_, after) = rest.split_at_mut(c.at - start);
-            let (bytes, after) = after.split_at_mut(end - from);
-            (rest, start) = (after, c.at + end - from);
-            pieces.extend(bytes.chunks_mut(PIECE).enumerate().map(|(i, bytes)| (from + i * PIECE, bytes)));
+    /// What to copy, in the order of the copies.
+    fn pieces(&self, copies: &[(usize, usize)]) -> Vec<Piece> {
+        let of = |(tensor, at): &(usize, usize)| {
+            let (range, at) = (self.tensors[*tensor].range.clone(), *at);
+            let starts = (0..range.len()).step_by(PIECE);
+            starts.map(move |i| Piece { from: range.start + i..range.end.min(range.start + i + PIECE), to: at + i })
+        };
+        copies.iter().flat_map(of).collect()
+    }
+
+    /// Reads pieces from the file, which takes no memory besides; whether that could be done.
+    fn copy(&self, kernels: &Kernels, pieces: &[Piece], to: &mut [u8]) -> bool {
+        let (mut jobs, mut rest, mut start) = (vec![], to, 0);
+        for piece in pieces {
+            let (_, after) = rest.split_at_mut(piece.to - start);
+            let (bytes, after) = after.split_at_mut(piece.from.len());
+            (rest, start) = (after, piece.to + piece.from.len());
+            jobs.push((piece.from.start, bytes));
         }
         let failed = AtomicBool::new(false);
-        kernels.pool().chunks(&mut pieces, 1, |_, piece| {
-            for (from, bytes) in piece {
+        kernels.pool().chunks(&mut jobs, 1, |_, job| {
+            for (from, bytes) in job {
                 if read_at(&self.file, bytes, *from as u64).is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -264,11 +275,12 @@ mod tests {
         let mut weights = Weights::open(&path, &all).unwrap();
         let (copies, len) = weights.copies(&[0, 1, 3].into());
         let mut large = MmapMut::map_anon(len).unwrap();
-        let (first, rest) = copies.split_at(1);
+        let pieces = weights.pieces(&copies);
+        let (first, rest) = pieces.split_at(1);
         for some in [first, rest] {
             assert!(weights.copy(&Kernels::new(2), some, &mut large));
         }
-        copies.iter().for_each(|c| weights.tensors[c.tensor].copy = Some(c.at));
+        copies.iter().for_each(|(tensor, at)| weights.tensors[*tensor].copy = Some(*at));
         weights.large = Some(large);
         weights.forget();
         for (i, data) in data.iter().enumerate() {
@@ -280,7 +292,7 @@ mod tests {
         // A file that became shorter is not read.
         File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
         let mut again = vec![0; len];
-        assert!(!weights.copy(&Kernels::new(1), &copies, &mut again));
+        assert!(!weights.copy(&Kernels::new(1), &pieces, &mut again));
     }
 
     #[test]
@@ -307,6 +319,9 @@ mod tests {
             ("m", "int8".parse().unwrap(), &[90, 40], panel, "wants u8[6, 704]"),
             ("m", int4, &[90, 40], Layout::Rows, "cannot lie in Rows"),
             ("m", int4, &[90], panel, "cannot lie in Panel16"),
+            ("m", int4, &[90, 40], Layout::Planes16, "cannot lie in Planes16"),
+            ("e", int4, &[3, 20, 32], Layout::Planes16, "cannot lie in Planes16"),
+            ("m", DType::F32, &[90, 32], Layout::Planes16, "cannot lie in Planes16"),
             ("m", int4, &[90, usize::MAX], panel, "too many"),
             ("m", DType::F32, &[90, 40], panel, "wants f32[6, 40, 16]"),
         ] {

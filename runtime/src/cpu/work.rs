@@ -234,7 +234,7 @@ mod tests {
         ];
         let step = |kernel, args: &[u32], out| Step { kernel, args: args.to_vec(), outs: vec![out], scope: "layer".into() };
         let decl = |name: &str, dtype| StateDecl { name: name.into(), shape: state(Dim::symbol("past")), axis: 2, dtype };
-        let program = Program {
+        let mut program = Program {
             symbols: vec![],
             weights: [100, 40].map(|n| Weight { name: format!("w{n}"), dtype: int4, shape: vec![n, 64], layout: Layout::Panel16 }).into(),
             functions: vec![Function {
@@ -271,6 +271,12 @@ mod tests {
         assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic), [Arithmetic::Int8, many]);
         let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic);
         assert_eq!(attention, [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::F32]);
+        // Of a head in planes, upper ones are read if only the largest logit of a row is wanted.
+        program.weights[1].layout = Layout::Planes16;
+        let head = |seq, only| {
+            work(&program, "decoder", &[("seq", seq), ("past", 9)].into_iter().collect(), Isa::Avx2, only).unwrap()[1].weight_bytes
+        };
+        assert_eq!([head(1, false), head(1, true), head(2, true)], [48 * row, 48 * (row - 16), 48 * row]);
         let missing = work(&program, "vision", &Bindings::default(), Isa::Scalar, false).unwrap_err().to_string();
         assert!(missing.contains("no entry 'vision'"), "{missing}");
         assert!(work(&program, "decoder", &Bindings::default(), Isa::Scalar, false).is_err());
