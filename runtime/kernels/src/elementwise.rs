@@ -174,8 +174,10 @@ impl Kernels {
     pub fn gated(&self, f: Unary, x: &[f32], n: usize, out: &mut [f32]) {
         assert!(f != Unary::Not, "'not' is a function of booleans");
         assert!(x.len() == 2 * out.len() && out.len().is_multiple_of(n.max(1)), "x must be [rows, 2 n], out [rows, n]");
-        self.pool.chunks(out, PIECE, |i, mut out| {
-            let mut at = i * PIECE;
+        // A token's row is short, and yet worth the work of all threads.
+        let piece = out.len().div_ceil(self.pool.threads()).clamp(PIECE / 8, PIECE);
+        self.pool.chunks(out, piece, |i, mut out| {
+            let mut at = i * piece;
             while !out.is_empty() {
                 let (row, column) = (at / n, at % n);
                 let len = (n - column).min(out.len());
