@@ -114,7 +114,8 @@ def accuracy(results: dict) -> str:
     lines = [
         "## What vlmc's weights cost",
         "",
-        "Bytes per token are of Qwen2-VL-2B's shape, with the KV cache of few tokens; those of q4_0 are llama.cpp's. Answers and",
+        "Bytes per token are of Qwen2-VL-2B's shape, with the KV cache of few tokens; those of q4_0 are llama.cpp's. Of heads",
+        "in vlmc's runtime the upper halves of the codes count, which is what the most probable token needs of most rows. Answers and",
         "Kullback-Leibler divergence (nats, of a token's probabilities from those without quantization) are of shapes-vl, a small model",
         "that was trained, on pictures that it has not seen.",
         "",

@@ -160,6 +160,7 @@ def main() -> None:
     measure(args, place, vlmc, [peer for peer in peers if peer.tool not in not_set_up], results, save)
     save()
     log(f"{file}: every measurement")
+    args.docs.mkdir(parents=True, exist_ok=True)
     run([place.python(setup.SHARED_ENVIRONMENT), HERE / "report.py", file, args.docs])
     log(f"{args.docs}/benchmarks.md and benchmarks.svg are written")
 

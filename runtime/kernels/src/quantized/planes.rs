@@ -26,7 +26,8 @@ use vlmc_artifact::{
     quant::{block_len, plane_bytes, upper_bits},
 };
 
-/// How far a product may be off. That chance gives more is less likely than 1 in 50 million, and matters only for the largest.
+/// How far a product may be off. That chance gives more is less likely than 1 in 50 million of a row, and than 1 in a million of the largest:
+/// that it is the largest makes it more likely that its lower halves are large.
 const DEVIATIONS: f32 = 5.5;
 /// Panels that are joined at once: few, to stay in the cache, and as many as products take together.
 const TOGETHER: usize = 4;
