@@ -497,7 +497,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn planes_are_the_matrix(
             scheme in scheme(), m in prop_oneof![0usize..9, 97usize..120], n in 1usize..150, pairs in 1usize..120, threads in 1usize..4,
@@ -526,7 +526,7 @@ mod tests {
 
         #[test]
         fn the_largest_is_exact_and_all_others_are_smaller(
-            scheme in scheme(), n in 1usize..3000, pairs in 1usize..20, threads in 1usize..4, with_bias: bool, spike: bool, mut seed: u64,
+            scheme in scheme(), n in 1usize..1000, pairs in 1usize..12, threads in 1usize..4, with_bias: bool, spike: bool, mut seed: u64,
         ) {
             let k = 16 * pairs;
             let codes = Codes::of(&floats(&mut seed, n * k), k, scheme, Method::Search);
@@ -557,7 +557,7 @@ mod tests {
     /// Most panels are known by their upper planes, and what cannot be known is computed.
     #[test]
     fn few_are_multiplied_again() {
-        let (n, k, scheme) = (20_000, 256, Scheme::INT4);
+        let (n, k, scheme) = (6_000, 128, Scheme::INT8);
         let mut seed = 7;
         let codes = Codes::of(&floats(&mut seed, n * k), k, scheme, Method::Search);
         let (panels, planes) = planes_of(&codes, k, scheme);
@@ -568,7 +568,7 @@ mod tests {
         kernels.linear(&x, &Panels::new(Floats::Quant(&panels, scheme), n, k).unwrap(), None, None, true, &mut exact);
         kernels.linear_largest(&x, &w, None, &mut out);
         let again = out.chunks(N).zip(exact.chunks(N)).filter(|(a, b)| a == b).count();
-        assert!(again > 0 && again < n / N / 3, "{again} of {}", n / N);
+        assert!(again > 0 && again < n / N / 8, "{again} of {}", n / N);
         for x in [0.0, f32::NAN] {
             kernels.linear(&vec![x; k], &w, None, None, true, &mut exact);
             kernels.linear_largest(&vec![x; k], &w, None, &mut out);
