@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "vlmc"
 import matplotlib.pyplot as plt  # noqa: E402: after the choice of the backend
 
-COLORS = ["#3b6fb6", "#d1772e", "#4c9a57", "#a94f8d", "#7a6a5d", "#2f9c9c", "#b8a02c"]
+COLORS = ["#3b6fb6", "#d1772e", "#4c9a57", "#a94f8d", "#7a6a5d", "#2f9c9c", "#b8a02c", "#c2413b"]
 
 INTRODUCTION = """# vlmc beside others, on a CPU
 
