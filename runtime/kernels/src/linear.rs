@@ -59,8 +59,8 @@ impl<'a> Floats<'a> {
 pub struct Panels<'a> {
     data: Floats<'a>,
     /// If its panels are split.
-    planes: Option<Planes<'a>>,
-    n: usize,
+    pub(crate) planes: Option<Planes<'a>>,
+    pub(crate) n: usize,
     k: usize,
 }
 
@@ -81,15 +81,6 @@ impl<'a> Panels<'a> {
             }
             _ => None,
         }
-    }
-
-    /// Rows of the matrix.
-    pub(crate) fn rows(&self) -> usize {
-        self.n
-    }
-
-    pub(crate) fn planes(&self) -> Option<Planes<'a>> {
-        self.planes
     }
 }
 

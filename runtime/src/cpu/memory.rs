@@ -250,7 +250,7 @@ pub(super) struct Frame<'a> {
     /// But for what the step writes.
     pub(super) arena: Rest<'a>,
     pub(super) states: &'a mut [State],
-    /// Of what products with matrices in planes give, only the largest is wanted.
+    /// Of rows of outputs only the largest number is wanted.
     pub(super) only_largest: bool,
 }
 
@@ -315,6 +315,11 @@ impl Frame<'_> {
     pub(super) fn same_slot(&self, a: usize, b: usize) -> bool {
         let place = |v: usize| &self.function.values[v].place;
         matches!((place(a), place(b)), (Place::Slot(x), Place::Slot(y)) if x == y)
+    }
+
+    /// Whether a value is an output, perhaps in another shape.
+    pub(super) fn is_output(&self, value: usize) -> bool {
+        self.function.outputs.iter().any(|o| self.same_slot(o.value as usize, value))
     }
 
     /// A copy of a value.

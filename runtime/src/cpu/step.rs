@@ -4,7 +4,7 @@ use super::memory::{Frame, State, View};
 use smallvec::SmallVec;
 use vlmc_artifact::{
     DType,
-    program::{Binary, Kernel, Layout, Mask, Reduce, Step, Unary},
+    program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
 use vlmc_kernels::{
     Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch,
@@ -148,7 +148,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
             let panels = Panels::in_layout(data, f.layout(arg(1)), n, kk).ok_or("a weight has the wrong length")?;
             let bias = (step.args.len() > 2).then(|| f32s(2)).transpose()?;
-            if f.only_largest && f.layout(arg(1)) == Layout::Planes16 && len == n && *dynamic && act.is_none() {
+            if f.only_largest && f.is_output(out) && len == n && *dynamic && act.is_none() {
                 k.linear_largest(f32s(0)?, &panels, bias, out!(f32));
             } else {
                 k.linear(f32s(0)?, &panels, bias, *act, *dynamic, out!(f32));

@@ -130,7 +130,7 @@ impl Join<'_> {
     #[inline(always)]
     unsafe fn panel<I: Ints, const HALF: u32>(self) {
         let Self { planes: Planes { grid, .. }, panel: [upper, lower], out } = self;
-        let pair = 2 * block_len(grid.scheme);
+        let (pair, (mask, _)) = (2 * block_len(grid.scheme), upper_bits(grid.scheme));
         let len = grid.scheme.group_len(grid.k);
         let head = PANEL * (grid.scheme.scale_bytes() + usize::from(grid.scheme.zero_points));
         let (upper_len, out_len) = (head + len / pair * 4 * PANEL, head + len / pair * 8 * PANEL);
@@ -143,7 +143,7 @@ impl Join<'_> {
                 for ((upper, lower), [first, second]) in upper[head..].as_chunks().0.iter().zip(&mut lower).zip(pairs) {
                     prefetch(upper, AHEAD);
                     prefetch(lower, AHEAD);
-                    let [a, b] = join::<I, HALF>(I::load(upper), I::load(lower));
+                    let [a, b] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
                     a.store(first);
                     b.store(second);
                 }
@@ -152,13 +152,12 @@ impl Join<'_> {
     }
 }
 
-/// The first and the second block of a pair, of codes with halves of `HALF` bits.
+/// The first and the second block of a pair, of codes with halves of `HALF` bits; `mask` is that of [`upper_bits`].
 ///
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn join<I: Ints, const HALF: u32>(upper: I, lower: I) -> [I; 2] {
-    let mask = if HALF == 2 { 0xcc } else { 0xf0 };
+unsafe fn join<I: Ints, const HALF: u32>(upper: I, lower: I, mask: u8) -> [I; 2] {
     // SAFETY: the caller's promise.
     unsafe {
         let (uppers, lowers) = (I::splat(i32::from_le_bytes([mask; 4])), I::splat(i32::from_le_bytes([!mask; 4])));
@@ -191,18 +190,22 @@ struct RowPart {
     variance: f32,
 }
 
-/// The most that products with some panels can be, and the panel of the most of all.
-struct Bounds<'a> {
-    row: Row<'a>,
-    panels: Range<usize>,
-    most: &'a Mutex<(f32, usize)>,
-}
-
-/// Products with those of some panels that may have the largest, `out` having the most that they can be; or with all of them.
+/// Work on some panels.
 struct Products<'a> {
     row: Row<'a>,
     panels: Range<usize>,
-    largest: Option<&'a Largest>,
+    wanted: Wanted<'a>,
+}
+
+/// What is computed, to `out`.
+#[derive(Clone, Copy)]
+enum Wanted<'a> {
+    /// All products.
+    All,
+    /// The most that they can be; and the panel of the most of all.
+    Bounds(&'a Mutex<(f32, usize)>),
+    /// The products of those panels that may have the largest, where their bounds are.
+    Largest(&'a Largest),
 }
 
 /// The largest number that threads have found, as [`Largest::key`].
@@ -233,33 +236,6 @@ impl Largest {
     }
 }
 
-impl IntTask for Bounds<'_> {
-    #[inline(always)]
-    unsafe fn run<I: Ints>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.row.planes.grid.scheme.bits {
-                4 => self.compute::<I, 2>(),
-                _ => self.compute::<I, 4>(),
-            }
-        }
-    }
-}
-
-impl Bounds<'_> {
-    #[inline(always)]
-    unsafe fn compute<I: Ints, const HALF: u32>(self) {
-        let mut most = (f32::NEG_INFINITY, usize::MAX);
-        for panel in self.panels {
-            // SAFETY: the caller's promise, and this thread has these columns.
-            let bound = unsafe { self.row.bound::<I, HALF>(panel) };
-            most = if bound > most.0 { (bound, panel) } else { most };
-        }
-        let mut all = self.most.lock().unwrap_or_else(PoisonError::into_inner);
-        *all = if most.0 > all.0 { most } else { *all };
-    }
-}
-
 impl IntTask for Products<'_> {
     #[inline(always)]
     unsafe fn run<I: Ints>(self) {
@@ -276,22 +252,31 @@ impl IntTask for Products<'_> {
 impl Products<'_> {
     #[inline(always)]
     unsafe fn compute<I: Ints, const HALF: u32>(self) {
-        let Self { row, panels, largest } = self;
-        let Some(largest) = largest else {
-            for panel in panels {
-                // SAFETY: the caller's promise, and this thread has these columns.
-                unsafe { row.exact::<I, HALF>(panel, None) };
+        let Self { row, panels, wanted } = self;
+        // SAFETY of all: the caller's promise, and this thread has these columns.
+        match wanted {
+            Wanted::All => {
+                for panel in panels {
+                    unsafe { row.exact::<I, HALF>(panel, None) };
+                }
             }
-            return;
-        };
-        // SAFETY: this thread has these columns.
-        let may = |panel: &usize| largest.may_be_in(unsafe { row.out.read(0, panel * N) });
-        let mut chosen = panels.filter(may);
-        let mut next = chosen.next();
-        while let Some(panel) = next {
-            next = chosen.next();
-            // SAFETY: the caller's promise, and as above.
-            largest.raise(unsafe { row.exact::<I, HALF>(panel, Some(next.unwrap_or(panel))) });
+            Wanted::Bounds(most_of_all) => {
+                let mut most = (f32::NEG_INFINITY, usize::MAX);
+                for panel in panels {
+                    let bound = unsafe { row.bound::<I, HALF>(panel) };
+                    most = if bound > most.0 { (bound, panel) } else { most };
+                }
+                let mut all = most_of_all.lock().unwrap_or_else(PoisonError::into_inner);
+                *all = if most.0 > all.0 { most } else { *all };
+            }
+            Wanted::Largest(largest) => {
+                let mut chosen = panels.filter(|panel| largest.may_be_in(unsafe { row.out.read(0, panel * N) }));
+                let mut next = chosen.next();
+                while let Some(panel) = next {
+                    next = chosen.next();
+                    largest.raise(unsafe { row.exact::<I, HALF>(panel, Some(next.unwrap_or(panel))) });
+                }
+            }
         }
     }
 }
@@ -310,7 +295,7 @@ impl Row<'_> {
         let lowers = lower.as_chunks::<{ 4 * PANEL }>().0.chunks(grid.segment_len() / (2 * block_len(grid.scheme)));
         let planes = self.planes.upper_segments(upper).zip(lowers);
         let next = next.map(|next| self.planes.panel(next).map(|plane| plane.as_chunks::<{ 4 * PANEL }>().0));
-        let mut pairs = 0..;
+        let (mut pairs, (mask, _)) = (0.., upper_bits(grid.scheme));
         let mut values = self.out.bias(self.bias, panel * N);
         // SAFETY: the caller's promise.
         unsafe {
@@ -331,7 +316,7 @@ impl Row<'_> {
                             prefetch(lower, AHEAD);
                         }
                     }
-                    let [first, second] = join::<I, HALF>(I::load(upper), I::load(lower));
+                    let [first, second] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
                     if HALF == 2 {
                         let ([a, b], [c, d], x) = (halves(first), halves(second), &x.as_chunks::<4>().0[i]);
                         parts[0] = parts[0].dot::<4>(a, x[0]).dot::<4>(c, x[2]);
@@ -427,7 +412,7 @@ impl Kernels {
     /// # Panics
     /// As [`Kernels::linear`].
     pub fn linear_largest(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, out: &mut [f32]) {
-        match w.planes().filter(|planes| planes.grid.k > 0 && out.len() == w.rows()) {
+        match w.planes.filter(|planes| planes.grid.k > 0 && out.len() == w.n) {
             Some(planes) => self.row_product(x, planes, bias.unwrap_or(&[]), true, out),
             None => self.linear(x, w, bias, None, true, out),
         }
@@ -447,18 +432,19 @@ impl Kernels {
         let pieces = |job: &(dyn Fn(Range<usize>) + Sync)| {
             self.panel_pieces(planes.upper, n * grid.k, n, 1, |first, upper| job(first..first + upper.len() / planes.bytes[0]));
         };
-        let largest = Largest(AtomicU32::new(Largest::key(f32::NEG_INFINITY)));
-        let largest = only_largest.then_some(&largest);
+        let (most, largest) = (Mutex::new((f32::NEG_INFINITY, usize::MAX)), Largest(AtomicU32::new(Largest::key(f32::NEG_INFINITY))));
+        let run = |panels, wanted| self.isa.run_ints(Products { row, panels, wanted });
         if only_largest {
-            let most = Mutex::new((f32::NEG_INFINITY, usize::MAX));
-            pieces(&|panels| self.isa.run_ints(Bounds { row, panels, most: &most }));
+            pieces(&|panels| run(panels, Wanted::Bounds(&most)));
             // The panel that promises most first: what it has spares most of the others.
-            let (_, panel) = most.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let (_, panel) = *most.lock().unwrap_or_else(PoisonError::into_inner);
             if panel < n.div_ceil(N) {
-                self.isa.run_ints(Products { row, panels: panel..panel + 1, largest });
+                run(panel..panel + 1, Wanted::Largest(&largest));
             }
+            pieces(&|panels| run(panels, Wanted::Largest(&largest)));
+        } else {
+            pieces(&|panels| run(panels, Wanted::All));
         }
-        pieces(&|panels| self.isa.run_ints(Products { row, panels, largest }));
         self.give_scratch(words);
     }
 }
