@@ -77,7 +77,7 @@ impl<'a> Planes<'a> {
         let plain = scheme.scale_bytes() == 2 && !scheme.zero_points && grid.segment_len() == scheme.group_len(grid.k);
         let group = 2 * PANEL + grid.segment_len().div_ceil(2 * block_len(scheme)) * 4 * PANEL;
         plain.then(|| {
-            upper.chunks_exact(group).filter_map(|group| {
+            upper.chunks(group).filter_map(|group| {
                 let (scales, codes) = group.split_first_chunk::<{ 2 * PANEL }>()?;
                 Some(Segment { scales, zeros: None, codes: codes.as_chunks().0 })
             })
