@@ -157,8 +157,15 @@ impl<'a, 'w> Lowering<'a, 'w> {
         // States are results only.
         let is_past = |i: usize| node.op.appends().iter().any(|(past, _)| *past == i);
         let operands = (0..node.args.len()).filter(|i| !is_past(*i));
-        let args = operands.map(|i| self.value(node.args[i], self.layout(node, i))).collect::<Result<_>>()?;
-        let outs = node.outs.iter().map(|o| self.value(*o, None)).collect::<Result<_>>()?;
+        let args: Vec<u32> = operands.map(|i| self.value(node.args[i], self.layout(node, i))).collect::<Result<_>>()?;
+        let outs: Vec<u32> = node.outs.iter().map(|o| self.value(*o, None)).collect::<Result<_>>()?;
+        if let (Kernel::Gated { act }, Some(last)) = (&kernel, self.steps.last_mut())
+            && let (Kernel::Linear { dynamic, act: None }, true) = (&last.kernel, last.outs == args)
+        {
+            last.kernel = Kernel::GatedLinear { dynamic: *dynamic, act: *act };
+            last.outs.insert(0, outs[0]);
+            return Ok(());
+        }
         self.steps.push(Step { kernel, args, outs, scope: node.scope.clone() });
         Ok(())
     }

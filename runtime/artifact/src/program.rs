@@ -198,6 +198,15 @@ pub enum Kernel {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         act: Option<Unary>,
     },
+    /// Operands as [`Self::Linear`], with a `w [2 n, k]` -> `f32[..., n]`: what [`Self::Gated`] makes of the product, and the product
+    /// `f32[..., 2 n]`.
+    GatedLinear {
+        /// As [`Self::Linear`] has it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        dynamic: bool,
+        /// Function of the first half.
+        act: Unary,
+    },
     /// `x f32[..., 2 n]` -> `f32[..., n]`: `act(a) * b` of the halves of the last axis.
     Gated {
         /// Function of the first half.

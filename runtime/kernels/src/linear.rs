@@ -9,6 +9,7 @@ use crate::{
     quantized::{Grid, Piece, Planes},
 };
 use half::{bf16, f16};
+use std::ops::Range;
 use vlmc_artifact::{
     Scheme,
     program::{Layout, PANEL, Unary},
@@ -29,7 +30,7 @@ pub enum Floats<'a> {
 
 impl<'a> Floats<'a> {
     /// A range of what [`Self::len`] counts.
-    pub(crate) fn slice(self, range: std::ops::Range<usize>) -> Floats<'a> {
+    pub(crate) fn slice(self, range: Range<usize>) -> Floats<'a> {
         match self {
             Self::F32(a) => Floats::F32(&a[range]),
             Self::F16(a) => Floats::F16(&a[range]),
@@ -363,6 +364,50 @@ impl<W: Element> Task for Product<'_, W> {
     }
 }
 
+/// What becomes of a product `[m, n]`.
+#[derive(Clone, Copy)]
+enum Then {
+    /// A function of each element.
+    Apply(Option<Unary>),
+    /// It stays, and [`Kernels::gated`] of it goes to `[m, n / 2]`; `n` is a multiple of two panels.
+    Gate(Unary, OutColumns),
+}
+
+impl Then {
+    fn act(self) -> Option<Unary> {
+        if let Self::Apply(act) = self { act } else { None }
+    }
+}
+
+/// [`Then::Gate`] of some columns of the first half, and of those of the second.
+struct Gates {
+    f: Unary,
+    product: OutColumns,
+    out: OutColumns,
+    m: usize,
+    columns: Range<usize>,
+}
+
+impl Task for Gates {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { f, product, out, m, columns } = self;
+        for row in 0..m {
+            for column in columns.clone().step_by(N) {
+                // SAFETY: the caller's promise, and `Kernels::pieces_then` gives these columns to one thread.
+                unsafe {
+                    let [mut gate, up] = [column, out.n + column].map(|column| product.read(row, column));
+                    elementwise::map::<L>(f, &mut gate);
+                    gate.iter_mut().zip(&up).for_each(|(gate, up)| *gate *= up);
+                    out.write(row, column, &gate);
+                }
+            }
+        }
+    }
+}
+
 /// Whether rows that are rounded are multiplied in tiles.
 #[cfg(target_arch = "x86_64")]
 fn in_tiles(isa: Isa, rows: usize) -> bool {
@@ -390,6 +435,27 @@ impl Kernels {
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
     pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, act: Option<Unary>, dynamic: bool, out: &mut [f32]) {
+        self.product(x, w, bias, Then::Apply(act), dynamic, out);
+    }
+
+    /// [`Self::linear`] of `w [2 n, k]` to `product [m, 2 n]`, and [`Self::gated`] of that to `out [m, n]`. What a thread has multiplied
+    /// is in its cache, so it takes the same rows of both halves of `w` and multiplies their results too.
+    ///
+    /// # Panics
+    /// As these.
+    pub fn gated_linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, f: Unary, dynamic: bool, [product, out]: [&mut [f32]; 2]) {
+        assert!(f != Unary::Not, "'not' is a function of booleans");
+        assert!(product.len() == 2 * out.len(), "product must be [m, 2 n], out [m, n]");
+        let n = w.n / 2;
+        if w.n.is_multiple_of(2 * N) && w.k > 0 && w.planes.is_none() {
+            self.product(x, w, bias, Then::Gate(f, OutColumns::new(out, n)), dynamic, product);
+        } else {
+            self.linear(x, w, bias, None, dynamic, product);
+            self.gated(f, product, n, out);
+        }
+    }
+
+    fn product(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, then: Then, dynamic: bool, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
         assert!(!dynamic || matches!(w.data, Floats::Quant(..)), "x is rounded for quantized weights only");
         if n == 0 || out.is_empty() {
@@ -402,26 +468,26 @@ impl Kernels {
         assert!(bias.is_empty() || bias.len() == n, "bias must be [n]");
         if k == 0 {
             out.chunks_exact_mut(n).for_each(|row| if bias.is_empty() { row.fill(0.0) } else { row.copy_from_slice(bias) });
-            if let Some(act) = act {
+            if let Some(act) = then.act() {
                 self.unary(act, Src::InPlace, out);
             }
             return;
         }
         let columns = OutColumns::new(out, n);
         match w.data {
-            Floats::F32(panels) => self.float_product(x, panels, k, bias, act, columns),
-            Floats::F16(panels) => self.float_product(x, panels, k, bias, act, columns),
-            Floats::BF16(panels) => self.float_product(x, panels, k, bias, act, columns),
+            Floats::F32(panels) => self.float_product(x, panels, k, bias, then, columns),
+            Floats::F16(panels) => self.float_product(x, panels, k, bias, then, columns),
+            Floats::BF16(panels) => self.float_product(x, panels, k, bias, then, columns),
             Floats::Quant(panels, scheme) => {
-                if let Some(planes) = w.planes.filter(|_| m == 1 && dynamic && act.is_none()) {
+                if let Some(planes) = w.planes.filter(|_| m == 1 && dynamic && then.act().is_none()) {
                     return self.row_product(x, planes, bias, false, out);
                 }
-                let (grid, act) = (Grid::new(scheme, k), act.map(|act| (self.isa, act)));
+                let (grid, act) = (Grid::new(scheme, k), then.act().map(|act| (self.isa, act)));
                 let pieces = |product: &(dyn Fn(Piece<'_>) + Sync)| {
                     let product =
                         |first_panel: usize, panels: &[u8]| product(Piece { grid, panels, first_panel, bias, act, out: columns, m });
                     match w.planes {
-                        None => self.panel_pieces(panels, m * n * k, n, m, product),
+                        None => self.pieces_then(panels, m * n * k, m, columns, then, product),
                         Some(planes) => {
                             let count = |upper: &[u8]| upper.len() * n.div_ceil(N) / planes.upper.len();
                             self.panel_pieces(planes.upper, m * n * k, n, m, |first, upper| {
@@ -448,10 +514,10 @@ impl Kernels {
         }
     }
 
-    fn float_product<W: Element>(&self, x: &[f32], panels: &[W], k: usize, bias: &[f32], act: Option<Unary>, out: OutColumns) {
+    fn float_product<W: Element>(&self, x: &[f32], panels: &[W], k: usize, bias: &[f32], then: Then, out: OutColumns) {
         let m = out.len / out.n;
-        self.panel_pieces(panels, m * out.n * k, out.n, m, |first_panel, panels| {
-            self.isa.run(Product { x, k, panels, bias, act, out, m, first_panel });
+        self.pieces_then(panels, m * out.n * k, m, out, then, |first_panel, panels| {
+            self.isa.run(Product { x, k, panels, bias, act: then.act(), out, m, first_panel });
         });
     }
 
@@ -460,6 +526,26 @@ impl Kernels {
     pub(crate) fn panel_pieces<W: Sync>(&self, panels: &[W], work: usize, n: usize, m: usize, job: impl Fn(usize, &[W]) + Sync) {
         let count = n.div_ceil(N);
         let len = panels.len() / count;
+        self.ranges(count, work, m, |range| job(range.start, &panels[range.start * len..range.end * len]));
+    }
+
+    /// [`Self::panel_pieces`] of a product that is written to `out`. If that is gated, a piece of the first half comes with the same of the
+    /// second, and then with what the gates make of both.
+    fn pieces_then<W: Sync>(&self, panels: &[W], work: usize, m: usize, out: OutColumns, then: Then, job: impl Fn(usize, &[W]) + Sync) {
+        let Then::Gate(f, gated) = then else { return self.panel_pieces(panels, work, out.n, m, job) };
+        let half = out.n / N / 2;
+        let len = panels.len() / (2 * half);
+        self.ranges(half, work, m, |range| {
+            for panel in [0, half] {
+                let Range { start, end } = panel + range.start..panel + range.end;
+                job(start, &panels[start * len..end * len]);
+            }
+            self.isa.run(Gates { f, product: out, out: gated, m, columns: range.start * N..range.end * N });
+        });
+    }
+
+    /// Splits `count` panels among threads.
+    fn ranges(&self, count: usize, work: usize, m: usize, job: impl Fn(Range<usize>) + Sync) {
         // Large contiguous pieces read memory best; with many rows, many small ones end at about the same time.
         let step = match self.pool.threads() {
             _ if work < 1 << 16 => count,
@@ -467,10 +553,7 @@ impl Kernels {
             threads => count.div_ceil(threads).next_multiple_of(4),
         };
         let step = step.max(4);
-        self.pool.run(count.div_ceil(step), |piece| {
-            let first = piece * step;
-            job(first, &panels[first * len..(first + step).min(count) * len]);
-        });
+        self.pool.run(count.div_ceil(step), |piece| job(piece * step..count.min((piece + 1) * step)));
     }
 
     /// `a [batches, m, k]` times `b [batches, k, n]` to `out [batches, m, n]`; batch `i` reads `a` at `base(i).0` and `b` at
@@ -517,6 +600,7 @@ impl Kernels {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use vlmc_artifact::quant::{self, Codes, Method};
 
     fn naive(x: &[f32], w: &[f32], bias: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
         let dot = |r: usize, c: usize| (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(w[c * k + i])).sum::<f64>() as f32;
@@ -553,6 +637,47 @@ mod tests {
                         kernels.linear(&x, &Panels::new(data, n, k).unwrap(), bias, Some(act), false, &mut fused);
                         kernels.unary(act, Src::Slice(&out), &mut after);
                         prop_assert_eq!(&fused, &after);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Halves that are whole panels, and others; few rows and many; panels in floats, in codes and in planes.
+    #[test]
+    fn gated_products_are_products_gated() {
+        let mut state = 7u32;
+        let mut floats = |n: usize| {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+            };
+            (0..n).map(|_| next()).collect::<Vec<f32>>()
+        };
+        let k = 64;
+        for (m, n) in [(1, 16), (1, 400), (5, 48), (130, 80), (3, 7), (0, 16)] {
+            let (x, w, bias) = (floats(m * k), floats(2 * n * k), floats(2 * n));
+            let codes = Codes::of(&w, k, Scheme::INT4, Method::Round);
+            let floats = pack_panels(&w, 2 * n, k);
+            let bytes = quant::pack_panels(&codes, k, Scheme::INT4);
+            let planes = quant::split_planes(&bytes, k, Scheme::INT4).concat();
+            let quantized = |bytes, layout| Panels::in_layout(Floats::Quant(bytes, Scheme::INT4), layout, 2 * n, k).unwrap();
+            let matrices = [
+                (Panels::new(Floats::F32(&floats), 2 * n, k).unwrap(), false),
+                (quantized(&bytes, Layout::Panel16), true),
+                (quantized(&bytes, Layout::Panel16), false),
+                (quantized(&planes, Layout::Planes16), true),
+            ];
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                for threads in 1..4 {
+                    let kernels = Kernels::with_isa(threads, isa).unwrap();
+                    for (w, dynamic) in &matrices {
+                        let (mut product, mut gated) = (vec![f32::NAN; 2 * m * n], vec![f32::NAN; m * n]);
+                        kernels.linear(&x, w, Some(&bias), None, *dynamic, &mut product);
+                        kernels.gated(Unary::Silu, &product, n, &mut gated);
+                        let (mut whole, mut out) = (vec![f32::NAN; 2 * m * n], vec![f32::NAN; m * n]);
+                        kernels.gated_linear(&x, w, Some(&bias), Unary::Silu, *dynamic, [&mut whole, &mut out]);
+                        assert_eq!((whole, out), (product, gated), "{isa:?}, {threads} threads, {m} rows, {n} columns");
                     }
                 }
             }

@@ -320,13 +320,21 @@ impl<const R: usize> Task for Round<'_, R> {
                 let mut sums = [L::splat(0.0); R];
                 // Of all rows at once, since their codes lie beside each other.
                 for at in columns.clone().step_by(N) {
-                    let columns = at..columns.end.min(at + N);
-                    let to = &mut codes[at / WORD..columns.end.div_ceil(WORD)];
+                    let to = &mut codes[at / WORD..];
                     for r in 0..rows {
-                        let mut bytes = [0; N];
-                        sums[r] = round_to(row(r, columns.clone()), L::splat(inverses[r]), &mut bytes).add(sums[r]);
-                        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<WORD>().0) {
-                            to[r] = i32::from_le_bytes(bytes.map(|b| b as u8));
+                        let (x, inverse, mut bytes) = (row(r, at..columns.end), L::splat(inverses[r]), [0; N]);
+                        let words = |bytes: &[i8; N]| {
+                            std::array::from_fn::<_, { N / WORD }, _>(|i| {
+                                i32::from_le_bytes(std::array::from_fn(|j| bytes[WORD * i + j] as u8))
+                            })
+                        };
+                        // Lengths that the compiler knows.
+                        if let (Some(x), Some(to)) = (x.first_chunk::<N>(), to.first_chunk_mut::<{ N / WORD }>()) {
+                            sums[r] = round_to(x, inverse, &mut bytes).add(sums[r]);
+                            to.iter_mut().zip(words(&bytes)).for_each(|(to, word)| to[r] = word);
+                        } else {
+                            sums[r] = round_to(&x[..x.len().min(N)], inverse, &mut bytes).add(sums[r]);
+                            to.iter_mut().zip(words(&bytes)).for_each(|(to, word)| to[r] = word);
                         }
                     }
                 }
@@ -422,6 +430,8 @@ impl<const R: usize> Few<'_, R> {
         let Self { piece, x } = self;
         for (p, panel) in piece.panels.chunks_exact(piece.bytes()).enumerate() {
             let column = (piece.first_panel + p) * N;
+            // Biases come from memory too, where each panel would wait for a few.
+            lanes::prefetch(piece.bias.as_ptr().wrapping_add(column + N));
             for (b, x) in x.chunks_exact(piece.grid.words(R)).enumerate() {
                 // SAFETY: the caller's promise.
                 let mut values = unsafe { Self::block::<I, BITS>(piece.grid, panel, x, &piece.out.bias(piece.bias, column)) };

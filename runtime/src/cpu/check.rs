@@ -128,7 +128,10 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
             ensure(reads, || format!("operand {i} is a state, which only attention reads, after it was appended to"))?;
         }
         if let (Place::Weight(_), false) = (&a.place, is_plain(a.dtype)) {
-            let widens = matches!((&step.kernel, i), (Kernel::Linear { .. }, 1) | (Kernel::Embedding, 0) | (Kernel::Moe { .. }, 3..=5));
+            let widens = matches!(
+                (&step.kernel, i),
+                (Kernel::Linear { .. } | Kernel::GatedLinear { .. }, 1) | (Kernel::Embedding, 0) | (Kernel::Moe { .. }, 3..=5)
+            );
             ensure(widens, || format!("operand {i} is {}, which this kernel does not widen", a.dtype))?;
         }
     }
@@ -138,6 +141,7 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
             return check_append(f, new, out, appended);
         }
         (Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. }, [sum, normed]) => (sum, Some(normed)),
+        (Kernel::GatedLinear { .. }, [out, product]) => (out, Some(product)),
         (Kernel::RotaryAttention { .. }, [out, keys, values]) => {
             ensure(args.len() >= 5, || format!("takes at least 5 operands, got {}", args.len()))?;
             check_append(f, args[1], keys, appended)?;
@@ -146,7 +150,8 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
             check_append(f, args[2], values, appended)?;
             (out, None)
         }
-        (Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } | Kernel::RotaryAttention { .. }, _) | (_, [] | [_, _, ..]) => {
+        (Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } | Kernel::GatedLinear { .. } | Kernel::RotaryAttention { .. }, _)
+        | (_, [] | [_, _, ..]) => {
             return Err(format!("cannot have {} results", outs.len()));
         }
         (_, [out]) => (out, None),
@@ -162,23 +167,32 @@ fn check_step(f: &Function, step: &Step, appended: &mut [bool], written: &mut [b
         _ => false,
     };
     ensure(fits, overwrites)?;
-    let (dtype, shape) = if let Kernel::RotaryAttention { scale, mask, bf16 } = &step.kernel {
-        for x in [args[0], args[1]] {
-            result(&Kernel::Rotary, &[x, args[3], args[4]], x)?;
-        }
-        let attention = Kernel::Attention { scale: *scale, mask: *mask, bf16: *bf16 };
-        result(&attention, &[&[args[0], outs[1], outs[2]], &args[5..]].concat(), out)?
-    } else {
-        result(&step.kernel, &args, out)?
+    let types = |v: &Value, (dtype, shape): (DType, Vec<Dim>)| {
+        let message = || format!("gives {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
+        ensure(v.dtype == dtype && v.shape == shape, message)
     };
-    let message = || format!("gives {dtype}[{}]", shape.iter().map(Dim::to_string).collect::<Vec<_>>().join(", "));
+    let first_type = match &step.kernel {
+        Kernel::RotaryAttention { scale, mask, bf16 } => {
+            for x in [args[0], args[1]] {
+                result(&Kernel::Rotary, &[x, args[3], args[4]], x)?;
+            }
+            let attention = Kernel::Attention { scale: *scale, mask: *mask, bf16: *bf16 };
+            result(&attention, &[&[args[0], outs[1], outs[2]], &args[5..]].concat(), out)?
+        }
+        Kernel::GatedLinear { act, .. } => result(&Kernel::Gated { act: *act }, &[outs[1]], out)?,
+        kernel => result(kernel, &args, out)?,
+    };
     if let Some(second) = second {
         let other = slot(second)?;
         written[other as usize] = true;
         ensure(other != first && args.iter().all(|a| a.place != Place::Slot(other)), overwrites)?;
-        ensure(second.dtype == dtype && second.shape == shape, message)?;
+        let second_type = match &step.kernel {
+            Kernel::GatedLinear { dynamic, .. } => result(&Kernel::Linear { dynamic: *dynamic, act: None }, &args, second)?,
+            _ => first_type.clone(),
+        };
+        types(second, second_type)?;
     }
-    ensure(out.dtype == dtype && out.shape == shape, message)
+    types(out, first_type)
 }
 
 /// Whether `new` may be appended to the state `out`, for the first time.
@@ -323,7 +337,7 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             }
             (DType::F32, [lead, &[q[0].clone(), q[1].clone(), dv]].concat())
         }
-        Kernel::Append | Kernel::RotaryAttention { .. } => return Err("is not checked here".into()),
+        Kernel::Append | Kernel::RotaryAttention { .. } | Kernel::GatedLinear { .. } => return Err("is not checked here".into()),
         Kernel::Unary { f } => {
             count(1)?;
             let d = if *f == Unary::Not { DType::Bool } else { DType::F32 };
@@ -482,7 +496,7 @@ pub(super) fn layouts(p: &Program) -> Check {
                 let Place::Weight(w) = get(f, *a)?.place else { continue };
                 let layout = p.weights[w as usize].layout;
                 let fits = match (&step.kernel, operand) {
-                    (Kernel::Linear { .. }, 1) => layout != Layout::Rows,
+                    (Kernel::Linear { .. } | Kernel::GatedLinear { .. }, 1) => layout != Layout::Rows,
                     (Kernel::Moe { .. }, 3..=5) => layout == Layout::Panel16,
                     (Kernel::Embedding, 0) => layout != Layout::Rows || p.weights[w as usize].dtype.scheme().is_none(),
                     _ => layout == Layout::Rows,

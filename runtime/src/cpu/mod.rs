@@ -132,7 +132,10 @@ impl CpuEngine {
 
 /// Numbers of the weights that a function with states reads whole for every token.
 fn read_by_tokens(function: &Function) -> impl Iterator<Item = usize> + '_ {
-    let linear = function.steps.iter().filter(|s| !function.states.is_empty() && matches!(s.kernel, Kernel::Linear { .. }));
+    let linear = function
+        .steps
+        .iter()
+        .filter(|s| !function.states.is_empty() && matches!(s.kernel, Kernel::Linear { .. } | Kernel::GatedLinear { .. }));
     linear.filter_map(|s| match function.values[*s.args.get(1)? as usize].place {
         Place::Weight(i) => Some(i as usize),
         _ => None,

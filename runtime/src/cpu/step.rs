@@ -25,6 +25,7 @@ pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>, outs: [&mut [
             append(k, frame, step.args[2], step.outs[2], None)?;
         }
         Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return add_norm(k, step, frame, outs),
+        Kernel::GatedLinear { dynamic, act } => return gated_linear(k, step, frame, outs, (dynamic, act)),
         _ => {}
     }
     let [out, _] = outs;
@@ -86,6 +87,23 @@ fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> D
     Ok(())
 }
 
+fn gated_linear(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2], (dynamic, act): (bool, Unary)) -> Done {
+    let [out, product] = [0, 1].map(|i| f.shapes[step.outs[i] as usize].iter().product::<usize>());
+    let bias = step.args.get(2).map(|bias| f.view(*bias as usize)?.f32()).transpose()?;
+    let x = f.view(step.args[0] as usize)?.f32()?;
+    let [gated, whole] = outs.map(bytemuck::cast_slice_mut::<u64, f32>);
+    k.gated_linear(x, &panels(f, step.args[1])?, bias, act, dynamic, [&mut whole[..product], &mut gated[..out]]);
+    Ok(())
+}
+
+/// A matrix of weights.
+fn panels<'a>(f: &'a Frame<'_>, weight: u32) -> Result<Panels<'a>, String> {
+    let weight = weight as usize;
+    let [n, k] = [f.shapes[weight][0], f.shapes[weight][1]];
+    let View::Floats(data) = f.view(weight)? else { return Err("weights must be floats".into()) };
+    Panels::in_layout(data, f.layout(weight), n, k).ok_or_else(|| "a weight has the wrong length".into())
+}
+
 fn bad_index(e: BadIndex) -> String {
     format!("index {} is out of range, there are {}", e.index, e.len)
 }
@@ -144,11 +162,9 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
     }
     match &step.kernel {
         Kernel::Linear { act, dynamic } => {
-            let [n, kk] = [arg_shape(1)[0], arg_shape(1)[1]];
-            let View::Floats(data) = f.view(arg(1))? else { return Err("weights must be floats".into()) };
-            let panels = Panels::in_layout(data, f.layout(arg(1)), n, kk).ok_or("a weight has the wrong length")?;
+            let panels = panels(f, step.args[1])?;
             let bias = (step.args.len() > 2).then(|| f32s(2)).transpose()?;
-            if f.only_largest && f.is_output(out) && len == n && *dynamic && act.is_none() {
+            if f.only_largest && f.is_output(out) && len == arg_shape(1)[0] && *dynamic && act.is_none() {
                 k.linear_largest(f32s(0)?, &panels, bias, out!(f32));
             } else {
                 k.linear(f32s(0)?, &panels, bias, *act, *dynamic, out!(f32));
@@ -220,7 +236,9 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             let moe = Moe { gate: experts(3)?, up: experts(4)?, down: experts(5)?, act: *act, dynamic: *dynamic };
             k.moe(f32s(0)?, i64s(1)?, f32s(2)?, &moe, bytemuck::cast_slice_mut(scratch), out!(f32)).map_err(bad_index)?;
         }
-        Kernel::Append | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return Err("not a computation of one result".into()),
+        Kernel::Append | Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } | Kernel::GatedLinear { .. } => {
+            return Err("not a computation of one result".into());
+        }
         Kernel::Unary { f: Unary::Not } => {
             let o = out!(u8);
             if !f.same_slot(arg(0), out) {

@@ -93,7 +93,10 @@ impl Steps<'_> {
         // A product and a sum each.
         let twice = |dims: &[usize]| product(dims).saturating_mul(2);
         let (shape, operations) = match &step.kernel {
-            Kernel::Linear { .. } => ([rows, columns, shape(1)[1]], twice(&[rows, columns, shape(1)[1]])),
+            Kernel::Linear { .. } | Kernel::GatedLinear { .. } => {
+                let dims = [rows, shape(1)[0], shape(1)[1]];
+                (dims, twice(&dims))
+            }
             Kernel::MatMul => {
                 let k = shape(0)[shape(0).len() - 1];
                 ([rows, columns, k], twice(&[rows, columns, k]))
@@ -128,7 +131,9 @@ impl Steps<'_> {
             self.isa.linear_arithmetic(scheme, dynamic, rows, shape(weight).last().copied().unwrap_or(0))
         };
         match step.kernel {
-            Kernel::Linear { dynamic, .. } => linear(1, dynamic, product(&shape(0)[..shape(0).len() - 1])),
+            Kernel::Linear { dynamic, .. } | Kernel::GatedLinear { dynamic, .. } => {
+                linear(1, dynamic, product(&shape(0)[..shape(0).len() - 1]))
+            }
             Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
             // Segments are taken to lie together.
             Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
@@ -162,7 +167,7 @@ impl Steps<'_> {
         let is_first = matches!(self.f.values[step.args[0] as usize].place, Place::Weight(i) if i as usize == weight);
         Ok(match step.kernel {
             // A block of a prompt that needs no logits has no rows for the head.
-            Kernel::Linear { .. } if product(arg(0)) == 0 => 0,
+            Kernel::Linear { .. } | Kernel::GatedLinear { .. } if product(arg(0)) == 0 => 0,
             Kernel::Linear { .. } if self.only_largest && w.layout == Layout::Planes16 && product(arg(0)) == w.shape[1] => {
                 let planes = planes(w).ok_or("a head has no planes")?;
                 shape[0].saturating_mul(planes[0])
