@@ -313,7 +313,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
 unsafe fn load<L: Lanes, W: Element>(row: &[W]) -> L {
-    prefetch(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
+    prefetch::<1, _>(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
     // SAFETY: the caller's promise.
     unsafe { W::lanes(first_of(row)) }
 }

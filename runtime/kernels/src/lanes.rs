@@ -62,14 +62,15 @@ pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
     }
 }
 
-/// Asks for the cache line at `place`, into the second cache: the first one's few misses are for what is read now. Nothing is read, so
-/// there need not be one.
+/// Asks for the cache line at `place`, into the first cache or, whose misses are more, the second only. Nothing is read, so there need not
+/// be one.
 #[inline(always)]
-pub(crate) fn prefetch<T>(place: *const T) {
+pub(crate) fn prefetch<const CACHE: u8, T>(place: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 CPU has the instruction, and it takes any address.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(place.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if CACHE == 1 { _mm_prefetch::<_MM_HINT_T0>(place.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(place.cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = place;

@@ -431,7 +431,7 @@ impl<const R: usize> Few<'_, R> {
         for (p, panel) in piece.panels.chunks_exact(piece.bytes()).enumerate() {
             let column = (piece.first_panel + p) * N;
             // Biases come from memory too, where each panel would wait for a few.
-            lanes::prefetch(piece.bias.as_ptr().wrapping_add(column + N));
+            lanes::prefetch::<1, _>(piece.bias.as_ptr().wrapping_add(column + N));
             for (b, x) in x.chunks_exact(piece.grid.words(R)).enumerate() {
                 // SAFETY: the caller's promise.
                 let mut values = unsafe { Self::block::<I, BITS>(piece.grid, panel, x, &piece.out.bias(piece.bias, column)) };
@@ -472,9 +472,8 @@ impl<const R: usize> Few<'_, R> {
     }
 }
 
-/// Blocks of codes that are fetched ahead, since the CPU's own prefetching stops at pages of 4 KiB. No more: it goes as far as memory can
-/// answer by itself, and what is asked for much ahead of it comes in its way (Zen 4, a thread: 32 blocks take a sixth longer).
-const AHEAD: usize = 12;
+/// Rows that are so few that reading codes takes longer than multiplying with them.
+const FEWEST: usize = 3;
 
 /// Adds codes times `R` rows of `x`. Two sums of a row at once hide the latency of the additions where rows are few.
 ///
@@ -488,13 +487,12 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
         let ((pairs, rest), (xs, x_rest)) = (codes.as_chunks::<2>(), x.as_chunks::<2>());
         if BITS == 4 {
             for (block, x) in codes.iter().zip(xs) {
-                prefetch(block, AHEAD);
+                prefetch_for::<R>(block);
                 multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), x);
             }
         } else {
             for (pair, x) in pairs.iter().zip(xs) {
-                prefetch(&pair[0], AHEAD);
-                prefetch(&pair[1], AHEAD);
+                pair.iter().for_each(prefetch_for::<R>);
                 multiply::<I, BITS, R>(sums, &mut others, [I::load(&pair[0]), I::load(&pair[1])], x);
             }
             let x_last = xs.get(pairs.len()).map(|x| x[0]).or(x_rest.first().copied());
@@ -524,10 +522,24 @@ unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], o
     }
 }
 
-/// Asks for the block that lies `ahead` blocks behind `block`.
+/// Asks for a block behind `block`, since the CPU's own prefetching stops at pages of 4 KiB. Codes that are multiplied as they come are asked
+/// for a little ahead and into the second cache: the CPU goes as far as memory can answer by itself, and more would come in its way (Zen 4,
+/// a thread: 32 blocks into the first cache take a sixth longer).
 #[inline(always)]
-fn prefetch(block: &[u8; 4 * PANEL], ahead: usize) {
-    lanes::prefetch(std::ptr::from_ref(block).wrapping_add(ahead));
+fn prefetch(block: &[u8; 4 * PANEL]) {
+    lanes::prefetch::<2, _>(std::ptr::from_ref(block).wrapping_add(12));
+}
+
+/// The same where much is done with each block.
+#[inline(always)]
+fn prefetch_far(block: &[u8; 4 * PANEL]) {
+    lanes::prefetch::<1, _>(std::ptr::from_ref(block).wrapping_add(32));
+}
+
+/// The same where blocks are multiplied with `R` rows.
+#[inline(always)]
+fn prefetch_for<const R: usize>(block: &[u8; 4 * PANEL]) {
+    if R <= FEWEST { prefetch(block) } else { prefetch_far(block) }
 }
 
 /// `x` as it is; codes are widened.

@@ -554,6 +554,12 @@ mod tests {
         assert_eq!(embedding("int8", Layout::Panel16), Ok(()));
         assert_eq!(embedding("f32", Layout::Rows), Ok(()));
         assert!(embedding("int8", Layout::Rows).unwrap_err().contains("layout"));
+        let gated = |out: &[usize]| {
+            let kernel = Kernel::GatedLinear { dynamic: true, act: Unary::Silu };
+            with_weight(kernel, [("f32", &[3, 40]), ("int8", &[20, 40]), ("f32", out)], Layout::Panel16)
+        };
+        // The product lacks.
+        assert!(gated(&[3, 10]).unwrap_err().contains("cannot have 1 results"));
         let add = |w| with_weight(Kernel::Binary { f: Binary::Add }, [("f32", &[3, 40]), (w, &[3, 40]), ("f32", &[3, 40])], Layout::Rows);
         assert_eq!(add("f32"), Ok(()));
         assert!(add("int8").unwrap_err().contains("does not widen"));

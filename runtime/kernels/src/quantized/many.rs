@@ -1,7 +1,7 @@
 //! Products of many rows of rounded `x`: the codes of a block of segments are unpacked once for all of them. Small groups of 4 bits
 //! become longer ones of 8 bits then, whose sums are brought together more seldom.
 
-use super::{AHEAD, BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, halves, prefetch};
+use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, halves, prefetch_far};
 use crate::{
     ints::Ints,
     isa::IntTask,
@@ -52,14 +52,14 @@ impl Unpacked {
                 segment.scales::<I::Floats>().store(scales);
                 if grid.scheme.bits == 4 {
                     for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
-                        prefetch(from, AHEAD);
+                        prefetch_far(from);
                         let [low, high] = halves(I::load(from));
                         low.store(&mut to[0]);
                         high.store(&mut to[1]);
                     }
                 } else {
                     for (to, from) in codes.iter_mut().zip(segment.codes) {
-                        prefetch(from, AHEAD);
+                        prefetch_far(from);
                         I::load(from).store(to);
                     }
                 }
@@ -101,7 +101,7 @@ unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes:
             let steps = pairs::<I>(steps.map(|step| step as i32));
             let zeros = pairs::<I>(group.zeros.unwrap_or(&middle).map(|zero| i32::from(zero) << POINTS[1]));
             for (from, to) in group.codes.iter().zip(&mut to) {
-                prefetch(from, AHEAD);
+                prefetch_far(from);
                 let codes = I::load(from);
                 let scale = Rescale { zeros, steps };
                 scale.bytes(codes.shift_left::<4>(), codes.shift_right::<4>()).store(&mut to[0]);

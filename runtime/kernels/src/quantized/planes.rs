@@ -6,10 +6,11 @@
 //! `Σ s² x² (4^b - 1) / 12`, `b` being the bits of a half. A row whose product is more than [`DEVIATIONS`] of these below the largest is
 //! not the largest; all others are multiplied as they are.
 
-use super::{AHEAD, Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch};
+use super::{Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch, prefetch_far};
 use crate::{
     Kernels,
     isa::IntTask,
+    lanes,
     linear::{OutColumns, Panels},
 };
 use smallvec::SmallVec;
@@ -155,8 +156,8 @@ impl Join<'_> {
                 out[..head].copy_from_slice(&upper[..head]);
                 let pairs = out[head..].as_chunks_mut::<{ 4 * PANEL }>().0.as_chunks_mut::<2>().0;
                 for ((upper, lower), [first, second]) in upper[head..].as_chunks().0.iter().zip(&mut lower).zip(pairs) {
-                    prefetch(upper, AHEAD);
-                    prefetch(lower, AHEAD);
+                    prefetch_far(upper);
+                    prefetch_far(lower);
                     let [a, b] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
                     a.store(first);
                     b.store(second);
@@ -324,11 +325,11 @@ impl Row<'_> {
                         (Some([uppers, lowers]), Some(pair)) => {
                             // There are more upper blocks, since scales are among them.
                             let blocks = [uppers.get(pair), uppers.get(pair + lowers.len()), lowers.get(pair)];
-                            blocks.into_iter().flatten().for_each(|block| prefetch(block, 0));
+                            blocks.into_iter().flatten().for_each(|block| lanes::prefetch::<2, _>(block));
                         }
                         _ => {
-                            prefetch(upper, AHEAD);
-                            prefetch(lower, AHEAD);
+                            prefetch(upper);
+                            prefetch(lower);
                         }
                     }
                     let [first, second] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
@@ -389,7 +390,7 @@ impl Row<'_> {
             for ((segment, x), part) in segments.zip(xs).zip(self.parts) {
                 let mut parts = [I::splat(0); 2];
                 for (i, block) in segment.codes.iter().enumerate() {
-                    prefetch(block, AHEAD);
+                    prefetch(block);
                     let codes = I::load(block);
                     let [first, second] = [codes.and(mask), codes.shift_right::<4>().and(mask)];
                     if HALF == 2 {
