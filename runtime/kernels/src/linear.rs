@@ -439,7 +439,8 @@ impl Kernels {
     }
 
     /// [`Self::linear`] of `w [2 n, k]` to `product [m, 2 n]`, and [`Self::gated`] of that to `out [m, n]`. What a thread has multiplied
-    /// is in its cache, so it takes the same rows of both halves of `w` and multiplies their results too.
+    /// is in its cache, so of few rows it takes the same rows of both halves of `w` and multiplies their results too. (Of many, `x` is there
+    /// and would have to leave.)
     ///
     /// # Panics
     /// As these.
@@ -447,7 +448,7 @@ impl Kernels {
         assert!(f != Unary::Not, "'not' is a function of booleans");
         assert!(product.len() == 2 * out.len(), "product must be [m, 2 n], out [m, n]");
         let n = w.n / 2;
-        if w.n.is_multiple_of(2 * N) && w.k > 0 && w.planes.is_none() {
+        if w.n.is_multiple_of(2 * N) && w.k > 0 && w.planes.is_none() && product.len() <= ROWS * w.n {
             self.product(x, w, bias, Then::Gate(f, OutColumns::new(out, n)), dynamic, product);
         } else {
             self.linear(x, w, bias, None, dynamic, product);
