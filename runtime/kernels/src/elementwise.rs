@@ -95,11 +95,11 @@ unsafe fn sigmoid<L: Lanes>(x: L) -> L {
 }
 
 /// `act(a) * b` of two slices.
-struct Gate<'a> {
-    f: Unary,
-    a: &'a [f32],
-    b: &'a [f32],
-    out: &'a mut [f32],
+pub(crate) struct Gate<'a> {
+    pub(crate) f: Unary,
+    pub(crate) a: &'a [f32],
+    pub(crate) b: &'a [f32],
+    pub(crate) out: &'a mut [f32],
 }
 
 impl Task for Gate<'_> {

@@ -398,10 +398,9 @@ impl Task for Gates {
             for column in columns.clone().step_by(N) {
                 // SAFETY: the caller's promise, and `Kernels::pieces_then` gives these columns to one thread.
                 unsafe {
-                    let [mut gate, up] = [column, out.n + column].map(|column| product.read(row, column));
-                    elementwise::map::<L>(f, &mut gate);
-                    gate.iter_mut().zip(&up).for_each(|(gate, up)| *gate *= up);
-                    out.write(row, column, &gate);
+                    let ([a, b], mut gated) = ([column, out.n + column].map(|column| product.read(row, column)), [0.0; N]);
+                    elementwise::Gate { f, a: &a, b: &b, out: &mut gated }.run::<L>();
+                    out.write(row, column, &gated);
                 }
             }
         }
@@ -456,6 +455,7 @@ impl Kernels {
         }
     }
 
+    /// [`Self::linear`], and what becomes of the product.
     fn product(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, then: Then, dynamic: bool, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
         assert!(!dynamic || matches!(w.data, Floats::Quant(..)), "x is rounded for quantized weights only");

@@ -519,6 +519,10 @@ mod tests {
 
     /// A function of one kernel with a weight, or why it is refused.
     fn with_weight(kernel: Kernel, [x, w, out]: [(&str, &[usize]); 3], layout: Layout) -> Check {
+        with_results(kernel, [x, w], &[out], layout)
+    }
+
+    fn with_results(kernel: Kernel, [x, w]: [(&str, &[usize]); 2], outs: &[(&str, &[usize])], layout: Layout) -> Check {
         let value = |(dtype, shape): (&str, &[usize]), place| Value {
             dtype: dtype.parse().unwrap(),
             shape: shape.iter().map(|d| Dim::from(*d)).collect(),
@@ -531,8 +535,11 @@ mod tests {
             inputs: vec![NamedValue { name: "x".into(), value: 0 }],
             outputs: vec![NamedValue { name: "y".into(), value: 2 }],
             states: vec![],
-            values: vec![value(x, Place::Input(0)), value(w, Place::Weight(0)), value(out, Place::Slot(0))],
-            steps: vec![Step { kernel, args, outs: vec![2], scope: String::new() }],
+            values: [value(x, Place::Input(0)), value(w, Place::Weight(0))]
+                .into_iter()
+                .chain((0..).zip(outs).map(|(i, out)| value(*out, Place::Slot(i))))
+                .collect(),
+            steps: vec![Step { kernel, args, outs: (2..).take(outs.len()).collect(), scope: String::new() }],
         };
         let p = Program { symbols: vec![], weights: vec![weight], functions: vec![function] };
         program(&p)?;
@@ -554,12 +561,17 @@ mod tests {
         assert_eq!(embedding("int8", Layout::Panel16), Ok(()));
         assert_eq!(embedding("f32", Layout::Rows), Ok(()));
         assert!(embedding("int8", Layout::Rows).unwrap_err().contains("layout"));
-        let gated = |out: &[usize]| {
-            let kernel = Kernel::GatedLinear { dynamic: true, act: Unary::Silu };
-            with_weight(kernel, [("f32", &[3, 40]), ("int8", &[20, 40]), ("f32", out)], Layout::Panel16)
+        // The gated product and the product itself.
+        let gated = |w: &str, layout, outs: &[&[usize]]| {
+            let outs: Vec<_> = outs.iter().map(|shape| ("f32", *shape)).collect();
+            with_results(Kernel::GatedLinear { dynamic: true, act: Unary::Silu }, [("f32", &[3, 40]), (w, &[20, 40])], &outs, layout)
         };
-        // The product lacks.
-        assert!(gated(&[3, 10]).unwrap_err().contains("cannot have 1 results"));
+        assert_eq!(gated("int8", Layout::Panel16, &[&[3, 10], &[3, 20]]), Ok(()));
+        assert!(gated("int8", Layout::Panel16, &[&[3, 10]]).unwrap_err().contains("cannot have 1 results"));
+        assert!(gated("int8", Layout::Panel16, &[&[3, 10], &[4, 20]]).unwrap_err().contains("gives f32[3, 20]"));
+        assert!(gated("int8", Layout::Panel16, &[&[3, 20], &[3, 20]]).unwrap_err().contains("gives f32[3, 10]"));
+        assert!(gated("bf16", Layout::Panel16, &[&[3, 10], &[3, 20]]).unwrap_err().contains("must be quantized"));
+        assert!(gated("int8", Layout::Rows, &[&[3, 10], &[3, 20]]).is_err());
         let add = |w| with_weight(Kernel::Binary { f: Binary::Add }, [("f32", &[3, 40]), (w, &[3, 40]), ("f32", &[3, 40])], Layout::Rows);
         assert_eq!(add("f32"), Ok(()));
         assert!(add("int8").unwrap_err().contains("does not widen"));
