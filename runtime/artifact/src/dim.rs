@@ -123,6 +123,12 @@ impl Dim {
         Self { terms: vec![(vec![a], 1)] }
     }
 
+    /// The constant, or what takes the place of a number outside `i64`: a dim that has no value. Sums and products with it
+    /// have none either.
+    fn checked(value: Option<i64>) -> Self {
+        value.map_or_else(|| Self::atom(Atom::FloorDiv(1.into(), 0.into())), Self::from)
+    }
+
     /// The value, if no symbol occurs.
     pub fn as_const(&self) -> Option<i64> {
         match self.terms.as_slice() {
@@ -164,7 +170,7 @@ impl Dim {
     /// `floor(self / d)`, simplified when every coefficient divides.
     pub fn floor_div(&self, d: &Dim) -> Dim {
         self.exact_div(d).unwrap_or_else(|| match (self.as_const(), d.as_const()) {
-            (Some(a), Some(b)) if b != 0 => Dim::from(a.div_euclid(b)),
+            (Some(a), Some(b)) if b != 0 => Self::checked(a.checked_div_euclid(b)),
             _ => Dim::atom(Atom::FloorDiv(self.clone(), d.clone())),
         })
     }
@@ -172,7 +178,9 @@ impl Dim {
     /// `ceil(self / d)`, simplified when every coefficient divides.
     pub fn ceil_div(&self, d: &Dim) -> Dim {
         self.exact_div(d).unwrap_or_else(|| match (self.as_const(), d.as_const()) {
-            (Some(a), Some(b)) if b != 0 => Dim::from(-(-a).div_euclid(b)),
+            (Some(a), Some(b)) if b != 0 => {
+                Self::checked(a.checked_neg().and_then(|a| a.checked_div_euclid(b)).and_then(i64::checked_neg))
+            }
             _ => Dim::atom(Atom::CeilDiv(self.clone(), d.clone())),
         })
     }
@@ -206,24 +214,31 @@ impl Dim {
         let [(dp, dc)] = d.terms.as_slice() else { return None };
         let mut terms = Vec::with_capacity(self.terms.len());
         for (p, c) in &self.terms {
-            if c % dc != 0 {
+            if c.checked_rem(*dc)? != 0 {
                 return None;
             }
             let mut p = p.clone();
             for a in dp {
                 p.remove(p.iter().position(|x| x == a)?);
             }
-            terms.push((p, c / dc));
+            terms.push((p, c.checked_div(*dc)));
         }
         Some(Self::normal(terms))
     }
 
-    fn normal(terms: impl IntoIterator<Item = (Vec<Atom>, i64)>) -> Self {
-        let mut sum: BTreeMap<Vec<Atom>, i64> = BTreeMap::new();
+    /// The sum of the terms; a coefficient that is missing was outside `i64`.
+    fn normal(terms: impl IntoIterator<Item = (Vec<Atom>, Option<i64>)>) -> Self {
+        let mut sum: BTreeMap<Vec<Atom>, Option<i64>> = BTreeMap::new();
         for (p, c) in terms {
-            *sum.entry(p).or_default() += c;
+            let s = sum.entry(p).or_insert(Some(0));
+            *s = s.zip(c).and_then(|(s, c)| s.checked_add(c));
         }
-        Self { terms: sum.into_iter().filter(|(_, c)| *c != 0).collect() }
+        let by_zero = |a: &Atom| matches!(a, Atom::FloorDiv(_, d) | Atom::CeilDiv(_, d) if d.terms.is_empty());
+        // Looked for before terms cancel out, which would give a value to what has none.
+        if sum.iter().any(|(p, c)| c.is_none() || p.iter().any(by_zero)) {
+            return Self::checked(None);
+        }
+        Self { terms: sum.into_iter().filter_map(|(p, c)| Some((p, c.filter(|c| *c != 0)?))).collect() }
     }
 
     /// The value under `b`.
@@ -269,7 +284,7 @@ impl Dim {
 
 impl From<i64> for Dim {
     fn from(v: i64) -> Self {
-        Self::normal([(vec![], v)])
+        Self { terms: (v != 0).then(|| (vec![], v)).into_iter().collect() }
     }
 }
 
@@ -288,14 +303,16 @@ impl From<usize> for Dim {
 impl<T: Into<Dim>> Add<T> for &Dim {
     type Output = Dim;
     fn add(self, o: T) -> Dim {
-        Dim::normal(self.terms.iter().cloned().chain(o.into().terms))
+        let terms = self.terms.iter().cloned().chain(o.into().terms);
+        Dim::normal(terms.map(|(p, c)| (p, Some(c))))
     }
 }
 
 impl<T: Into<Dim>> Sub<T> for &Dim {
     type Output = Dim;
     fn sub(self, o: T) -> Dim {
-        Dim::normal(self.terms.iter().cloned().chain(o.into().terms.into_iter().map(|(p, c)| (p, -c))))
+        let terms = self.terms.iter().cloned().map(|(p, c)| (p, Some(c)));
+        Dim::normal(terms.chain(o.into().terms.into_iter().map(|(p, c)| (p, c.checked_neg()))))
     }
 }
 
@@ -307,7 +324,7 @@ impl<T: Into<Dim>> Mul<T> for &Dim {
             o.terms.iter().map(move |(q, d)| {
                 let mut r = [p.clone(), q.clone()].concat();
                 r.sort();
-                (r, c.saturating_mul(*d))
+                (r, c.checked_mul(*d))
             })
         }))
     }
@@ -528,6 +545,28 @@ mod tests {
         assert!(matches!(dim("n*9223372036854775807").eval(&b), Err(DimError::Overflow(_))));
         for bad in ["", "n +", "2n", "f(1, 2)", "min(1)", "n n", &"min(".repeat(100)] {
             assert!(bad.parse::<Dim>().is_err(), "{bad}");
+        }
+    }
+
+    /// Wherever a number leaves 63 bits, the dim is one without a value, also where the rest cancels it out.
+    #[test]
+    fn overflow_leaves_no_value() {
+        let b = Bindings::from_iter([("n", 1), ("m", 1)]);
+        let (max, min) = (i64::MAX, Dim::from(i64::MIN));
+        for d in [
+            dim(&format!("{max} + {max}")),
+            dim(&format!("{max}*n + {max}*n")),
+            dim(&format!("{max}*n*2 - {max}*n*2")),
+            dim(&format!("{max}*n + {max}*n - {max}*m - {max}*m + 1")),
+            dim("n + floordiv(m, 0) - floordiv(m, 0)"),
+            dim("n*ceildiv(m, 0) - n*ceildiv(m, 0)"),
+            &Dim::from(0) - &min,
+            min.floor_div(&Dim::from(-1)),
+            min.ceil_div(&Dim::from(3)),
+            (&Dim::symbol("n") * &min).floor_div(&Dim::from(-1)),
+        ] {
+            assert!(matches!(d.eval(&b), Err(DimError::Overflow(_))), "{d}");
+            assert!(!d.covers(&Dim::from(0)) && d.as_const().is_none(), "{d}");
         }
     }
 }
