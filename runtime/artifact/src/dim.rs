@@ -178,9 +178,7 @@ impl Dim {
     /// `ceil(self / d)`, simplified when every coefficient divides.
     pub fn ceil_div(&self, d: &Dim) -> Dim {
         self.exact_div(d).unwrap_or_else(|| match (self.as_const(), d.as_const()) {
-            (Some(a), Some(b)) if b != 0 => {
-                Self::checked(a.checked_neg().and_then(|a| a.checked_div_euclid(b)).and_then(i64::checked_neg))
-            }
+            (Some(a), Some(b)) if b != 0 => Self::checked(a.checked_neg().and_then(|a| a.checked_div_euclid(b)).and_then(i64::checked_neg)),
             _ => Dim::atom(Atom::CeilDiv(self.clone(), d.clone())),
         })
     }
