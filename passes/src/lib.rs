@@ -145,6 +145,7 @@ pub const CPU: &[Pass] = &[
     rules::LINEAR_ACTIVATION,
     rules::RESIDUAL_NORM,
     rules::ROTARY_ATTENTION,
+    rules::PACKED_ATTENTION,
     legalize::LEGALIZE,
     clean::FOLD,
     clean::CSE,

@@ -58,7 +58,7 @@ fn attention<'g>(g: &'g Builder<'g>, w: W<'g>, pool: &mut Pool<'g>, x: Val<'g>, 
     let k = g.split_heads(project(if on(2) { y } else { x }, "k_proj", 4 * kv_heads), kv_heads);
     let v = g.split_heads(project(x, "v_proj", 4 * kv_heads), kv_heads);
     let (q, k) = if on(3) { (g.rms_norm(q, w / "q_norm", 1e-6), k) } else { (q, k) };
-    let (q, k) = if on(4) { (q, k) } else { (g.rotary(q, pool.rope), g.rotary(k, pool.rope)) };
+    let (q, k) = if on(4) { (q, k) } else { (g.rotary(q, pool.rope), if on(5) { k } else { g.rotary(k, pool.rope) }) };
     let q = if variant.is_multiple_of(7) { q * 0.5 } else { q };
     let (k, v, kind, mask) = match variant % 3 {
         0 => {
@@ -191,7 +191,7 @@ fn every_rule_fires_and_refuses() {
         })
         .unwrap();
     }
-    let rules = ["fuse-activation", "fuse-residual-norm", "fuse-rotary-attention", "pack-gate-up", "pack-qkv"];
+    let rules = ["fuse-activation", "fuse-packed-attention", "fuse-residual-norm", "fuse-rotary-attention", "pack-gate-up", "pack-qkv"];
     assert!(fired.iter().eq(&rules), "{fired:?}");
     assert!(refused.iter().eq(&rules), "{refused:?}");
 }

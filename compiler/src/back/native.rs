@@ -196,6 +196,9 @@ fn kernel(op: &Op) -> Result<Option<Kernel>, &'static str> {
         Op::AddRmsNorm(o) => Kernel::AddRmsNorm { eps: o.eps },
         Op::Attention(o) => Kernel::Attention { scale: o.scale, mask: mask(o.mask), bf16: o.bf16 },
         Op::RotaryAttention(o) => Kernel::RotaryAttention { scale: o.scale, mask: mask(o.mask), bf16: o.bf16 },
+        Op::PackedAttention(o) => {
+            Kernel::PackedAttention { heads: o.heads, kv_heads: o.kv_heads, scale: o.scale, mask: mask(o.mask), bf16: o.bf16 }
+        }
         Op::Append(_) => Kernel::Append,
         Op::Elementwise1(o) => Kernel::Unary { f: o.f },
         Op::Elementwise2(o) => Kernel::Binary { f: o.f },

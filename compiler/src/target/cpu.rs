@@ -14,6 +14,7 @@ pub(super) const TARGET: Target = Target {
         Op::Attention(a) if a.mask == Mask::Given && args[0].rank() > 4 => Support::Decompose,
         // The cache of the runtime has four axes.
         Op::RotaryAttention(_) if args[0].rank() != 4 => Support::Decompose,
+        Op::PackedAttention(a) if a.mask == Mask::Given && args[0].rank() > 3 => Support::Decompose,
         // Weights are widened by the kernels that read them, never on their own.
         Op::Cast(c) if args.iter().any(|t| is_narrow(t.dtype)) || is_narrow(c.dtype) => {
             Support::Reject("the runtime computes in f32 and converts no narrower floats".into())
@@ -45,7 +46,8 @@ pub(super) const TARGET: Target = Target {
         | Op::Gated(_)
         | Op::AddLayerNorm(_)
         | Op::AddRmsNorm(_)
-        | Op::RotaryAttention(_) => Support::Native,
+        | Op::RotaryAttention(_)
+        | Op::PackedAttention(_) => Support::Native,
         Op::MergedRotary(_) | Op::MultiHeadAttention(_) | Op::GroupQueryAttention(_) | Op::RoutedMoe(_) | Op::FakeQuantize(_) => {
             Support::Decompose
         }

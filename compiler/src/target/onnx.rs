@@ -78,6 +78,7 @@ pub(super) fn standard(target: &Target, op: &Op, args: &[Type]) -> Support {
         | Op::AddLayerNorm(_)
         | Op::AddRmsNorm(_)
         | Op::RotaryAttention(_)
+        | Op::PackedAttention(_)
         | Op::MergedRotary(_)
         | Op::MultiHeadAttention(_)
         | Op::GroupQueryAttention(_)

@@ -280,6 +280,72 @@ impl OpDef for RotaryAttention {
     }
 }
 
+/// [`Attention`] over queries, keys and values that lie side by side: `qkv f32[..., s, (heads + 2 kv_heads) * d]`, `cos` and `sin
+/// f32[..., s, d/2]` by which queries and keys are rotated ([`Rotary`]) or neither of them, and a mask operand to
+/// `f32[..., s, heads * d]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PackedAttention {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// Which keys a query sees.
+    pub mask: Mask,
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bf16: bool,
+}
+
+impl PackedAttention {
+    /// Angles, then a mask.
+    fn rest<'a, T>(&self, args: &'a [T]) -> Option<(&'a [T], &'a [T])> {
+        let rest = args.get(1..)?;
+        let (angles, mask) = rest.split_at_checked(rest.len().checked_sub(usize::from(self.mask != Mask::Full))?)?;
+        matches!(angles.len(), 0 | 2).then_some((angles, mask))
+    }
+
+    fn attention(&self) -> Attention {
+        Attention { scale: self.scale, mask: self.mask, bf16: self.bf16 }
+    }
+}
+
+impl OpDef for PackedAttention {
+    const NAME: &'static str = "packed_attention";
+
+    fn infer(&self, args: &[Type]) -> Result<Vec<Type>, String> {
+        let (angles, mask) =
+            self.rest(args).ok_or_else(|| format!("takes qkv, two angles or none and a mask, got {} operands", args.len()))?;
+        let qkv = &args[0];
+        let parts = self.kv_heads.checked_mul(2).and_then(|n| n.checked_add(self.heads));
+        let split = SplitHeads { heads: parts.ok_or("there are too many heads")? }.infer(std::slice::from_ref(qkv))?.remove(0);
+        let of = |heads: usize| {
+            let mut shape = split.shape.clone();
+            let axis = shape.len() - 3;
+            shape[axis] = heads.into();
+            Type { dtype: qkv.dtype, shape }
+        };
+        let (q, k) = (of(self.heads), of(self.kv_heads));
+        if let [cos, sin] = angles {
+            Rotary {}.infer(&[q.clone(), cos.clone(), sin.clone()])?;
+        }
+        MergeHeads {}.infer(&self.attention().infer(&[&[q, k.clone(), k], mask].concat())?)
+    }
+
+    fn decompose<'g>(&self, g: &'g Builder<'g>, args: &[Val<'g>]) -> Option<Vec<Val<'g>>> {
+        let (angles, mask) = self.rest(args)?;
+        let axis = args[0].ty().rank() - 1;
+        let d = args[0].dim(axis).exact_div(&(self.heads + 2 * self.kv_heads).into())?;
+        let part = |first: usize, heads: usize| g.split_heads(g.slice(args[0], axis, &d * first, &d * heads), heads);
+        let rotated = |x| if let [cos, sin] = *angles { g.rotary(x, (cos, sin)) } else { x };
+        let q = rotated(part(0, self.heads));
+        let k = rotated(part(self.heads, self.kv_heads));
+        let v = part(self.heads + self.kv_heads, self.kv_heads);
+        Some(vec![g.merge_heads(g.apply::<1>(self.attention(), &[&[q, k, v], mask].concat())[0])])
+    }
+}
+
 /// [`Rotary`] of heads that lie side by side: `x f32[..., s, heads * d]`, `cos` and `sin f32[..., s, d/2]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergedRotary {

@@ -13,8 +13,8 @@ mod shape;
 mod tiles;
 
 pub use attention::{
-    Append, Attention, GroupQueryAttention, Mask, MergeHeads, MergedRotary, MultiHeadAttention, Rotary, RotaryAttention, SplitHeads,
-    causal_mask, segment_mask,
+    Append, Attention, GroupQueryAttention, Mask, MergeHeads, MergedRotary, MultiHeadAttention, PackedAttention, Rotary, RotaryAttention,
+    SplitHeads, causal_mask, segment_mask,
 };
 pub use elementwise::{Cast, Elementwise1, Elementwise2, Gated, Select};
 pub use image::{Conv2d, Filter, ResizeWeights};
@@ -153,7 +153,7 @@ ops! {
     GridPositions, Rotary2d, Mrope, Rope, StretchedPositions, WindowOrder, NtkRope, LogN,
     Conv2d, ResizeWeights, BatchNorm, Moe, Route, TileRows, GridRelative,
     // Composites that no frontend writes: passes make them of the ones above.
-    Gated, AddLayerNorm, AddRmsNorm, RotaryAttention, MergedRotary, MultiHeadAttention, GroupQueryAttention,
+    Gated, AddLayerNorm, AddRmsNorm, RotaryAttention, PackedAttention, MergedRotary, MultiHeadAttention, GroupQueryAttention,
     RoutedMoe, FakeQuantize,
 }
 

@@ -262,6 +262,21 @@ pub enum Kernel {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },
+    /// `qkv f32[..., s, (heads + 2 kv_heads) * d]` of queries, keys and values side by side, `cos` and `sin f32[..., s, d/2]` that
+    /// rotate queries and keys or neither, mask operand as [`Mask`] says -> attention of the queries `f32[..., s, heads * d]`.
+    PackedAttention {
+        /// Heads of queries.
+        heads: usize,
+        /// Heads of keys and values.
+        kv_heads: usize,
+        /// Multiplies the scores.
+        scale: f64,
+        /// Which keys a query sees.
+        mask: Mask,
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        bf16: bool,
+    },
     /// Elementwise function of one operand, may work in place.
     Unary {
         /// The function.

@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::time::Instant;
-use vlmc_kernels::{Attention, Isa, Kept, Kernels, Keys, Seen, attention_scratch};
+use vlmc_kernels::{Attention, Heads, Isa, Kept, Kernels, Seen, attention_scratch};
 
 fn main() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -12,11 +12,11 @@ fn main() {
         let (q, k, v) = (floats(heads * s * d), floats(kv_heads * t * d), floats(kv_heads * t * d));
         let mask = vec![1; t];
         let seen = if causal { Seen::Causal(&mask) } else { Seen::All };
-        let keys = |data| Keys { data: Kept::F32(data), head_stride: t };
+        let keys = |data| Heads::new(Kept::F32(data), kv_heads, t);
         for (isa, threads, bf16) in Isa::ALL.into_iter().flat_map(|i| [(i, 1, false), (i, 1, true), (i, cores, true)]) {
             let Some(kernels) = Kernels::with_isa(threads, isa) else { continue };
             let a = Attention {
-                q: &q,
+                q: Heads::new(&q[..], heads, s),
                 k: keys(&k),
                 v: keys(&v),
                 lead: 1,
@@ -29,6 +29,7 @@ fn main() {
                 scale: 0.1,
                 seen,
                 rotary: None,
+                packed: false,
                 bf16,
             };
             let (mut scratch, mut out) = (vec![0.0; threads * attention_scratch(heads / kv_heads, s, t, d, d)], vec![0.0; heads * s * d]);

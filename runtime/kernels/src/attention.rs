@@ -8,7 +8,7 @@ use crate::{
     Arithmetic, Isa, Kernels, few,
     isa::Task,
     lanes::{self, Lanes, N},
-    linear::{ROWS, Tile},
+    linear::{OutColumns, ROWS, Tile},
     norm::rotate,
 };
 use half::bf16;
@@ -21,13 +21,41 @@ const BLOCK: usize = 4 * ROWS;
 /// Queries of a causal run, for which keys and values are packed once.
 const CAUSAL: usize = 4 * BLOCK;
 
-/// Keys or values `[lead, kv_heads, t, d]`, whose heads may be further apart than `t` rows.
+/// Rows of heads: of queries in `f32`, of keys and values as they are [`Kept`].
 #[derive(Clone, Copy)]
-pub struct Keys<'a> {
+pub struct Heads<D> {
     /// Rows.
-    pub data: Kept<'a>,
-    /// Rows from one head to the next.
-    pub head_stride: usize,
+    pub data: D,
+    /// Rows from one batch, one head and one row of a head to the next.
+    strides: [usize; 3],
+}
+
+impl<D> Heads<D> {
+    /// `[lead, heads, _, width]`, each head with room for `room` rows.
+    pub fn new(data: D, heads: usize, room: usize) -> Self {
+        Self { data, strides: [heads * room, room, 1] }
+    }
+
+    /// Number of a row.
+    #[inline(always)]
+    pub(crate) fn at(&self, lead: usize, head: usize, row: usize) -> usize {
+        let [l, h, r] = self.strides;
+        lead * l + head * h + row * r
+    }
+
+    /// Rows up to the last one of `[lead, heads, n]`.
+    fn rows(&self, size: [usize; 3]) -> usize {
+        if size.contains(&0) { 0 } else { self.at(size[0] - 1, size[1] - 1, size[2] - 1) + 1 }
+    }
+}
+
+/// Queries, keys and values that lie side by side: `qkv [lead, s, (heads + 2 kv_heads) d]`.
+pub fn side_by_side(qkv: &[f32], [heads, kv_heads, s, d]: [usize; 4]) -> (Heads<&[f32]>, [Heads<Kept<'_>>; 2]) {
+    let all = heads + 2 * kv_heads;
+    let from = |head: usize| qkv.get(head * d..).unwrap_or_default();
+    let strides = [s * all, 1, all];
+    let kept = [heads, heads + kv_heads].map(|head| Heads { data: Kept::F32(from(head)), strides });
+    (Heads { data: qkv, strides }, kept)
 }
 
 /// Rows of keys or values as they are kept.
@@ -61,7 +89,6 @@ impl<'a> Kept<'a> {
 
     /// Row `i` in `f32`, as it lies or in `room`, which is as long.
     #[inline(always)]
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn row<'b>(self, i: usize, room: &'b mut [f32]) -> &'b [f32]
     where
         'a: 'b,
@@ -106,12 +133,12 @@ pub type Strides = [usize; 4];
 /// Operands of [`Kernels::attention`].
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
-    /// `[lead, heads, s, d]`.
-    pub q: &'a [f32],
-    /// Keys.
-    pub k: Keys<'a>,
-    /// Values.
-    pub v: Keys<'a>,
+    /// Queries, `s` of each head.
+    pub q: Heads<&'a [f32]>,
+    /// Keys, `t` of each head.
+    pub k: Heads<Kept<'a>>,
+    /// Values, `t` of each head.
+    pub v: Heads<Kept<'a>>,
     /// Batch, or 1.
     pub lead: usize,
     /// Heads of queries, a multiple of `kv_heads`.
@@ -130,8 +157,10 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// Mask.
     pub seen: Seen<'a>,
-    /// cos and sin `[lead, s, d/2]` by which queries are rotated first.
+    /// cos and sin `[lead, s, d/2]` by which queries are rotated first, and keys if they are `packed`.
     pub rotary: Option<[&'a [f32]; 2]>,
+    /// Whether heads lie [`side_by_side`], and so do the results: `[lead, s, heads, dv]`.
+    pub packed: bool,
     /// Whether operands of both products may be rounded to bf16, where the CPU multiplies that faster.
     pub bf16: bool,
 }
@@ -220,6 +249,38 @@ impl Attention<'_> {
         }
     }
 
+    /// cos and sin of a query's place, if it is to be rotated.
+    #[inline(always)]
+    pub(crate) fn angles(&self, lead: usize, query: usize) -> Option<[&[f32]; 2]> {
+        let half = self.d / 2;
+        let at = (lead * self.s + query) * half;
+        self.rotary.map(|angles| angles.map(|a| &a[at..at + half]))
+    }
+
+    /// Key `j` of a head, rotated if it is to be: as it lies, or in `room`.
+    #[inline(always)]
+    pub(crate) fn key<'b>(&'b self, lead: usize, head: usize, j: usize, room: &'b mut [f32]) -> &'b [f32] {
+        let at = self.k.at(lead, head, j);
+        if self.packed
+            && let Some([cos, sin]) = self.angles(lead, j)
+        {
+            self.k.data.widen(at, room);
+            rotate(room, cos, sin);
+            return room;
+        }
+        self.k.data.row(at, room)
+    }
+
+    /// Row and column of a query's result, whose rows are of [`Self::columns`].
+    #[inline(always)]
+    pub(crate) fn place(&self, lead: usize, head: usize, query: usize) -> [usize; 2] {
+        if self.packed { [lead * self.s + query, head * self.dv] } else { [(lead * self.heads + head) * self.s + query, 0] }
+    }
+
+    fn columns(&self) -> usize {
+        if self.packed { self.heads * self.dv } else { self.dv }
+    }
+
     /// Whether a mask has an element for every score.
     fn reaches(&self, len: usize, [l, h, q, k]: Strides) -> bool {
         let last = |n: usize, stride: usize| n.saturating_sub(1) * stride;
@@ -232,25 +293,20 @@ struct Head<'a, 'b> {
     a: &'a Attention<'b>,
     lead: usize,
     head: usize,
-    /// `[run, d]`.
-    q: &'a [f32],
-    /// `[t, d]`.
-    k: Kept<'a>,
-    /// `[t, dv]`.
-    v: Kept<'a>,
     run: &'a Run,
-    /// `[run, dv]`.
-    out: &'a mut [f32],
-    /// Of at least [`scratch`] elements.
+    out: OutColumns,
+    /// Of at least [`attention_scratch`] elements.
     scratch: &'a mut [f32],
 }
 
 /// Floats that a thread needs for `s` queries of `group` heads that share `t` keys of width `d` and values of width `dv`: scores and
 /// queries, or where there are many queries scores, a row and the panels of keys and values. Saturates.
 pub fn attention_scratch(group: usize, s: usize, t: usize, d: usize, dv: usize) -> usize {
-    if s < PACK {
-        return few::scratch(group.saturating_mul(s), t, d);
-    }
+    if s < PACK { few::scratch(group.saturating_mul(s), t, d) } else { packed_attention_scratch(s, t, d, dv) }
+}
+
+/// [`attention_scratch`] where heads are packed.
+pub fn packed_attention_scratch(s: usize, t: usize, d: usize, dv: usize) -> usize {
     let columns = t.saturating_add(N - 1) / N * N;
     let rows = d.saturating_add(dv.saturating_add(N - 1) / N * N).saturating_add(BLOCK.min(s));
     columns.saturating_mul(rows).saturating_add(d.max(dv))
@@ -261,38 +317,47 @@ impl Task for Head<'_, '_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let rotated = self.rotated();
-        let this = Head { q: rotated.as_deref().unwrap_or(self.q), ..self };
-        // SAFETY: the caller's promise.
-        unsafe {
-            if this.run.keys.is_empty() {
-                this.out.fill(0.0);
-            } else {
-                this.packed::<L>();
+        if self.run.keys.is_empty() {
+            for first in (0..self.a.dv).step_by(N) {
+                (0..self.run.queries.len()).for_each(|i| self.write(i, first, &[0.0; N]));
             }
+            return;
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.packed::<L>() };
     }
 }
 
 impl Head<'_, '_> {
-    /// The queries, if they are to be rotated.
+    /// The queries `[run, d]`, rotated if they are to be.
     #[inline(always)]
-    fn rotated(&self) -> Option<Vec<f32>> {
-        let [cos, sin] = self.a.rotary?;
-        let mut q = self.q.to_vec();
-        let half = self.a.d / 2;
-        for (i, row) in q.chunks_exact_mut(self.a.d.max(1)).enumerate() {
-            let at = (self.lead * self.a.s + self.run.queries.start + i) * half;
-            rotate(row, &cos[at..at + half], &sin[at..at + half]);
+    fn queries(&self) -> Vec<f32> {
+        let (a, d) = (self.a, self.a.d);
+        let mut q = vec![0.0; self.run.queries.len() * d];
+        for (row, i) in q.chunks_exact_mut(d.max(1)).zip(self.run.queries.clone()) {
+            row.copy_from_slice(&a.q.data[a.q.at(self.lead, self.head, i) * d..][..d]);
+            if let Some([cos, sin]) = a.angles(self.lead, i) {
+                rotate(row, cos, sin);
+            }
         }
-        Some(q)
+        q
+    }
+
+    /// Writes columns of the result of query `i` of the run from `first` on, as many as there are.
+    #[inline(always)]
+    fn write(&self, i: usize, first: usize, values: &[f32; N]) {
+        let [row, column] = self.a.place(self.lead, self.head, self.run.queries.start + i);
+        let width = N.min(self.a.dv - first);
+        // SAFETY: a head's run belongs to one thread.
+        unsafe { self.out.write_part(row, column + first, &values[..width]) };
     }
 
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
     unsafe fn packed<L: Lanes>(mut self) {
-        let (d, dv, keys) = (self.a.d, self.a.dv, self.run.keys.clone());
+        let (a, d, dv, keys) = (self.a, self.a.d, self.a.dv, self.run.keys.clone());
+        let (q, kv_head) = (self.queries(), self.head / (a.heads / a.kv_heads));
         let t = keys.len();
         let columns = t.next_multiple_of(N);
         let (row, rest) = std::mem::take(&mut self.scratch).split_at_mut(d.max(dv));
@@ -301,16 +366,15 @@ impl Head<'_, '_> {
         let scores = &mut rest[..BLOCK.min(self.run.queries.len()) * columns];
         keys_panels[t / N * N * d..].fill(0.0);
         for (j, key) in keys.clone().enumerate() {
-            let row = &mut row[..d];
-            self.k.widen(key, row);
+            let key = a.key(self.lead, kv_head, key, &mut row[..d]);
             let panel = &mut keys_panels[j / N * N * d..];
-            row.iter().enumerate().for_each(|(c, v)| panel[c * N + j % N] = *v);
+            key.iter().enumerate().for_each(|(c, v)| panel[c * N + j % N] = *v);
         }
         // Values as the panels of their transpose: [ceil(dv / 16), t, 16].
         value_panels[dv / N * t * N..].fill(0.0);
         for (j, key) in keys.enumerate() {
             let v = &mut row[..dv];
-            self.v.widen(key, v);
+            a.v.data.widen(a.v.at(self.lead, kv_head, key), v);
             for (p, part) in v.chunks(N).enumerate() {
                 value_panels[(p * t + j) * N..][..part.len()].copy_from_slice(part);
             }
@@ -322,7 +386,7 @@ impl Head<'_, '_> {
             for (p, panel) in keys_panels.chunks_exact(d * N).take(seen.div_ceil(N)).enumerate() {
                 for row in (0..block).step_by(ROWS) {
                     let rows = ROWS.min(block - row);
-                    let x = &self.q[(first + row) * d..];
+                    let x = &q[(first + row) * d..];
                     // SAFETY: the caller's promise.
                     unsafe { Tile { x, x_stride: d, k: d, rows, panel, out: &mut tile }.compute::<L>() };
                     for (r, values) in tile.iter().enumerate().take(rows) {
@@ -340,14 +404,13 @@ impl Head<'_, '_> {
                 unsafe { softmax::<L>(scores) };
             }
             for (p, panel) in value_panels.chunks_exact(t * N).enumerate() {
-                let width = N.min(dv - p * N);
                 for row in (0..block).step_by(ROWS) {
                     let rows = ROWS.min(block - row);
                     let (x, panel) = (&scores[row * columns..], &panel[..seen * N]);
                     // SAFETY: the caller's promise.
                     unsafe { Tile { x, x_stride: columns, k: seen, rows, panel, out: &mut tile }.compute::<L>() };
                     for (r, values) in tile.iter().enumerate().take(rows) {
-                        self.out[(first + row + r) * dv + p * N..][..width].copy_from_slice(&values[..width]);
+                        self.write(first + row + r, p * N, values);
                     }
                 }
             }
@@ -408,8 +471,8 @@ impl Isa {
 }
 
 impl Kernels {
-    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`. A query that sees no key gives zeros. `scratch` is of
-    /// [`attention_scratch`] floats for each thread of the pool.
+    /// `softmax(scale q kᵀ) v` to `out [lead, heads, s, dv]`, or `[lead, s, heads, dv]` if heads are packed. A query that sees no key
+    /// gives zeros. `scratch` is of [`attention_scratch`] floats for each thread of the pool, or of [`packed_attention_scratch`].
     ///
     /// # Panics
     /// If the lengths do not fit.
@@ -417,11 +480,13 @@ impl Kernels {
         let Attention { lead, heads, kv_heads, s, t, d, dv, .. } = *a;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "heads must be a multiple of kv_heads");
         let rows = lead * heads * s;
-        assert!(a.q.len() == rows * d && out.len() == rows * dv, "q must be [lead, heads, s, d], out [lead, heads, s, dv]");
+        assert!(out.len() == rows * dv, "out must be of lead * heads * s * dv");
+        assert!(Kept::F32(a.q.data).reaches(a.q.rows([lead, heads, s]), d), "q must have s rows of d for each head");
         for (keys, d) in [(&a.k, d), (&a.v, dv)] {
-            let need = if lead == 0 || t * d == 0 { 0 } else { (lead * kv_heads - 1) * keys.head_stride + t };
-            assert!(keys.data.reaches(need, d), "k must be [lead, kv_heads, t, d], v [lead, kv_heads, t, dv]");
+            assert!(keys.data.reaches(keys.rows([lead, kv_heads, t]), d), "k and v must have t rows of d and dv for each head");
         }
+        let is_run = [a.q.strides, a.k.strides, a.v.strides].iter().all(|s| s[2] == 1);
+        assert!(if a.packed { s == t } else { is_run }, "packed heads have as many keys as queries; rows of others follow each other");
         match a.seen {
             Seen::All => {}
             Seen::Causal(mask) => assert_eq!(mask.len(), lead * t, "mask must be [lead, t]"),
@@ -433,15 +498,17 @@ impl Kernels {
             let fits = d.is_multiple_of(2) && cos.len() == lead * s * (d / 2) && sin.len() == cos.len();
             assert!(fits, "cos and sin must be [lead, s, d/2], with even d");
         }
-        assert!(scratch.len() / self.pool.threads() >= attention_scratch(heads / kv_heads, s, t, d, dv), "scratch is too small");
+        let need = if a.packed { packed_attention_scratch(s, t, d, dv) } else { attention_scratch(heads / kv_heads, s, t, d, dv) };
+        assert!(scratch.len() / self.pool.threads() >= need, "scratch is too small");
         if out.is_empty() {
             return;
         }
-        if s < PACK {
+        if s < PACK && !a.packed {
             self.few_queries(a, scratch, out);
             return;
         }
         let runs = a.runs();
+        let out = OutColumns::new(out, a.columns());
         #[cfg(target_arch = "x86_64")]
         if self.isa.attention_arithmetic(a.bf16, s) == Arithmetic::Bf16
             && (matches!(a.seen, Seen::Causal(_)) || runs.iter().all(|r| r.dense))
@@ -450,38 +517,11 @@ impl Kernels {
             return;
         }
         // Later runs of causal attention see more keys: start with the longest.
-        let pieces = split(out, lead * heads, s * dv, &runs, dv).into_iter().enumerate().rev();
-        self.pool.pieces_with(pieces, scratch, |_, (i, out), scratch| {
+        self.pool.pieces_with((0..lead * heads * runs.len()).rev(), scratch, |_, i, scratch| {
             let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
-            let (batch, kv_head) = (head / heads, head % heads / (heads / kv_heads));
-            // Without keys there may be no rows at all.
-            let of = |keys: &Keys<'_>| if t == 0 { 0 } else { (batch * kv_heads + kv_head) * keys.head_stride };
-            self.isa.run(Head {
-                a,
-                lead: batch,
-                head: head % heads,
-                q: &a.q[head * s * d + run.queries.start * d..head * s * d + run.queries.end * d],
-                k: a.k.data.from(of(&a.k), d),
-                v: a.v.data.from(of(&a.v), dv),
-                run,
-                out,
-                scratch,
-            });
+            self.isa.run(Head { a, lead: head / heads, head: head % heads, run, out, scratch });
         });
     }
-}
-
-/// The part of `out` of each head and run.
-pub(crate) fn split<'a>(out: &'a mut [f32], heads: usize, head_len: usize, runs: &[Run], d: usize) -> Vec<&'a mut [f32]> {
-    let mut pieces = Vec::with_capacity(heads * runs.len());
-    for mut head in out.chunks_exact_mut(head_len) {
-        for run in runs {
-            let (piece, rest) = head.split_at_mut(run.queries.len() * d);
-            pieces.push(piece);
-            head = rest;
-        }
-    }
-    pieces
 }
 
 #[cfg(test)]
@@ -494,13 +534,13 @@ mod tests {
         let (mut out, mut sizes) = (vec![], vec![]);
         for head in 0..a.lead * a.heads {
             let (batch, kv) = (head / a.heads, head % a.heads / (a.heads / a.kv_heads));
-            let row = |x: &Keys<'_>, d: usize, j: usize| {
+            let row = |x: &Heads<Kept<'_>>, d: usize, j: usize| {
                 let mut row = vec![0.0; d];
-                x.data.widen((batch * a.kv_heads + kv) * x.head_stride + j, &mut row);
+                x.data.widen(x.at(batch, kv, j), &mut row);
                 row.iter().map(|v| f64::from(*v)).collect::<Vec<_>>()
             };
             for i in 0..a.s {
-                let q = &a.q[(head * a.s + i) * a.d..][..a.d];
+                let q = &a.q.data[a.q.at(batch, head % a.heads, i) * a.d..][..a.d];
                 let weight = |j: usize| {
                     let dot: f64 = q.iter().zip(row(&a.k, a.d, j)).map(|(q, k)| f64::from(*q) * k).sum();
                     (dot * f64::from(a.scale) + f64::from(a.bias(batch, head % a.heads, i, j))).exp()
@@ -556,13 +596,14 @@ mod tests {
                 (codes, scales)
             };
             let (k8, v8) = (round(&k, d), round(&v, dv));
-            let keys = |data| Keys { data, head_stride };
+            let keys = |data| Heads::new(data, kv_heads, head_stride);
             let (k, v) = match kept {
                 0 => (Kept::F32(&k), Kept::F32(&v)),
                 1 => (Kept::BF16(&k16), Kept::BF16(&v16)),
                 _ => (Kept::I8(&k8.0, &k8.1), Kept::I8(&v8.0, &v8.1)),
             };
-            let a = Attention { q: &q, k: keys(k), v: keys(v), lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None, bf16: false };
+            let (q, k, v) = (Heads::new(&q[..], heads, s), keys(k), keys(v));
+            let a = Attention { q, k, v, lead, heads, kv_heads, s, t, d, dv, scale: 0.3, seen, rotary: None, packed: false, bf16: false };
             let (expected, sizes) = naive(&a);
             for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                 let mut out = vec![f32::NAN; lead * heads * s * dv];
@@ -582,11 +623,59 @@ mod tests {
                 if d.is_multiple_of(2) {
                     let k = Kernels::with_isa(threads, isa).unwrap();
                     let (sin, cos): (Vec<f32>, Vec<f32>) = (0..lead * s * d / 2).map(|i| (i as f32).sin_cos()).unzip();
-                    let (mut turned, mut before, mut within) = (vec![0.0; q.len()], vec![f32::NAN; out.len()], vec![f32::NAN; out.len()]);
-                    k.rotary(&q, &cos, &sin, [lead, heads, s, d], &mut turned);
-                    k.attention(&Attention { q: &turned, ..a }, &mut scratch, &mut before);
+                    let (mut turned, mut before, mut within) = (vec![0.0; q.data.len()], vec![f32::NAN; out.len()], vec![f32::NAN; out.len()]);
+                    k.rotary(q.data, &cos, &sin, [lead, heads, s, d], &mut turned);
+                    k.attention(&Attention { q: Heads::new(&turned[..], heads, s), ..a }, &mut scratch, &mut before);
                     k.attention(&Attention { rotary: Some([&cos, &sin]), ..a }, &mut scratch, &mut within);
                     prop_assert_eq!(before, within);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn heads_side_by_side_give_what_they_give_apart(
+            lead in 1usize..3, kv_heads in 1usize..3, groups in 1usize..3, s in prop_oneof![5 => 0usize..60, 1 => 250usize..300],
+            half in 1usize..20, kind in 0usize..4, rotates: bool, bf16: bool, threads in 1usize..4, seed: u32,
+        ) {
+            let mut state = seed;
+            let mut next = || { state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223); state >> 8 };
+            let (heads, d) = (kv_heads * groups, 2 * half);
+            let all = heads + 2 * kv_heads;
+            let qkv: Vec<f32> = (0..lead * s * all * d).map(|_| next() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let apart = |first: usize, count: usize| -> Vec<f32> {
+                let row = |l: usize, h: usize, i: usize| &qkv[((l * s + i) * all + first + h) * d..][..d];
+                let rows = (0..lead).flat_map(|l| (0..count).flat_map(move |h| (0..s).map(move |i| (l, h, i))));
+                rows.flat_map(|(l, h, i)| row(l, h, i)).copied().collect()
+            };
+            let (q, k, v) = (apart(0, heads), apart(heads, kv_heads), apart(heads + kv_heads, kv_heads));
+            let (sin, cos): (Vec<f32>, Vec<f32>) = (0..lead * s * half).map(|i| (i as f32).sin_cos()).unzip();
+            let mask: Vec<i64> = (0..lead * s).map(|_| i64::from(next() % 4 != 0)).collect();
+            let ids: Vec<i64> = (0..s).map(|i| (i / 7) as i64).collect();
+            let given: Vec<u8> = (0..lead * s * s).map(|_| u8::from(next() % 3 != 0)).collect();
+            let seen = [Seen::All, Seen::Causal(&mask), Seen::Segments(&ids), Seen::Given(&given, [s * s, 0, s, 1])][kind];
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let kernels = Kernels::with_isa(threads, isa).unwrap();
+                let (mut rotated_q, mut rotated_k) = (q.clone(), k.clone());
+                if rotates {
+                    kernels.rotary(&q, &cos, &sin, [lead, heads, s, d], &mut rotated_q);
+                    kernels.rotary(&k, &cos, &sin, [lead, kv_heads, s, d], &mut rotated_k);
+                }
+                let keys = |rows| Heads::new(Kept::F32(rows), kv_heads, s);
+                let (q, k, v) = (Heads::new(&rotated_q[..], heads, s), keys(&rotated_k), keys(&v));
+                let a = Attention { q, k, v, lead, heads, kv_heads, s, t: s, d, dv: d, scale: 0.3, seen, rotary: None, packed: false, bf16 };
+                let mut before = vec![f32::NAN; lead * heads * s * d];
+                kernels.attention(&a, &mut vec![f32::NAN; threads * attention_scratch(groups, s, s, d, d)], &mut before);
+                let (q, [k, v]) = side_by_side(&qkv, [heads, kv_heads, s, d]);
+                let a = Attention { q, k, v, rotary: rotates.then_some([&cos, &sin]), packed: true, ..a };
+                let mut out = vec![f32::NAN; before.len()];
+                kernels.attention(&a, &mut vec![f32::NAN; threads * packed_attention_scratch(s, s, d, d)], &mut out);
+                for (i, o) in out.iter().enumerate() {
+                    let [l, query, h] = [i / d / heads / s, i / d / heads % s, i / d % heads];
+                    let e = before[((l * heads + h) * s + query) * d + i % d];
+                    prop_assert!(if s < PACK { (o - e).abs() <= 1e-5 } else { *o == e }, "{isa:?}: {o} instead of {e}");
                 }
             }
         }
@@ -602,14 +691,30 @@ mod tests {
             let mut k = vec![0.0; t * d];
             k.iter_mut().step_by(d).enumerate().for_each(|(j, k)| *k = ((j * 37 % 130 + 270 * j / t) as f32 - 200.0) / 4.0);
             let v: Vec<f32> = (0..t * dv).map(|i| (i * 7 % 255) as f32 / 128.0 - 1.0).collect();
-            let keys = |rows| Keys { data: Kept::F32(rows), head_stride: t };
-            let (k, v) = (keys(&k), keys(&v));
+            let keys = |rows| Heads::new(Kept::F32(rows), 1, t);
+            let (q, k, v) = (Heads::new(&q[..], 1, s), keys(&k), keys(&v));
             // Some queries see no key at first.
             let mask: Vec<i64> = (0..t).map(|j| i64::from(j > 40)).collect();
             for seen in [Seen::All, Seen::Causal(&mask)] {
                 // Weights are powers of 2.
                 let scale = std::f32::consts::LN_2;
-                let a = Attention { q: &q, k, v, lead: 1, heads: 1, kv_heads: 1, s, t, d, dv, scale, seen, rotary: None, bf16: true };
+                let a = Attention {
+                    q,
+                    k,
+                    v,
+                    lead: 1,
+                    heads: 1,
+                    kv_heads: 1,
+                    s,
+                    t,
+                    d,
+                    dv,
+                    scale,
+                    seen,
+                    rotary: None,
+                    packed: false,
+                    bf16: true,
+                };
                 let (expected, sizes) = naive(&a);
                 for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
                     let (mut out, mut scratch) = (vec![f32::NAN; s * dv], vec![f32::NAN; attention_scratch(1, s, t, d, dv)]);

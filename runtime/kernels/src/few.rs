@@ -3,7 +3,7 @@
 
 use crate::{
     Kernels,
-    attention::{Attention, Kept, Keys, softmax},
+    attention::{Attention, Heads, Kept, softmax},
     isa::Task,
     lanes::{Lanes, N, prefetch},
     linear::Element,
@@ -107,14 +107,13 @@ impl Few<'_, '_> {
     #[inline(always)]
     fn rotated(&self, out: &mut [f32]) {
         let Attention { s, d, .. } = *self.a;
-        let heads = (self.lead * self.a.heads + self.head) * s + self.first;
         for (r, row) in out.chunks_exact_mut(d.next_multiple_of(N).max(1)).enumerate() {
             let (row, rest) = row.split_at_mut(d);
-            row.copy_from_slice(&self.a.q[(heads + r) * d..][..d]);
+            let (head, query) = ((self.first + r) / s, (self.first + r) % s);
+            row.copy_from_slice(&self.a.q.data[self.a.q.at(self.lead, self.head + head, query) * d..][..d]);
             rest.fill(0.0);
-            if let Some([cos, sin]) = self.a.rotary {
-                let at = (self.lead * s + (self.first + r) % s) * (d / 2);
-                rotate(row, &cos[at..at + d / 2], &sin[at..at + d / 2]);
+            if let Some([cos, sin]) = self.a.angles(self.lead, query) {
+                rotate(row, cos, sin);
             }
         }
     }
@@ -354,7 +353,7 @@ impl Kernels {
         self.pool.pieces_with(out.chunks_exact_mut(count * dv), scratch, |i, out, scratch| {
             let (head, part) = (i / parts, i % parts);
             // Without keys there may be no rows at all.
-            let of = |keys: &Keys<'_>| if a.t == 0 { 0 } else { head * keys.head_stride };
+            let of = |keys: &Heads<Kept<'_>>| if a.t == 0 { 0 } else { keys.at(head / kv_heads, head % kv_heads, 0) };
             self.isa.run(Few {
                 a,
                 lead: head / kv_heads,
@@ -371,7 +370,7 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Attention, Isa, Kept, Kernels, Keys, Seen, attention_scratch};
+    use crate::{Attention, Heads, Isa, Kept, Kernels, Seen, attention_scratch};
     use half::bf16;
 
     #[test]
@@ -385,9 +384,26 @@ mod tests {
             let run = |threads: usize, isa: Isa, queries: std::ops::Range<usize>| {
                 let (count, t) = (queries.len(), past + queries.end);
                 let q: Vec<f32> = (0..heads).flat_map(|h| &q[(h * s + queries.start) * d..(h * s + queries.end) * d]).copied().collect();
-                let keys = |data| Keys { data, head_stride: past + s };
+                let keys = |data| Heads::new(data, kv_heads, past + s);
                 let (k, v, seen) = (keys(Kept::F32(&k)), keys(Kept::BF16(&v)), Seen::Causal(&mask[..t]));
-                let a = Attention { q: &q, k, v, lead: 1, heads, kv_heads, s: count, t, d, dv, scale: 0.2, seen, rotary: None, bf16: true };
+                let (q, scale) = (Heads::new(&q[..], heads, count), 0.2);
+                let a = Attention {
+                    q,
+                    k,
+                    v,
+                    lead: 1,
+                    heads,
+                    kv_heads,
+                    s: count,
+                    t,
+                    d,
+                    dv,
+                    scale,
+                    seen,
+                    rotary: None,
+                    packed: false,
+                    bf16: true,
+                };
                 let mut scratch = vec![f32::NAN; threads * attention_scratch(heads / kv_heads, count, t, d, dv)];
                 let mut out = vec![f32::NAN; heads * count * dv];
                 Kernels::with_isa(threads, isa).unwrap().attention(&a, &mut scratch, &mut out);

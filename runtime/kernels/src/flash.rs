@@ -8,8 +8,9 @@
 use crate::{
     Isa, Kernels,
     amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, lines, release},
-    attention::{Attention, Kept, Run, Seen, split},
+    attention::{Attention, Run, Seen},
     lanes::N,
+    linear::OutColumns,
     norm::rotate,
 };
 use half::bf16;
@@ -196,40 +197,43 @@ unsafe fn weigh(even: *const u32, odd: *const u32, largest: __m512) -> __m512i {
 }
 
 /// A block of keys and values of one head to tiles.
-struct Pack<'a> {
+struct Pack<'a, 'b> {
     tiling: Tiling,
-    /// From the block's first key on.
-    k: Kept<'a>,
-    v: Kept<'a>,
-    d: usize,
-    dv: usize,
-    /// Keys there are; others are zeros.
-    count: usize,
+    a: &'a Attention<'b>,
+    lead: usize,
+    /// Of keys and values.
+    head: usize,
+    /// The block's first key.
+    first: usize,
     tiles: &'a mut [u8],
 }
 
-impl Pack<'_> {
+impl Pack<'_, '_> {
     /// # Safety
     /// The CPU has AVX-512 F, BW, DQ, VL and BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self, row: &mut Vec<f32>) {
         let Tiling { depth, across } = self.tiling;
         let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
-        if self.count < KEYS {
+        let Self { a, lead, head, first, .. } = self;
+        // Keys there are; others are zeros.
+        let count = KEYS.min(a.t - first);
+        if count < KEYS {
             keys.fill(0);
         }
-        row.resize(row.len().max(self.d).max(2 * self.dv), 0.0);
-        for j in 0..self.count {
+        row.resize(row.len().max(a.d).max(2 * a.dv), 0.0);
+        for j in 0..count {
             // SAFETY: the caller's promise.
-            unsafe { put_row(self.k.row(j, &mut row[..self.d]), j, depth, keys) };
+            unsafe { put_row(a.key(lead, head, first + j, &mut row[..a.d]), j, depth, keys) };
         }
-        let (even, odd) = row[..2 * self.dv].split_at_mut(self.dv);
+        let (even, odd) = row[..2 * a.dv].split_at_mut(a.dv);
+        let value = |j: usize| a.v.at(lead, head, first + j);
         for step in 0..KEYS / SIDE {
             let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
             for pair in 0..N {
                 let j = step * SIDE + 2 * pair;
-                let even = if j < self.count { self.v.row(j, even) } else { &[] };
-                let odd = if j + 1 < self.count { self.v.row(j + 1, odd) } else { &[] };
+                let even = if j < count { a.v.data.row(value(j), even) } else { &[] };
+                let odd = if j + 1 < count { a.v.data.row(value(j + 1), odd) } else { &[] };
                 for a in 0..across {
                     let to = &mut values[tile(a) + pair * ROW..][..ROW];
                     // SAFETY: the caller's promise; `to` is of 64 bytes.
@@ -289,20 +293,19 @@ struct Block<'a, 'b> {
     a: &'a Attention<'b>,
     tiling: Tiling,
     lead: usize,
-    /// `[run, d]`.
-    q: &'a [f32],
+    /// Of queries.
+    head: usize,
     run: &'a Run,
     /// Blocks of keys and values.
     tiles: &'a [u8],
-    /// `[run, dv]`.
-    out: &'a mut [f32],
+    out: OutColumns,
 }
 
 impl Block<'_, '_> {
     /// # Safety
     /// The CPU has AVX-512 F, BW, DQ, VL and BF16; if it has AMX, [`configure`] has been called on this thread.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    unsafe fn run(mut self, work: &mut Work) {
+    unsafe fn run(self, work: &mut Work) {
         let Tiling { depth, across } = self.tiling;
         let groups = self.run.queries.len().div_ceil(SIDE);
         work.queries.resize(QUERIES / SIDE * 2 * depth * N, Line([0; ROW]));
@@ -347,22 +350,23 @@ impl Block<'_, '_> {
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn pack(&self, work: &mut Work) {
-        let (d, depth) = (self.a.d, self.tiling.depth);
-        let scale = self.a.scale * std::f32::consts::LOG2_E;
+        let (a, d, depth) = (self.a, self.a.d, self.tiling.depth);
+        let scale = a.scale * std::f32::consts::LOG2_E;
         let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut work.queries);
         let row = &mut work.row;
         row.resize(row.len().max(d), 0.0);
         for i in 0..self.run.queries.len().next_multiple_of(SIDE) {
-            let Some(q) = self.q.get(i * d..(i + 1) * d) else {
+            let query = self.run.queries.start + i;
+            if query >= self.run.queries.end {
                 // SAFETY: the caller's promise.
                 unsafe { put_row(&[], i, depth, tiles) };
                 continue;
-            };
+            }
+            let q = &a.q.data[a.q.at(self.lead, self.head, query) * d..][..d];
             let row = &mut row[..d];
-            if let Some([cos, sin]) = self.a.rotary {
-                let at = (self.lead * self.a.s + self.run.queries.start + i) * (d / 2);
+            if let Some([cos, sin]) = a.angles(self.lead, query) {
                 row.copy_from_slice(q);
-                rotate(row, &cos[at..at + d / 2], &sin[at..at + d / 2]);
+                rotate(row, cos, sin);
                 row.iter_mut().for_each(|v| *v *= scale);
             } else {
                 row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
@@ -494,12 +498,13 @@ impl Block<'_, '_> {
     /// # Safety
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    unsafe fn finish(&mut self, work: &Work, group: usize) {
+    unsafe fn finish(&self, work: &Work, group: usize) {
         let (dv, across) = (self.a.dv, self.tiling.across);
         for half in 0..2 {
             let first = group * SIDE + half * N;
             let rows = (self.run.queries.len()).saturating_sub(first).min(N);
-            // SAFETY: the caller's promise; what is loaded are arrays of 16 elements, and what is stored as many as there are.
+            // SAFETY: the caller's promise; what is loaded are arrays of 16 elements, what is stored as many as there are, and a head's
+            // run belongs to one thread.
             unsafe {
                 let sum = _mm512_loadu_ps(work.states[group].sum[half].as_ptr());
                 // A query that saw no key has sums that were never made, or zeros.
@@ -513,10 +518,11 @@ impl Block<'_, '_> {
                         *column = _mm512_castps_si512(_mm512_maskz_mul_ps(some, sums, inverse));
                     }
                     let columns = transposed(columns);
-                    let there = u16::MAX >> (N - N.min(dv - a * N));
+                    let width = N.min(dv - a * N);
                     for (i, column) in columns.iter().enumerate().take(rows) {
-                        let to = &mut self.out[(first + i) * dv + a * N..];
-                        _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), there, *column);
+                        let [row, first] = self.a.place(self.lead, self.head, self.run.queries.start + first + i);
+                        let to = self.out.place(row, first + a * N, width);
+                        _mm512_mask_storeu_epi32(to.cast(), u16::MAX >> (N - width), *column);
                     }
                 }
             }
@@ -527,7 +533,7 @@ impl Block<'_, '_> {
 impl Kernels {
     /// [`Kernels::attention`] in tiles, with [`Isa::Avx512Bf16`] or [`Isa::Amx`]. Each run sees keys of its range, all of them or as
     /// [`Seen::Causal`] says.
-    pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: &mut [f32]) {
+    pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: OutColumns) {
         let tiling = Tiling::new(a);
         let (blocks, group) = (a.t.div_ceil(KEYS), a.heads / a.kv_heads);
         let head_bytes = blocks * tiling.block();
@@ -536,27 +542,24 @@ impl Kernels {
         let at_once = (PACKED / head_bytes.max(1)).clamp(1, heads);
         let mut words = self.take_scratch();
         let tiles: &mut [u8] = bytemuck::cast_slice_mut(lines(&mut words, at_once * head_bytes / 4));
-        for (some, out) in (0..heads).step_by(at_once).zip(out.chunks_mut(at_once * group * a.s * a.dv)) {
+        for some in (0..heads).step_by(at_once) {
             let count = at_once.min(heads - some);
             let used = &mut tiles[..count * head_bytes];
-            let of = |keys: &crate::Keys<'_>, head: usize, block: usize| head * keys.head_stride + block * KEYS;
             self.pool.chunks(used, tiling.block(), |i, tiles| {
-                let (head, block) = (some + i / blocks, i % blocks);
-                let (k, v) = (a.k.data.from(of(&a.k, head, block), a.d), a.v.data.from(of(&a.v, head, block), a.dv));
-                let count = KEYS.min(a.t - block * KEYS);
+                let (head, first) = (some + i / blocks, i % blocks * KEYS);
                 let mut work = WORK.take();
+                let pack = Pack { tiling, a, lead: head / a.kv_heads, head: head % a.kv_heads, first, tiles };
                 // SAFETY: this is a CPU with AVX-512 and BF16 (`Isa::is_supported`).
-                unsafe { Pack { tiling, k, v, d: a.d, dv: a.dv, count, tiles }.run(&mut work.row) };
+                unsafe { pack.run(&mut work.row) };
                 WORK.set(work);
             });
             let used = &*used;
             // Later runs of causal attention see more keys: start with the longest.
-            let pieces = split(out, count * group, a.s * a.dv, &runs, a.dv).into_iter().enumerate().rev();
-            self.pool.pieces(pieces, |_, (i, out)| {
+            self.pool.pieces((0..count * group * runs.len()).rev(), |_, i| {
                 let (head, run) = (i / runs.len(), &runs[i % runs.len()]);
-                let q = &a.q[(some * group + head) * a.s * a.d..][run.queries.start * a.d..run.queries.end * a.d];
                 let tiles = &used[head / group * head_bytes..][..head_bytes];
-                let lead = (some + head / group) / a.kv_heads;
+                let head = some * group + head;
+                let (lead, head) = (head / a.heads, head % a.heads);
                 let mut work = WORK.take();
                 // SAFETY: as above.
                 unsafe {
@@ -564,7 +567,7 @@ impl Kernels {
                     if amx {
                         configure();
                     }
-                    Block { isa: self.isa, a, tiling, lead, q, run, tiles, out }.run(&mut work);
+                    Block { isa: self.isa, a, tiling, lead, head, run, tiles, out }.run(&mut work);
                     if amx {
                         release();
                     }

@@ -29,7 +29,7 @@ mod quantize;
 mod quantized;
 mod round;
 
-pub use attention::{Attention, Kept, Keys, Seen, Strides, attention_scratch};
+pub use attention::{Attention, Heads, Kept, Seen, Strides, attention_scratch, packed_attention_scratch, side_by_side};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
 pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};

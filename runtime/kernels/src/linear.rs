@@ -306,6 +306,25 @@ impl OutColumns {
         }
     }
 
+    /// Place of `width` elements from `column` on, which are there.
+    #[inline(always)]
+    pub(crate) fn place(self, row: usize, column: usize, width: usize) -> *mut f32 {
+        let at = row * self.n + column;
+        assert!(column + width <= self.n && at + width <= self.len);
+        self.data.wrapping_add(at)
+    }
+
+    /// Writes these elements from `column` on.
+    ///
+    /// # Safety
+    /// As [`Self::read`].
+    #[inline(always)]
+    pub(crate) unsafe fn write_part(self, row: usize, column: usize, values: &[f32]) {
+        let to = self.place(row, column, values.len());
+        // SAFETY: in bounds, as `place` says; no other thread has these columns.
+        unsafe { to.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+    }
+
     /// Writes elements from `column` on, as many as there are columns.
     ///
     /// # Safety

@@ -25,9 +25,9 @@ use vlmc_artifact::{
     quant::{block_len, panel_bytes},
 };
 
-/// Most columns of a segment, and columns of a block of them: sums of 1536 products of 255 * 127 are far from 2^31, codes of
+/// Most columns of a segment, and columns of a block of them: sums of so many products of 255 * 127 are far from 2^31, codes of
 /// four panels stay in the second cache, and sums are seldom put aside. The sizes of groups divide it.
-const BLOCK: usize = 1536;
+const BLOCK: usize = 5120;
 /// Columns whose codes make a vector: 4 bytes of each of 16 rows.
 const WORD: usize = 4;
 /// Most rows of rounded `x` that are multiplied at once.
@@ -376,10 +376,11 @@ impl Piece<'_> {
             activate(isa, act, values.as_flattened_mut().as_flattened_mut());
         }
         for (r, values) in values.iter().enumerate() {
-            for (p, values) in values.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { self.out.write(row + r, column + p * N, values) };
-            }
+            let (values, width) = (values.as_flattened(), (P * N).min(self.out.columns() - column));
+            // A length that the compiler knows, mostly.
+            let values = if width < P * N { &values[..width] } else { values };
+            // SAFETY: the caller's promise.
+            unsafe { self.out.write_part(row + r, column, values) };
         }
     }
 }

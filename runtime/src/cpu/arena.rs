@@ -116,9 +116,12 @@ impl Places {
             Some(*sum)
         });
         let largest = alive.max().unwrap_or(0) as usize;
-        // The largest first is nearly always perfect. Where it is not, those first that are large for long often are.
-        let orders: [Order; 2] =
-            [|p| (Reverse(p.words), *p.life.start()), |p| (Reverse(p.words * (p.life.end() - p.life.start() + 1)), *p.life.start())];
+        // The largest first is nearly always perfect. Where it is not, those first that are large for long, or there for long, often are.
+        let orders: [Order; 3] = [
+            |p| (Reverse(p.words), *p.life.start()),
+            |p| (Reverse(p.words * (p.life.end() - p.life.start() + 1)), *p.life.start()),
+            |p| (Reverse(p.life.end() - p.life.start()), *p.life.start()),
+        ];
         let (mut words, mut placed) = (usize::MAX, HashMap::new());
         for order in orders {
             all.sort_by_key(order);

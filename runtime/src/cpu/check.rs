@@ -337,6 +337,27 @@ fn result(kernel: &Kernel, args: &[&Value], out: &Value) -> Result<(DType, Vec<D
             }
             (DType::F32, [lead, &[q[0].clone(), q[1].clone(), dv]].concat())
         }
+        Kernel::PackedAttention { heads, kv_heads, scale, mask, bf16 } => {
+            let operands = 1 + usize::from(*mask != Mask::Full);
+            ensure(args.len() == operands || args.len() == operands + 2, || {
+                format!("takes {operands} operands, and 2 angles or none, got {}", args.len())
+            })?;
+            rank(0, 2)?;
+            let (lead, [s, width]) = args[0].shape.split_at(args[0].shape.len() - 2) else { return Err("operand 0 needs 2 axes".into()) };
+            let all = &(&Dim::from(*heads) + *kv_heads) + *kv_heads;
+            // Heads without elements could be any number.
+            let d = width.exact_div(&all).filter(|d| d.as_const().is_some_and(|d| d > 0));
+            let d = d.ok_or_else(|| format!("the width of operand 0 is no multiple of {all} heads"))?;
+            let of = |n: usize| Value { shape: [lead, &[n.into(), s.clone(), d.clone()]].concat(), ..args[0].clone() };
+            let (q, k) = (of(*heads), of(*kv_heads));
+            let (angles, mask_operand) = args[1..].split_at(args.len() - operands);
+            if !angles.is_empty() {
+                result(&Kernel::Rotary, &[&[&q], angles].concat(), out)?;
+            }
+            let attention = Kernel::Attention { scale: *scale, mask: *mask, bf16: *bf16 };
+            result(&attention, &[&[&q, &k, &k], mask_operand].concat(), out)?;
+            (DType::F32, [lead, &[s.clone(), &d * *heads]].concat())
+        }
         Kernel::Append | Kernel::RotaryAttention { .. } | Kernel::GatedLinear { .. } => return Err("is not checked here".into()),
         Kernel::Unary { f } => {
             count(1)?;

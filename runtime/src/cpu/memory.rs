@@ -12,7 +12,7 @@ use vlmc_artifact::{
     Bindings, DType, Dim,
     program::{Function, Layout, Place},
 };
-use vlmc_kernels::{Floats, Kept, Kernels, Keys};
+use vlmc_kernels::{Floats, Heads, Kept, Kernels};
 
 /// Shapes of all values of a function, kept from run to run.
 pub(super) struct Shapes {
@@ -174,13 +174,13 @@ impl State {
         }
     }
 
-    fn keys(&self) -> Keys<'_> {
+    fn keys(&self) -> Heads<Kept<'_>> {
         let data = match &self.rows {
             Rows::F32(rows) => Kept::F32(rows),
             Rows::BF16(rows) => Kept::BF16(rows),
             Rows::I8(rows, scales) => Kept::I8(rows, scales),
         };
-        Keys { data, head_stride: self.capacity }
+        Heads::new(data, self.heads, self.capacity)
     }
 }
 
@@ -292,7 +292,7 @@ impl Frame<'_> {
     }
 
     /// Keys or values of attention: a state, or `[..., kv_heads, t, d]`.
-    pub(super) fn keys(&self, value: usize) -> Result<Keys<'_>, String> {
+    pub(super) fn keys(&self, value: usize) -> Result<Heads<Kept<'_>>, String> {
         let shape = &self.shapes[value];
         if let Place::State(i) = self.function.values[value].place {
             let s = &self.states[i as usize];
@@ -301,7 +301,7 @@ impl Frame<'_> {
             }
             return Ok(s.keys());
         }
-        Ok(Keys { data: Kept::F32(self.view(value)?.f32()?), head_stride: shape[shape.len() - 2] })
+        Ok(Heads::new(Kept::F32(self.view(value)?.f32()?), shape[shape.len() - 3], shape[shape.len() - 2]))
     }
 
     pub(super) fn layout(&self, value: usize) -> Layout {

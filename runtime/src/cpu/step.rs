@@ -7,8 +7,10 @@ use vlmc_artifact::{
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
 use vlmc_kernels::{
-    Attention, BadIndex, Broadcast, Experts, Floats, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch, moe_scratch,
+    Attention, BadIndex, Broadcast, Experts, Floats, Heads, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch,
+    moe_scratch,
     moves::{self, Axes},
+    packed_attention_scratch, side_by_side,
 };
 
 type Done = Result<(), String>;
@@ -43,6 +45,11 @@ pub(super) fn scratch(step: &Step, shapes: &[Vec<usize>], threads: usize) -> usi
     let floats = match &step.kernel {
         Kernel::Attention { .. } => attention(step.args[1], step.args[2]),
         Kernel::RotaryAttention { .. } => attention(step.outs[1], step.outs[2]),
+        Kernel::PackedAttention { heads, .. } => {
+            let [.., s, width] = shape(step.outs[0]) else { return 0 };
+            let d = width.checked_div(*heads).unwrap_or(0);
+            packed_attention_scratch(*s, *s, d, d).saturating_mul(threads)
+        }
         Kernel::Moe { .. } => {
             let [x, chosen, gate] = [0, 1, 3].map(|i| shape(step.args[i]));
             moe_scratch(x[0], x[1], gate[1], chosen[1], gate[0])
@@ -160,6 +167,20 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             }
         };
     }
+    let seen = |mask: &Mask, at: usize| {
+        Ok::<_, String>(match mask {
+            Mask::Full => Seen::All,
+            Mask::Causal => Seen::Causal(i64s(at)?),
+            Mask::Segments => Seen::Segments(i64s(at)?),
+            Mask::Given => {
+                let strides = mask_strides(arg_shape(at));
+                match f.view(arg(at))? {
+                    View::Bool(mask) => Seen::Given(mask, strides),
+                    _ => Seen::Biased(f32s(at)?, strides),
+                }
+            }
+        })
+    };
     match &step.kernel {
         Kernel::Linear { act, dynamic } => {
             let panels = panels(f, step.args[1])?;
@@ -192,7 +213,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             };
             let keys = f.shapes[stored[0]].as_slice();
             let a = Attention {
-                q: f32s(0)?,
+                q: Heads::new(f32s(0)?, last[0], last[1]),
                 k: f.keys(stored[0])?,
                 v: f.keys(stored[1])?,
                 lead: lead.iter().product(),
@@ -203,19 +224,37 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
                 d: f.shapes[arg(0)][shape.len() - 1],
                 dv: last[2],
                 scale: *scale as f32,
-                seen: match mask {
-                    Mask::Full => Seen::All,
-                    Mask::Causal => Seen::Causal(i64s(mask_at)?),
-                    Mask::Segments => Seen::Segments(i64s(mask_at)?),
-                    Mask::Given => {
-                        let strides = mask_strides(arg_shape(mask_at));
-                        match f.view(arg(mask_at))? {
-                            View::Bool(mask) => Seen::Given(mask, strides),
-                            _ => Seen::Biased(f32s(mask_at)?, strides),
-                        }
-                    }
-                },
+                seen: seen(mask, mask_at)?,
                 rotary,
+                packed: false,
+                bf16: *bf16,
+            };
+            k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));
+        }
+        Kernel::PackedAttention { heads, kv_heads, scale, mask, bf16 } => {
+            let (lead, last) = shape.split_at(shape.len() - 2);
+            let [heads, kv_heads, s, d] = [*heads, *kv_heads, last[0], last[1] / heads];
+            let (q, [keys, values]) = side_by_side(f32s(0)?, [heads, kv_heads, s, d]);
+            // A mask, if there is one, is the last operand.
+            let (mask_at, rotary) = match step.args.len() - usize::from(*mask != Mask::Full) {
+                3 => (3, Some([f32s(1)?, f32s(2)?])),
+                _ => (1, None),
+            };
+            let a = Attention {
+                q,
+                k: keys,
+                v: values,
+                lead: lead.iter().product(),
+                heads,
+                kv_heads,
+                s,
+                t: s,
+                d,
+                dv: d,
+                scale: *scale as f32,
+                seen: seen(mask, mask_at)?,
+                rotary,
+                packed: true,
                 bf16: *bf16,
             };
             k.attention(&a, bytemuck::cast_slice_mut(scratch), out!(f32));

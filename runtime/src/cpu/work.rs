@@ -77,6 +77,17 @@ struct Steps<'a> {
     only_largest: bool,
 }
 
+/// Shape and operations of attention of `queries`, `s` of each head, to `t` keys of width `d` and values of width `dv`.
+fn attention_work(queries: usize, s: usize, t: usize, [d, dv]: [usize; 2], mask: Mask) -> ([usize; 3], usize) {
+    let heads = queries.checked_div(s).unwrap_or(0);
+    let pairs = match mask {
+        // A query sees what was before it, and itself.
+        Mask::Causal if s <= t => s.saturating_mul(t - s).saturating_add(s.saturating_mul(s + 1) / 2),
+        _ => s.saturating_mul(t),
+    };
+    ([queries, t, d], product(&[2, heads, pairs, d.saturating_add(dv)]))
+}
+
 fn product(dims: &[usize]) -> usize {
     dims.iter().fold(1, |n, d| n.saturating_mul(*d))
 }
@@ -103,6 +114,10 @@ impl Steps<'_> {
             }
             Kernel::Attention { mask, .. } => self.attention(step, *mask, step.args[1]),
             Kernel::RotaryAttention { mask, .. } => self.attention(step, *mask, step.outs[1]),
+            Kernel::PackedAttention { heads, mask, .. } => {
+                let (queries, s) = (rows.saturating_mul(*heads), shape(0)[shape(0).len() - 2]);
+                attention_work(queries, s, s, [columns.checked_div(*heads).unwrap_or(0); 2], *mask)
+            }
             Kernel::Moe { .. } => {
                 let [tokens, chosen, m, h] = [shape(1)[0], shape(1)[1], shape(3)[1], shape(3)[2]];
                 ([product(&[tokens, chosen]), m, h], twice(&[tokens, chosen, 3, m, h]))
@@ -137,7 +152,8 @@ impl Steps<'_> {
             Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
             // Segments are taken to lie together.
             Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
-            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
+            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
+            | Kernel::PackedAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
                 self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2])
             }
             _ => Arithmetic::F32,
@@ -148,13 +164,7 @@ impl Steps<'_> {
         let (q, k) = (&self.shapes[step.args[0] as usize], &self.shapes[keys as usize]);
         let out = &self.shapes[step.outs[0] as usize];
         let [s, t, d, dv] = [q[q.len() - 2], k[k.len() - 2], q[q.len() - 1], out[out.len() - 1]];
-        let heads = product(&q[..q.len() - 2]);
-        let pairs = match mask {
-            // A query sees what was before it, and itself.
-            Mask::Causal if s <= t => s.saturating_mul(t - s).saturating_add(s.saturating_mul(s + 1) / 2),
-            _ => s.saturating_mul(t),
-        };
-        ([product(&[heads, s]), t, d], product(&[2, heads, pairs, d + dv]))
+        attention_work(product(&q[..q.len() - 1]), s, t, [d, dv], mask)
     }
 
     /// Bytes that a step reads of a weight.

@@ -5,7 +5,7 @@ use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, halves, prefetch_far}
 use crate::{
     ints::Ints,
     isa::IntTask,
-    lanes::{Lanes, N},
+    lanes::{Lanes, N, prefetch},
 };
 use std::ops::Range;
 use vlmc_artifact::{Scheme, program::PANEL};
@@ -230,11 +230,18 @@ impl IntTile<'_, '_> {
         // SAFETY: the caller's promise, and this thread has these columns.
         unsafe {
             let mut sums = [[[0.0; N]; P]; R];
-            for (r, sums) in sums.iter_mut().enumerate().take(rows) {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    let column = self.column + p * N;
-                    *sum = if self.block.start == 0 { out.bias(bias, column) } else { out.read(self.first_row + row + r, column) };
+            for p in 0..P {
+                let column = self.column + p * N;
+                let bias = if self.block.start == 0 { out.bias(bias, column) } else { [0.0; N] };
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let before = self.block.start > 0 && r < rows;
+                    sums[p] = if before { out.read(self.first_row + row + r, column) } else { bias };
                 }
+            }
+            // Results are seldom in a cache. A CPU stores in order, so that what follows would wait for them.
+            for r in 0..rows {
+                let to = out.place(self.first_row + row + r, self.column, 0);
+                (0..P).for_each(|p| prefetch::<2, _>(to.wrapping_add(p * N)));
             }
             for (s, i) in self.block.clone().enumerate() {
                 let columns = grid.columns(i);
