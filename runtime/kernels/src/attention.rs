@@ -100,6 +100,16 @@ impl<'a> Kept<'a> {
         room
     }
 
+    /// Asks for row `i` of `width` elements.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn ask(self, i: usize, width: usize) {
+        if let Self::F32(rows) = self {
+            let row = rows.as_ptr().wrapping_add(i * width);
+            (0..width + N).step_by(N).for_each(|c| lanes::prefetch::<1, _>(row.wrapping_add(c)));
+        }
+    }
+
     /// Row `i` in `f32`.
     #[inline(always)]
     pub(crate) fn widen(self, i: usize, out: &mut [f32]) {

@@ -8,7 +8,7 @@
 use crate::{
     Isa, Kernels,
     amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, lines, release},
-    attention::{Attention, Run, Seen},
+    attention::{Attention, Kept, Run, Seen},
     lanes::N,
     linear::OutColumns,
     norm::rotate,
@@ -22,6 +22,9 @@ const QUERIES: usize = 256;
 const KEYS: usize = 256;
 /// Bytes of keys and values that are packed at once, or those of one head.
 const PACKED: usize = 8 << 20;
+
+/// Rows from one that is packed to one that is asked for, where rows of a head do not follow each other.
+const AHEAD: usize = 8;
 
 /// A cache line, so that rows of tiles do not cross two.
 #[repr(C, align(64))]
@@ -223,6 +226,9 @@ impl Pack<'_, '_> {
         }
         row.resize(row.len().max(a.d).max(2 * a.dv), 0.0);
         for j in 0..count {
+            if a.packed {
+                a.k.data.ask(a.k.at(lead, head, first + j + AHEAD), a.d);
+            }
             // SAFETY: the caller's promise.
             unsafe { put_row(a.key(lead, head, first + j, &mut row[..a.d]), j, depth, keys) };
         }
@@ -232,6 +238,9 @@ impl Pack<'_, '_> {
             let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
             for pair in 0..N {
                 let j = step * SIDE + 2 * pair;
+                if a.packed {
+                    (j..j + 2).for_each(|j| a.v.data.ask(value(j + AHEAD), a.dv));
+                }
                 let even = if j < count { a.v.data.row(value(j), even) } else { &[] };
                 let odd = if j + 1 < count { a.v.data.row(value(j + 1), odd) } else { &[] };
                 for a in 0..across {
@@ -361,6 +370,9 @@ impl Block<'_, '_> {
                 // SAFETY: the caller's promise.
                 unsafe { put_row(&[], i, depth, tiles) };
                 continue;
+            }
+            if a.packed {
+                Kept::F32(a.q.data).ask(a.q.at(self.lead, self.head, query + AHEAD), d);
             }
             let q = &a.q.data[a.q.at(self.lead, self.head, query) * d..][..d];
             let row = &mut row[..d];
