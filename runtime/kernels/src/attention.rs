@@ -334,7 +334,7 @@ impl Task for Head<'_, '_> {
             return;
         }
         // SAFETY: the caller's promise.
-        unsafe { self.packed::<L>() };
+        unsafe { self.in_panels::<L>() };
     }
 }
 
@@ -365,7 +365,7 @@ impl Head<'_, '_> {
     /// # Safety
     /// As [`Task::run`].
     #[inline(always)]
-    unsafe fn packed<L: Lanes>(mut self) {
+    unsafe fn in_panels<L: Lanes>(mut self) {
         let (a, d, dv, keys) = (self.a, self.a.d, self.a.dv, self.run.keys.clone());
         let (q, kv_head) = (self.queries(), self.head / (a.heads / a.kv_heads));
         let t = keys.len();

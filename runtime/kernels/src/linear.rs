@@ -256,7 +256,7 @@ struct Product<'a, W> {
     first_panel: usize,
 }
 
-/// Columns of the output `[m, n]` that belong to one thread, a panel's at a time.
+/// The output `[m, n]`, of which threads have different parts: columns of products, runs of heads of attention.
 #[derive(Clone, Copy)]
 pub(crate) struct OutColumns {
     data: *mut f32,
@@ -264,7 +264,7 @@ pub(crate) struct OutColumns {
     n: usize,
 }
 
-// SAFETY: threads use disjoint columns (see `Kernels::linear`).
+// SAFETY: what threads read and write of it is disjoint, as callers of its unsafe functions promise.
 unsafe impl Send for OutColumns {}
 // SAFETY: as above.
 unsafe impl Sync for OutColumns {}
@@ -281,37 +281,29 @@ impl OutColumns {
         self.n
     }
 
-    /// Place of the first element and number of elements.
-    #[inline(always)]
-    fn range(self, row: usize, column: usize) -> (usize, usize) {
-        let (at, width) = (row * self.n + column, N.min(self.n - column));
-        assert!(at + width <= self.len);
-        (at, width)
-    }
-
-    /// Elements from `column` on, zeros after the last column.
-    ///
-    /// # Safety
-    /// No other thread uses these columns.
-    #[inline(always)]
-    pub(crate) unsafe fn read(self, row: usize, column: usize) -> [f32; N] {
-        let (at, width) = self.range(row, column);
-        // SAFETY: in bounds by the assertion; no other thread has these columns.
-        unsafe {
-            let from = self.data.add(at);
-            if width == N {
-                return from.cast::<[f32; N]>().read_unaligned();
-            }
-            std::array::from_fn(|i| if i < width { from.add(i).read() } else { 0.0 })
-        }
-    }
-
     /// Place of `width` elements from `column` on, which are there.
     #[inline(always)]
     pub(crate) fn place(self, row: usize, column: usize, width: usize) -> *mut f32 {
         let at = row * self.n + column;
         assert!(column + width <= self.n && at + width <= self.len);
         self.data.wrapping_add(at)
+    }
+
+    /// Elements from `column` on, zeros after the last column.
+    ///
+    /// # Safety
+    /// No other thread uses these elements.
+    #[inline(always)]
+    pub(crate) unsafe fn read(self, row: usize, column: usize) -> [f32; N] {
+        let width = N.min(self.n - column);
+        let from = self.place(row, column, width);
+        // SAFETY: in bounds, as `place` says; no other thread has these columns.
+        unsafe {
+            if width == N {
+                return from.cast::<[f32; N]>().read_unaligned();
+            }
+            std::array::from_fn(|i| if i < width { from.add(i).read() } else { 0.0 })
+        }
     }
 
     /// Writes these elements from `column` on.
@@ -331,16 +323,11 @@ impl OutColumns {
     /// As [`Self::read`].
     #[inline(always)]
     pub(crate) unsafe fn write(self, row: usize, column: usize, values: &[f32; N]) {
-        let (at, width) = self.range(row, column);
-        // SAFETY: in bounds by the assertion; no other thread has these columns.
-        unsafe {
-            let to = self.data.add(at);
-            if width == N {
-                to.cast::<[f32; N]>().write_unaligned(*values);
-            } else {
-                values.iter().take(width).enumerate().for_each(|(i, v)| to.add(i).write(*v));
-            }
-        }
+        let width = N.min(self.n - column);
+        // A length that the compiler knows, mostly.
+        let values = if width < N { &values[..width] } else { values };
+        // SAFETY: the caller's promise.
+        unsafe { self.write_part(row, column, values) };
     }
 
     /// Elements of `bias [n]`, which may be empty, from `column` on; zeros where there are none.

@@ -568,6 +568,34 @@ mod tests {
     }
 
     #[test]
+    fn packed_heads_fit_their_width() {
+        let value = |width: i64| Value { dtype: DType::F32, shape: vec![3.into(), width.into()], place: Place::Slot(0) };
+        let run = |[heads, kv_heads]: [usize; 2], mask, widths: &[i64]| {
+            let kernel = Kernel::PackedAttention { heads, kv_heads, scale: 1.0, mask, bf16: true };
+            let args: Vec<Value> = widths.iter().map(|w| value(*w)).collect();
+            result(&kernel, &args.iter().collect::<Vec<_>>(), &args[0])
+        };
+        let heads_of_4 = |n: i64| Ok((DType::F32, vec![3.into(), (4 * n).into()]));
+        assert_eq!(run([2, 2], Mask::Full, &[24]), heads_of_4(2));
+        assert_eq!(run([4, 2], Mask::Full, &[32, 2, 2]), heads_of_4(4));
+        for (heads, mask, widths, why) in [
+            ([2, 2], Mask::Full, &[24, 2][..], "2 angles or none, got 2"),
+            ([2, 2], Mask::Segments, &[24], "takes 2 operands"),
+            ([2, 2], Mask::Segments, &[24, 3], "operand 3 must be i64"),
+            ([2, 2], Mask::Full, &[25], "no multiple of 6 heads"),
+            ([2, 2], Mask::Full, &[0], "no multiple of 6 heads"),
+            ([usize::MAX, 2], Mask::Full, &[24], "no multiple of"),
+            ([3, 2], Mask::Full, &[28], "heads must be a multiple of kv heads"),
+            ([2, 0], Mask::Full, &[8], "heads must be a multiple of kv heads"),
+            ([2, 2], Mask::Full, &[24, 3, 3], "operand 1 has the wrong shape"),
+            ([2, 2], Mask::Full, &[18, 1, 1], "the width of a head is odd"),
+        ] {
+            let error = run(heads, mask, widths).unwrap_err();
+            assert!(error.contains(why), "{heads:?} {widths:?}: {error}");
+        }
+    }
+
+    #[test]
     fn quantized_weights_are_only_where_kernels_take_them() {
         let linear = |dynamic, w, layout| {
             with_weight(Kernel::Linear { dynamic, act: None }, [("f32", &[3, 40]), (w, &[20, 40]), ("f32", &[3, 20])], layout)

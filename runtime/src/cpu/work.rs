@@ -246,6 +246,8 @@ mod tests {
             value(DType::F32, state(all.clone()), Place::State(0)),
             value(DType::F32, state(all), Place::State(1)),
             value(DType::F32, heads, Place::Slot(3)),
+            value(DType::F32, vec![seq.clone(), Dim::from(32)], Place::Slot(4)),
+            value(DType::F32, vec![seq, Dim::from(16)], Place::Slot(5)),
         ];
         let step = |kernel, args: &[u32], out| Step { kernel, args: args.to_vec(), outs: vec![out], scope: "layer".into() };
         let decl = |name: &str, dtype| StateDecl { name: name.into(), shape: state(Dim::symbol("past")), axis: 2, dtype };
@@ -262,6 +264,7 @@ mod tests {
                     step(Kernel::Embedding, &[1, 0], 2),
                     step(Kernel::Linear { dynamic: true, act: None }, &[2, 3], 4),
                     step(Kernel::Attention { scale: 1.0, mask: Mask::Causal, bf16: true }, &[5, 6, 7], 8),
+                    step(Kernel::PackedAttention { heads: 2, kv_heads: 1, scale: 1.0, mask: Mask::Full, bf16: true }, &[9], 10),
                 ],
             }],
         };
@@ -269,7 +272,8 @@ mod tests {
         let row = 36;
         let on = |seq, past, isa| work(&program, "decoder", &[("seq", seq), ("past", past)].into_iter().collect(), isa, false).unwrap();
         let of = |seq, past| on(seq, past, Isa::Avx2);
-        let [embedding, linear, attention] = &of(3, 7)[..] else { panic!("three steps") };
+        let [embedding, linear, attention, packed] = &of(3, 7)[..] else { panic!("four steps") };
+        assert_eq!((packed.shape, packed.operations, packed.state_bytes), ([2 * 3, 3, 8], 2 * 2 * 3 * 3 * (8 + 8), 0));
         assert_eq!((embedding.op.as_str(), embedding.weight_bytes, embedding.operations), ("embedding", 3 * row, 0));
         assert_eq!((linear.shape, linear.weight_bytes, linear.operations), ([3, 40, 64], 48 * row, 2 * 3 * 40 * 64));
         assert_eq!(
