@@ -832,6 +832,35 @@ mod tests {
         }
     }
 
+    /// Many rows of more columns than a block give what few of them give, which go through no blocks.
+    #[test]
+    fn blocks_of_long_rows_add_up() {
+        let (m, n, k) = (MANY + 1, 70, 2 * BLOCK + 300);
+        let mut seed = 7;
+        let (x, bias) = (floats(&mut seed, m * k), floats(&mut seed, n));
+        for scheme in [Scheme::INT8, Scheme { zero_points: true, ..Scheme::INT8 }, Scheme { group: Some(256), ..Scheme::INT4 }] {
+            let codes = codes(&mut seed, n, k, scheme);
+            let bytes = pack_panels(&codes, k, scheme);
+            let w = Panels::new(Floats::Quant(&bytes, scheme), n, k).unwrap();
+            // With tiles, rows are rounded to another type.
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported() && *i != Isa::Amx) {
+                let product = |rows: Range<usize>| {
+                    let mut out = vec![f32::NAN; rows.len() * n];
+                    let x = &x[rows.start * k..rows.end * k];
+                    Kernels::with_isa(2, isa).unwrap().linear(x, &w, Some(&bias), None, true, &mut out);
+                    out
+                };
+                let many = product(0..m);
+                let size = many.iter().fold(0f32, |size, v| size.max(v.abs()));
+                for few in [0..5, m - 5..m] {
+                    for (a, b) in many[few.start * n..few.end * n].iter().zip(product(few.clone())) {
+                        assert!((a - b).abs() <= 1e-5 * size, "{isa:?}, {scheme:?}: {a} instead of {b}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn numbers_that_are_not_finite_do_no_harm() {
         let k = 40;
