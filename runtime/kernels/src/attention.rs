@@ -12,7 +12,7 @@ use crate::{
     norm::rotate,
 };
 use half::bf16;
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 /// Queries from which packing pays. Fewer are computed one by one, so that the result of one does not depend on their number.
 const PACK: usize = 17;
@@ -341,16 +341,19 @@ impl Task for Head<'_, '_> {
 impl Head<'_, '_> {
     /// The queries `[run, d]`, rotated if they are to be.
     #[inline(always)]
-    fn queries(&self) -> Vec<f32> {
-        let (a, d) = (self.a, self.a.d);
-        let mut q = vec![0.0; self.run.queries.len() * d];
+    fn queries(&self) -> Cow<'_, [f32]> {
+        let (a, d, len) = (self.a, self.a.d, self.run.queries.len() * self.a.d);
+        if !a.packed && a.rotary.is_none() {
+            return Cow::Borrowed(&a.q.data[a.q.at(self.lead, self.head, self.run.queries.start) * d..][..len]);
+        }
+        let mut q = vec![0.0; len];
         for (row, i) in q.chunks_exact_mut(d.max(1)).zip(self.run.queries.clone()) {
             row.copy_from_slice(&a.q.data[a.q.at(self.lead, self.head, i) * d..][..d]);
             if let Some([cos, sin]) = a.angles(self.lead, i) {
                 rotate(row, cos, sin);
             }
         }
-        q
+        Cow::Owned(q)
     }
 
     /// Writes columns of the result of query `i` of the run from `first` on, as many as there are.
@@ -366,11 +369,12 @@ impl Head<'_, '_> {
     /// As [`Task::run`].
     #[inline(always)]
     unsafe fn in_panels<L: Lanes>(mut self) {
+        let scratch = std::mem::take(&mut self.scratch);
         let (a, d, dv, keys) = (self.a, self.a.d, self.a.dv, self.run.keys.clone());
         let (q, kv_head) = (self.queries(), self.head / (a.heads / a.kv_heads));
         let t = keys.len();
         let columns = t.next_multiple_of(N);
-        let (row, rest) = std::mem::take(&mut self.scratch).split_at_mut(d.max(dv));
+        let (row, rest) = scratch.split_at_mut(d.max(dv));
         let (keys_panels, rest) = rest.split_at_mut(columns * d);
         let (value_panels, rest) = rest.split_at_mut(dv.div_ceil(N) * t * N);
         let scores = &mut rest[..BLOCK.min(self.run.queries.len()) * columns];

@@ -532,8 +532,8 @@ impl Block<'_, '_> {
                     let columns = transposed(columns);
                     let width = N.min(dv - a * N);
                     for (i, column) in columns.iter().enumerate().take(rows) {
-                        let [row, first] = self.a.place(self.lead, self.head, self.run.queries.start + first + i);
-                        let to = self.out.place(row, first + a * N, width);
+                        let [row, start] = self.a.place(self.lead, self.head, self.run.queries.start + first + i);
+                        let to = self.out.place(row, start + a * N, width);
                         _mm512_mask_storeu_epi32(to.cast(), u16::MAX >> (N - width), *column);
                     }
                 }
