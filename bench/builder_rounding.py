@@ -3,7 +3,7 @@
 Usage: python builder_rounding.py CHECKPOINT OUT; needs torch and safetensors.
 
 In groups of 32 columns the scale is the number of largest size over -8, as in Q4_0 of llama.cpp, and the rest is rounded to the nearest of
--8 to 7 scales. The copy is in f32, so that vlmc's `int4` finds these very codes and scales.
+-8 to 7 scales. The copy is in f32, so that vlmc's int4g32 finds these very codes and scales.
 """
 
 from __future__ import annotations

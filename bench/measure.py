@@ -32,16 +32,16 @@ class Peer:
 TEXT = ("decode", "prefill-512", "prefill-733", "first-token", "memory-text")
 ALL = (*TEXT, "encode-448", "encode-1344", "memory")
 # onnxruntime-genai running graphs that others made.
-CLIENT = ("onnx-decode", "onnx-prefill-512", "onnx-equal-decode", "onnx-equal-prefill-512")
+CLIENT = ("onnx-decode", "onnx-prefill-512", "onnx-g32-decode", "onnx-g32-prefill-512")
 PEERS = [
-    Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "int4", (*ALL, "equal-accuracy", "lookup")),
+    Peer("llama.cpp Q4_0", "llama.cpp", "4-bit text in groups of 32, bf16 tower", "g32", (*ALL, "equal-accuracy", "lookup")),
     Peer("llama.cpp Q8_0", "llama.cpp", "8-bit text in groups of 32", "int8", TEXT),
-    Peer("OpenVINO GenAI", "openvino", "4-bit text in groups of 128, 8-bit head and tower", "int4", ALL),
-    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "int4", (*TEXT, *CLIENT, "compile", "compile-memory")),
+    Peer("OpenVINO GenAI", "openvino", "4-bit text in groups of 128, 8-bit head and tower", "g32", ALL),
+    Peer("onnxruntime-genai", "onnxruntime-genai", "4-bit text in groups of 32, no tower", "g32", (*TEXT, *CLIENT, "compile", "compile-memory")),
     Peer("mobius", "mobius-onnx", "4-bit text and head, Q4_0 of llama.cpp, no tower", "onnx-genai", CLIENT),
-    Peer("torch", "torch", "bf16", "int4", ALL),
+    Peer("torch", "torch", "bf16", "g32", ALL),
     Peer("torch.onnx", "torch.onnx", "f32 tower for pictures of this size", "onnx", ("onnx-encode-448",)),
-    Peer("vlmc int4", "vlmc", "as vlmc's", "int4", ("context",)),
+    Peer("vlmc g32", "vlmc", "as vlmc's", "g32", ("context",)),
 ]
 
 
@@ -64,7 +64,7 @@ def measure_peer(place: Place, vlmc: Path, peer: Peer, rows: list[str], threads:
 
 def in_client(place: Place, tool: str, model: Path, threads: int, rows: list[str]) -> dict[str, float]:
     """What a client makes of ONNX graphs, whoever made them."""
-    kinds = {row.removeprefix("onnx-").removeprefix("equal-"): row for row in rows}
+    kinds = {row.removeprefix("onnx-").removeprefix("g32-"): row for row in rows}
     measured = last_json(run([place.python(tool), HERE / "worker.py", tool, model, str(threads), "1", *kinds]))
     return {kinds[kind]: value for kind, value in measured.items()}
 
@@ -186,12 +186,13 @@ def onnxruntime(place: Place) -> dict[str, str] | None:
 
 def accuracy(place: Place, vlmc: Path) -> dict[str, dict]:
     """What policies of vlmc cost a small model that was trained: `vlmc eval` against the same model without quantization."""
-    variants = {quant: (setup.TRAINED, quant, []) for quant in ("none", "q4_0", "int4", "equal")}
+    variants = {quant: (setup.TRAINED, quant, []) for quant in ("none", "q4_0", "g32", "int4")}
+    variants["equal"] = (setup.TRAINED, "equal", ["--calibrate", setup.TRAINED / "calibration.jsonl"])
     env = onnxruntime(place)
     if place.model("onnxruntime-genai").exists():
         # By its search vlmc finds the codes and scales of numbers that are rounded already.
-        variants["onnx-builder"] = (setup.rounded_by_builder(place), "int4", setup.ONNX_CPU)
-        variants |= {f"onnx-{quant}": (setup.TRAINED, quant, setup.ONNX_CPU) for quant in ("int4", "equal")}
+        variants["onnx-builder"] = (setup.rounded_by_builder(place), "g32", setup.ONNX_CPU)
+        variants |= {f"onnx-{quant}": (setup.TRAINED, quant, setup.ONNX_CPU) for quant in ("g32", "int4")}
     artifacts = {name: setup.compile(place, vlmc, *variant, f"trained-{name}") for name, variant in variants.items()}
     data = ["--reference", artifacts.pop("none"), "--data", setup.TRAINED / "heldout.jsonl", "--max-new-tokens", "16", "--json"]
     scores = {name: last_json(run([vlmc, "eval", artifact, *data], env)) for name, artifact in artifacts.items()}
@@ -213,7 +214,7 @@ def first(question: str) -> list[str]:
 
 def count_tokens(place: Place, vlmc: Path, question: str = SHORTEST) -> int:
     """How many tokens vlmc's answer to a question follows on; the peers get as many."""
-    return last_json(run([vlmc, "run", place.artifact("int4"), *first(question)]))["prompt_tokens"]
+    return last_json(run([vlmc, "run", place.artifact("g32"), *first(question)]))["prompt_tokens"]
 
 
 def last_json(finished: Finished) -> dict:

@@ -29,10 +29,10 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
 
 - **decode**: 64 tokens, one by one, after a prompt of one token. **prefill**: a prompt's tokens per second, up to the first token
   of the answer. **encode**: a picture through the vision tower.
-- **no less accurate**: vlmc's `equal` weights (`onnx-equal` in ONNX graphs), of which a token reads fewer bytes than of the peer's; what
-  they cost is below.
+- vlmc's weights `g32` have the groups of llama.cpp's Q4_0, 32, and so the same 4.5 bits. **no less accurate**: `equal`, `--quant int4` with 3
+  bits in half of each layer, of which a token reads fewer bytes than of the peer's. What they cost is below.
 - **prompt lookup**: after a prompt that quotes itself, vlmc with `--prompt-lookup`, whose answer is the same as without, and llama.cpp
-  after as many tokens. vlmc's weights are `quoting`: `int4`, and one layer such that the answer quotes the prompt 20 tokens at a time,
+  after as many tokens. vlmc's weights are `quoting`: `g32`, and one layer such that the answer quotes the prompt 20 tokens at a time,
   with one of its own between (`bench/quoting.py`).
 - **weights and cache read**: `vlmc bench` after 4096 tokens beside the same after 128: above 0.87, a token costs at most 15 % more than its
   bytes.
@@ -40,10 +40,9 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
   question; for OpenVINO, onnxruntime-genai and torch without the time that Python and imports take.
 - **peak memory**: the largest resident set of the process, mapped files included.
 - **vlmc's graphs in the same client**: onnxruntime-genai runs what its own builder made of the text model, or what mobius made of it from
-  llama.cpp's Q4_0, and what vlmc made with `--target onnx-cpu --layout genai`. `onnx-genai` is `--quant int4`, with groups of 32 as the builder
-  and Q4_0 have them: a token reads as many bytes, by the same kernel. `onnx-equal` has groups of 128 in the layers, and so fewer bytes of
-  scales, 4.25 bits per weight instead of 5; searched scales make up for it, by mean KL and answers (below, beside `onnx-builder`). The
-  tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32 for pictures of this size. **checkpoint to ONNX
+  llama.cpp's Q4_0, and what vlmc made with `--target onnx-cpu --layout genai`. `onnx-genai` is `--quant int4`, whose groups of 128 in the
+  layers have fewer bytes of scales, 4.25 bits per weight instead of 5; searched scales make up for it, by mean KL and answers (below, beside
+  `onnx-builder`). `onnx-g32` has groups of 32, as the builder and Q4_0: a token reads as many bytes, by the same kernel. The tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32 for pictures of this size. **checkpoint to ONNX
   graphs**: the builder makes the text model, vlmc text model and tower.
 - **of the limit**: of this machine's bandwidth (decode) or arithmetic (prefill, encode), measured by `vlmc bench` in the same run.
 """
@@ -101,12 +100,14 @@ def table(results: dict, threads: int) -> str:
 
 WEIGHTS = {
     "q4_0": "layers in 4 bits in groups of 32, rounded to the nearest, as Q4_0 of llama.cpp; head in 8 bits, for its 6",
-    "int4": "layers and head in 4 bits in groups of 32, searched scales",
-    "equal": "layers in 4 bits in groups of 128, head in groups of 32, searched scales",
+    "g32": "layers and head in 4 bits in groups of 32, searched scales",
+    "int4": "`--quant int4`: layers in 4 bits in groups of 128, head in groups of 32, searched scales",
+    "equal": "`int4`, and gate and up projections in 3 bits in groups of 128, calibrated on 48 other pictures (in the rows of speed above they are not: "
+    "random weights have nothing to be calibrated on)",
     "onnx-builder": "in ONNX Runtime, where scales are f32: layers and head with the codes and scales of onnxruntime-genai's builder, groups of 32, "
     "5 bits per weight",
-    "onnx-int4": "the same with the codes and scales of `int4`, as in `onnx-genai`",
-    "onnx-equal": "the same with those of `equal`: 4.25 bits per weight of a layer, 5 of the head",
+    "onnx-g32": "the same with the codes and scales of `g32`",
+    "onnx-int4": "the same with those of `int4`, as in `onnx-genai`: 4.25 bits per weight of a layer, 5 of the head",
 }
 
 

@@ -140,8 +140,8 @@ def main() -> None:
     place = Place(args.work.resolve())
     place.root.mkdir(parents=True, exist_ok=True)
     peers = [peer for peer in PEERS if peer.tool in args.peers]
-    # `int4` tells how many tokens a prompt has.
-    artifacts = {"int4"} | {row.artifact or peer.quant for peer in peers for row in args.rows if row.name in peer.rows}
+    # `g32` tells how many tokens a prompt has.
+    artifacts = {"g32"} | {row.artifact or peer.quant for peer in peers for row in args.rows if row.name in peer.rows}
     vlmc = setup.vlmc(place, args.vlmc and args.vlmc.resolve(), artifacts)
     not_set_up = setup.peers(place, args.peers)
     file = place.root / "results.json"

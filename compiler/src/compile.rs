@@ -281,7 +281,7 @@ impl Model {
             if needed && self.found.is_empty() {
                 return Err(Error::Uncalibrated(name.clone()));
             }
-            let wanted = *calibration == Calibration::Gptq || *calibration == Calibration::Optional && scheme.bits == 4;
+            let wanted = *calibration == Calibration::Gptq || *calibration == Calibration::Optional && scheme.bits < 8;
             if wanted && !self.found.is_empty() && !self.found.has(name, *scheme) {
                 missed.push(name.clone());
             }

@@ -9,20 +9,24 @@ use vlmc_tests::quantization::{Bench, Way};
 const MARKS: [&str; 2] = ["<!-- table: begin -->\n", "<!-- table: end -->\n"];
 
 const SMOOTH: &str = "base = \"int8\"\n[[rule]]\nweights = \"visual.blocks.*\"\nscheme = \"int8\"\nmethod = \"smooth\"\n";
+const ALL_G32: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\n";
 /// Of the layers alone: the head in 8 bits.
 const G32: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\n";
 const ROUND: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"round\"\n";
 const G64: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g64\"\n";
 const G128: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g128\"\n";
 const AWQ: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32\"\nmethod = \"awq\"\n";
+const THREE: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*.{gate,up}_proj.weight\"\nscheme = \"int3g128\"\n";
 const ZEROS: &str = "base = \"int8\"\n[[rule]]\nweights = \"model.layers.*\"\nscheme = \"int4g32z\"\n";
 
-const ROWS: [(&str, Way); 17] = [
+const ROWS: [(&str, Way); 19] = [
     ("none", Way::Policy("none")),
     ("int8", Way::Policy("int8")),
     ("int8, tower smoothed (SmoothQuant)", Way::Calibrated(SMOOTH)),
-    ("int4: decoder and head in groups of 32", Way::Policy("int4")),
+    ("int4: layers in groups of 128, head of 32", Way::Policy("int4")),
     ("the same, calibrated (GPTQ)", Way::Calibrated("int4")),
+    ("layers and head in groups of 32", Way::Policy(ALL_G32)),
+    ("the same, calibrated", Way::Calibrated(ALL_G32)),
     ("layers in 4 bits, groups of 32, round to nearest", Way::Policy(ROUND)),
     ("layers in Q4_0 of llama.cpp", Way::Q4_0),
     ("layers in 4 bits, groups of 32, searched scales", Way::Policy(G32)),
@@ -37,6 +41,13 @@ const ROWS: [(&str, Way); 17] = [
     ("auto, 4.5 bits per weight, calibrated", Way::Budget(4.5)),
 ];
 
+/// Where 3 bits are read.
+const CPU_ROWS: [(&str, Way); 3] = [
+    ("int4, and gate and up in 3 bits", Way::Policy(THREE)),
+    ("the same, calibrated", Way::Calibrated(THREE)),
+    ("auto, 3.8 bits per weight, calibrated", Way::Budget(3.8)),
+];
+
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let mut targets: Vec<&str> = args.iter().map(String::as_str).filter(|a| *a != "--update").collect();
@@ -48,8 +59,9 @@ fn main() {
         let bench = Bench::new(target, None);
         let _ = write!(table, "\n`{target}`:\n\n| weights | bits per weight | MB | right of 300 | as without | mean KL | largest KL |\n");
         table += "|---|---|---|---|---|---|---|\n";
-        for (name, way) in ROWS {
-            let o = bench.run(way);
+        let more = if target == "cpu" { &CPU_ROWS[..] } else { &[] };
+        for (name, way) in ROWS.iter().chain(more) {
+            let o = bench.run(*way);
             let bits = o.bits_per_weight.map_or("-".into(), |b| format!("{b:.2}"));
             let megabytes = o.weight_bytes as f64 / 1e6;
             let s = o.score;

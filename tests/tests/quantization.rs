@@ -9,7 +9,7 @@ use vlmc::{
     verify::Request,
 };
 use vlmc_ir::Scheme;
-use vlmc_passes::quantize::{Part, Policy, parts};
+use vlmc_passes::quantize::{Choice, Part, Policy, parts};
 use vlmc_runtime::Tensors;
 use vlmc_tests::{
     cases, compile, exec_case, fixture, floats,
@@ -82,15 +82,15 @@ fn shapes_vl_onnx_cpu() {
 fn budgets() {
     let dir = fixture("shapes-vl");
     let data = samples::read(&dir.join("calibration.jsonl"), Some(8)).unwrap();
-    let choose = |budget: f64, calibrated: bool| {
+    let choose = |target: &str, budget: f64, calibrated: bool| {
         let model = Model::open(&dir).unwrap();
         let requests = if calibrated { requests(&model, &data).unwrap() } else { vec![] };
-        model.within_budget(vlmc_tests::target("onnx-cpu"), budget, &requests, &|_| {})
+        model.within_budget(vlmc_tests::target(target), budget, &requests, &|_| {})
     };
     for calibrated in [true, false] {
         let mut errors = vec![];
         for budget in [4.3, 5.0, 6.5] {
-            let found = choose(budget, calibrated).unwrap();
+            let found = choose("onnx-cpu", budget, calibrated).unwrap();
             assert!(found.bits_per_weight <= budget && found.bits_per_weight > budget - 0.25, "{} of {budget}", found.bits_per_weight);
             let overall = bits_per_weight(&found.model, "onnx-cpu", &found.policy).unwrap();
             assert!((overall - found.bits_per_weight).abs() < 1e-9, "{overall} instead of {}", found.bits_per_weight);
@@ -102,8 +102,11 @@ fn budgets() {
         }
         assert!(errors.is_sorted_by(|a, b| a > b), "{errors:?}");
     }
-    let error = choose(3.0, false).err().unwrap().to_string();
-    assert!(error.contains("a budget of 3 bits per weight is too small: the least is 4.1"), "{error}");
+    // 3 bits are for the target that reads them.
+    for (target, least) in [("onnx-cpu", "4.1"), ("cpu", "3.")] {
+        let error = choose(target, 3.0, false).err().unwrap().to_string();
+        assert!(error.contains(&format!("a budget of 3 bits per weight is too small: the least is {least}")), "{error}");
+    }
 }
 
 #[test]
@@ -176,8 +179,8 @@ fn rounding(model: &Model) -> Policy {
     let int4 = Policy::named("int4").unwrap();
     let mut text = String::from("base = \"int4\"\n");
     for (name, part) in parts(&program) {
-        if int4.choice(&name, part).is_some_and(|c| c.scheme == Scheme::INT4) {
-            text += &format!("[[rule]]\nweights = \"{name}\"\nscheme = \"int4g32\"\nmethod = \"round\"\n");
+        if let Some(Choice { scheme: scheme @ Scheme { bits: 4, .. }, .. }) = int4.choice(&name, part) {
+            text += &format!("[[rule]]\nweights = \"{name}\"\nscheme = \"{scheme}\"\nmethod = \"round\"\n");
         }
     }
     policy(&text)
@@ -202,6 +205,23 @@ fn random_models_onnx_cpu() {
 #[test]
 fn random_models_cpu() {
     random_models("cpu");
+}
+
+/// Half of a decoder in 3 bits and the rest in 4, calibrated, costs less than all of it in llama.cpp's 4.5.
+#[test]
+fn three_bits() {
+    const THREE: &str = "base = \"int4\"\n[[rule]]\nweights = \"model.layers.*.{gate,up}_proj.weight\"\nscheme = \"int3g128\"\n";
+    let bench = Bench::new("cpu", None);
+    let [three, q4_0, plain] = [Way::Calibrated(THREE), Way::Q4_0, Way::Policy("none")].map(|way| bench.run(way));
+    assert!(three.score.mean_kl > 0.0 && three.score.mean_kl < q4_0.score.mean_kl, "{three:?} {q4_0:?}");
+    assert!(plain.score.right <= three.score.right + 6 && three.weight_bytes < q4_0.weight_bytes, "{three:?} {plain:?}");
+    // Other targets leave these layers as they are.
+    let out = tempfile::tempdir().unwrap();
+    let model = Model::open(&fixture("shapes-vl")).unwrap();
+    let report = vlmc_tests::compile_with(&model, "onnx-cpu", &policy(THREE), &out.path().join("a")).unwrap();
+    let warned =
+        report.warnings.iter().any(|w| w.contains("8 weights are not quantized: no operator of ONNX or ONNX Runtime reads 3 bits"));
+    assert!(warned, "{:?}", report.warnings);
 }
 
 #[test]

@@ -100,7 +100,7 @@ fn quantized_artifacts_agree() {
             let errors: Vec<f64> = mlp.map(|n| n.local.unwrap().relative).collect();
             assert!(errors.len() == 12 && errors.iter().all(|e| expected.contains(e)), "{target}: {errors:?}");
             // A norm is stored exactly, whatever the rest is.
-            edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.02));
+            edit(&out, "model.layers.2.input_layernorm.weight", |w| w.iter_mut().for_each(|v| *v *= 1.05));
             assert_eq!(verified(&out, "shapes-vl").first_wrong().map(|n| n.layer()), Some("model.layers.2".into()), "{target}");
         }
     }

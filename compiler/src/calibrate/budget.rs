@@ -10,8 +10,8 @@ use vlmc_passes::{
     quantize::{Calibration, Choice, Part, Policy},
 };
 
-/// What a weight may be kept in: 4.125, 4.5 and 8 bits, and a little more for scales of rows.
-const SCHEMES: [Scheme; 3] = [Scheme { bits: 4, group: Some(128), zero_points: false }, Scheme::INT4, Scheme::INT8];
+/// What a weight may be kept in: 3.125 (where the target reads that), 4.125, 4.5 and 8 bits, and a little more for scales of rows.
+const SCHEMES: [Scheme; 4] = [Scheme::INT3G128, Scheme::INT4G128, Scheme::INT4, Scheme::INT8];
 
 /// A policy within a budget.
 pub struct Budgeted {
@@ -33,11 +33,14 @@ impl Model {
     /// # Errors
     /// As [`Model::calibrate`], or the budget is too small.
     pub fn within_budget(self, target: &Target, budget: f64, requests: &[Request], progress: &dyn Fn(&str)) -> Result<Budgeted> {
-        let candidates = |_: &str, part: Part| match part {
+        let schemes = |part: Part| match part {
             Part::First | Part::Router | Part::Table => vec![],
-            Part::Decoder | Part::Experts | Part::Head | Part::Tower => {
-                SCHEMES.map(|s| Choice { calibration: Calibration::Gptq, ..Choice::new(s, true) }).to_vec()
-            }
+            // Towers compute more than they read, and of a head in 4 bits half is read.
+            Part::Head | Part::Tower => SCHEMES[1..].to_vec(),
+            Part::Decoder | Part::Experts => SCHEMES.to_vec(),
+        };
+        let candidates = |_: &str, part: Part| {
+            schemes(part).into_iter().map(|s| Choice { calibration: Calibration::Gptq, ..Choice::new(s, true) }).collect()
         };
         let (model, report) = if requests.is_empty() {
             self.measure(target, &candidates, progress)?
@@ -152,10 +155,10 @@ mod tests {
 
     #[test]
     fn the_sensitive_keep_more_bits() {
-        let of = |errors: [f64; 3]| SCHEMES.iter().zip(errors).map(|(s, error)| Measured { scheme: *s, error }).collect::<Vec<_>>();
-        let report: Report =
-            [("a".to_string(), of([0.2, 0.1, 0.01])), ("b".to_string(), of([0.02, 0.01, 0.001])), ("c".to_string(), of([0.5, 0.4, 0.02]))]
-                .into();
+        let of = |errors: [f64; 4]| SCHEMES.iter().zip(errors).map(|(s, error)| Measured { scheme: *s, error }).collect::<Vec<_>>();
+        let report: Report = [("a", [0.4, 0.2, 0.1, 0.01]), ("b", [0.04, 0.02, 0.01, 0.001]), ("c", [1.0, 0.5, 0.4, 0.02])]
+            .map(|(n, e)| (n.to_string(), of(e)))
+            .into();
         let shape = |_: &String| &[64usize, 1280][..];
         let names = |budget: f64| {
             let alone: Vec<Vec<&String>> = report.keys().map(|name| vec![name]).collect();
@@ -163,14 +166,15 @@ mod tests {
             assert!(bits <= budget, "{bits} of {budget}");
             chosen.values().map(|s| s.to_string()).collect::<Vec<_>>()
         };
-        assert_eq!(names(4.2), ["int4g128", "int4g128", "int4g128"]);
-        assert_eq!(names(4.3), ["int4g128", "int4g128", "int4g32"]);
+        assert_eq!(names(3.2), ["int3g128", "int3g128", "int3g128"]);
+        assert_eq!(names(3.5), ["int3g128", "int3g128", "int4g128"]);
+        assert_eq!(names(4.2), ["int4g32", "int3g128", "int4g32"]);
         assert_eq!(names(5.6), ["int4g32", "int4g128", "int8"]);
         assert_eq!(names(9.0), ["int8", "int8", "int8"]);
         let together = [report.keys().take(2).collect::<Vec<_>>(), report.keys().skip(2).collect()];
         let (chosen, _) = choose(&report, &together, shape, 5.7).unwrap();
         assert_eq!(chosen.into_values().map(|s| s.to_string()).collect::<Vec<_>>(), ["int4g32", "int4g32", "int8"]);
         let error = choose(&report, &together, shape, 3.0).unwrap_err().to_string();
-        assert!(error.contains("4.125"), "{error}");
+        assert!(error.contains("3.125"), "{error}");
     }
 }

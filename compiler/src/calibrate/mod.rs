@@ -185,7 +185,7 @@ pub fn chosen(policy: &Policy) -> impl Fn(&str, Part) -> Vec<Choice> + '_ {
     |name, part| {
         let choice = policy.choice(name, part).and_then(|c| {
             let calibration = match c.calibration {
-                Calibration::Optional if c.scheme.bits == 4 => Calibration::Gptq,
+                Calibration::Optional if c.scheme.bits < 8 => Calibration::Gptq,
                 Calibration::Optional | Calibration::Unused => return None,
                 explicit => explicit,
             };

@@ -141,14 +141,14 @@ struct CompileArgs {
     /// Directory of LoRA adapters (PEFT) to merge into the weights
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
-    /// Pictures and prompts to find 4-bit codes for (GPTQ): a directory of files a.png and a.txt, or a list (.jsonl) of {"image": ...,
+    /// Pictures and prompts to find codes of 3 and 4 bits for (GPTQ): a directory of files a.png and a.txt, or a list (.jsonl) of {"image": ...,
     /// "prompt": ..., "answer": ...}. A few dozen that are like what the model will be asked will do; answers help.
     #[arg(long, value_name = "PATH")]
     calibrate: Option<PathBuf>,
     /// With --quant auto, bits per weight of linear layers and experts, scales counted: 4.5 or 4.5bpw
     ///
-    /// Each gets 4 bits with a scale per 128 or per 32 columns, or 8 bits, by how much the error of its output (with --calibrate), or
-    /// of its weights, falls per bit.
+    /// Each gets 4 bits with a scale per 128 or per 32 columns, or 8 bits (a decoder's also 3 bits, target cpu only), by how much the
+    /// error of its output (with --calibrate), or of its weights, falls per bit.
     #[arg(long, value_name = "BITS", value_parser = bits_per_weight)]
     budget: Option<f64>,
     /// Add the contrastive losses as entries, for pairs of towers (CLIP, SigLIP)
@@ -193,9 +193,9 @@ struct TargetArgs {
     target: String,
     /// Quantization of the weights: none, int8, int4, auto (by --budget, only to compile), or a file of rules
     ///
-    /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder in 4 bits with a scale per 32
-    /// columns, towers as int8. Norms, biases, positions, convolutions, routers and what reads the request's pixels
-    /// stay as they are. A file in TOML names weights by patterns: see the README.
+    /// int8: 8 bits with a scale per row, and activations rounded to 8 bits. int4: a decoder in 4 bits with a scale per 128
+    /// columns, head and table of tokens per 32; towers as int8. Norms, biases, positions, convolutions, routers and what reads
+    /// the request's pixels stay as they are. A file in TOML names weights by patterns: see the README.
     #[arg(long, default_value = "none", value_name = "POLICY")]
     quant: String,
     /// What ONNX graphs for GPUs compute in [default: f16]
@@ -442,7 +442,7 @@ fn quantized(args: &CompileArgs, model: compile::Model) -> Result<(compile::Mode
     let (model, report) = model.calibrate(target, &chosen(&policy), &requests, &progress)?;
     bar.finish_and_clear();
     if report.is_empty() && !target.static_activations {
-        bail!("--calibrate finds codes of 4 bits, but --quant {} has none for this model and target", args.target.quant);
+        bail!("--calibrate finds codes of fewer than 8 bits, but --quant {} has none for this model and target", args.target.quant);
     }
     Ok((model, policy))
 }

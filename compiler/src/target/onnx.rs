@@ -14,6 +14,11 @@ pub(crate) const NARROW_SCALES_OPSET: i64 = 19;
 /// First operator set with `Gelu`.
 pub(crate) const GELU_OPSET: i64 = 20;
 
+/// Why a weight of that scheme is not run, if no operator reads it.
+pub(super) fn unread(scheme: Scheme) -> Option<Support> {
+    (scheme.bits == 3).then(|| Support::Reject(format!("no operator of ONNX or ONNX Runtime reads 3 bits ({scheme})")))
+}
+
 /// Operators of the standard, and nothing else.
 pub(super) fn standard(target: &Target, op: &Op, args: &[Type]) -> Support {
     if let Some(t) = args.iter().find(|t| t.dtype.scheme().is_none() && !known(target, t.dtype)) {
@@ -104,7 +109,11 @@ pub(super) fn in_eights(t: &Type) -> bool {
 
 /// Those of the standard, and ONNX Runtime's own.
 pub(super) fn runtime(target: &Target, op: &Op, args: &[Type]) -> Support {
-    match (op, args.iter().find_map(|t| t.dtype.scheme())) {
+    let scheme = args.iter().find_map(|t| t.dtype.scheme());
+    if let Some(refused) = scheme.and_then(unread) {
+        return refused;
+    }
+    match (op, scheme) {
         // MatMulNBits.
         (Op::Linear(o), Some(_)) if o.act.is_none() => return Support::Native,
         // GatherBlockQuantized.

@@ -22,7 +22,11 @@ pub(super) const TARGET: Target = Target {
 const BLOCKS_OPSET: i64 = 21;
 
 fn supports(target: &Target, op: &Op, args: &[Type]) -> Support {
-    match (op, args.iter().find_map(|t| t.dtype.scheme())) {
+    let scheme = args.iter().find_map(|t| t.dtype.scheme());
+    if let Some(refused) = scheme.and_then(onnx::unread) {
+        return refused;
+    }
+    match (op, scheme) {
         // DequantizeLinear before the product.
         (Op::Linear(_), Some(scheme)) if scheme.zero_points => {
             Support::Reject(format!("TensorRT reads symmetric codes only, and {scheme} has zero points"))

@@ -29,7 +29,7 @@ pub enum Part {
 pub enum Calibration {
     /// Nothing.
     Unused,
-    /// If there are any, [`Self::Gptq`] for 4 bits.
+    /// If there are any, [`Self::Gptq`] for fewer than 8 bits.
     Optional,
     /// Codes that keep outputs ([`super::gptq`]).
     Gptq,
@@ -101,7 +101,7 @@ impl Choice {
 pub const BUILT_IN: [(&str, &str); 3] = [
     ("none", "weights as in the checkpoint"),
     ("int8", "8 bits with a scale per row, and activations rounded to 8 bits"),
-    ("int4", "a decoder in 4 bits with a scale per 32 columns; towers as int8"),
+    ("int4", "a decoder in 4 bits with a scale per 128 columns, head and table of tokens per 32; towers as int8"),
 ];
 
 impl Policy {
@@ -119,7 +119,8 @@ impl Policy {
             "int4" => |part| match part {
                 Part::First | Part::Router => None,
                 Part::Tower => Some(Choice::new(Scheme::INT8, true)),
-                Part::Decoder | Part::Experts | Part::Head | Part::Table => Some(Choice::new(Scheme::INT4, true)),
+                Part::Decoder | Part::Experts => Some(Choice::new(Scheme::INT4G128, true)),
+                Part::Head | Part::Table => Some(Choice::new(Scheme::INT4, true)),
             },
             other => return Err(PolicyError::Unknown(other.into())),
         };

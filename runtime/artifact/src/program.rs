@@ -47,8 +47,10 @@ pub enum Layout {
     /// Of a quantized type: bytes `[ceil(n/16), panel_bytes]` ([`crate::quant::panel_bytes`]). A panel is a run of groups of
     /// columns; a group has the scales of its 16 rows (`f16`, or `f32` where the group is the whole row), their zero points
     /// if the scheme has them (`u8`), and blocks of codes, 4 bytes of each row: 4 columns at 8 bits; 8 columns at 4 bits, of
-    /// which columns 0 to 3 are the low halves of the bytes, and 4 to 7 the high ones. A last block that is not full ends
-    /// in zero bits.
+    /// which columns 0 to 3 are the low halves of the bytes, and 4 to 7 the high ones. At 3 bits 32 columns are a run of three blocks: the
+    /// first has columns 0 to 3 in bits 0 to 2 of the bytes, 4 to 7 in bits 3 to 5, and the low two bits of 24 to 27 in bits 6 and 7; the
+    /// second the same of 8 to 11, 12 to 15, and 28 to 31; the third has 16 to 19, 20 to 23, and the high bits of 24 to 27 in bit 6 and of
+    /// 28 to 31 in bit 7. A last block or run that is not full ends in zero bits.
     Panel16,
     /// Quantized matrix `[n, k]` whose largest product can be found from half the bits of its codes: the upper planes of all panels,
     /// then the lower ones, `u8[ceil(n/16), panel_bytes]` together ([`crate::quant::split_planes`]).

@@ -27,7 +27,7 @@ pub(crate) trait Ints: Copy {
     unsafe fn sub_16(self, o: Self) -> Self;
     /// Products of signed 16 bits each, divided by 2^15 and rounded; those of -2^15 with itself excluded.
     unsafe fn mul_round_16(self, o: Self) -> Self;
-    /// `self` + the products of a lane's four unsigned bytes of `codes`, of which only the low `BITS` (4 or 8) bits are set,
+    /// `self` + the products of a lane's four unsigned bytes of `codes`, of which only the low `BITS` (3, 4 or 8) bits are set,
     /// with the four signed bytes of `x`, -128 excluded.
     unsafe fn dot<const BITS: u8>(self, codes: Self, x: i32) -> Self;
     unsafe fn to_f32(self) -> Self::Floats;
@@ -186,7 +186,7 @@ mod x86 {
                 if VNNI {
                     return Self(_mm512_dpbusd_epi32(self.0, codes.0, x));
                 }
-                let sums = if BITS == 4 {
+                let sums = if BITS <= 4 {
                     // Two products are at most 2 * 15 * 127, so 16 bits hold them.
                     _mm512_madd_epi16(_mm512_maddubs_epi16(codes.0, x), _mm512_set1_epi16(1))
                 } else {
@@ -217,7 +217,7 @@ mod x86 {
                 if VNNI {
                     return _mm256_dpbusd_avx_epi32(sum, codes, x);
                 }
-                let sums = if BITS == 4 {
+                let sums = if BITS <= 4 {
                     // Two products are at most 2 * 15 * 127, so 16 bits hold them.
                     _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1))
                 } else {

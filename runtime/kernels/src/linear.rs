@@ -413,10 +413,10 @@ impl Task for Gates {
     }
 }
 
-/// Whether rows that are rounded are multiplied in tiles.
+/// Whether rows that are rounded are multiplied in tiles, which codes of 3 bits are not brought to.
 #[cfg(target_arch = "x86_64")]
-fn in_tiles(isa: Isa, rows: usize) -> bool {
-    isa == Isa::Amx && rows >= amx::MIN_ROWS
+fn in_tiles(isa: Isa, scheme: Scheme, rows: usize) -> bool {
+    isa == Isa::Amx && rows >= amx::MIN_ROWS && scheme.bits != 3
 }
 
 impl Isa {
@@ -424,7 +424,7 @@ impl Isa {
     pub fn linear_arithmetic(self, scheme: Option<Scheme>, dynamic: bool, rows: usize, k: usize) -> Arithmetic {
         match scheme {
             #[cfg(target_arch = "x86_64")]
-            Some(scheme) if dynamic && in_tiles(self, rows) && !amx::in_integers(Grid::new(scheme, k)) => Arithmetic::Bf16,
+            Some(scheme) if dynamic && in_tiles(self, scheme, rows) && !amx::in_integers(Grid::new(scheme, k)) => Arithmetic::Bf16,
             Some(_) if dynamic => Arithmetic::Int8,
             _ => Arithmetic::F32,
         }
@@ -434,8 +434,8 @@ impl Isa {
 impl Kernels {
     /// `x [m, k]` times `w [n, k]` transposed, plus `bias [n]` and then through `act` if there are such, to `out [m, n]`. With
     /// `dynamic`, `x` is rounded to 8 bits first, as [`vlmc_artifact::program::Kernel::Linear`] says. Of many rows, where small groups
-    /// would take as long to bring together as to multiply, `x` and numbers of 4 bits are rounded to 8 bits with a scale for 256
-    /// columns, or with AMX to bf16.
+    /// would take as long to bring together as to multiply, `x` and numbers of 3 or 4 bits are rounded to 8 bits with a scale for 256
+    /// columns, or with AMX (4 bits) to bf16.
     ///
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
@@ -506,7 +506,7 @@ impl Kernels {
                 if dynamic {
                     let mut words = self.take_scratch();
                     #[cfg(target_arch = "x86_64")]
-                    if in_tiles(self.isa, m) {
+                    if in_tiles(self.isa, scheme, m) {
                         self.tile_product(x, m, grid, &mut words, pieces);
                         self.give_scratch(words);
                         return;

@@ -24,7 +24,7 @@ impl Task for Quantize<'_> {
     unsafe fn run<L: Lanes>(self) -> Codes {
         let Self { rows, k, scheme, method } = self;
         let len = scheme.group_len(k);
-        let searched = method == Method::Search && scheme.bits == 4 && !scheme.zero_points && len <= LONGEST;
+        let searched = method == Method::Search && scheme.bits < 8 && !scheme.zero_points && len <= LONGEST;
         // Columns are loaded four at a time.
         if !searched || !len.is_multiple_of(4) || !k.is_multiple_of(len) || !rows.len().is_multiple_of(k) {
             // The definition itself, which compilers vectorise well; being the same operations in the same order, every instruction
@@ -37,7 +37,7 @@ impl Task for Quantize<'_> {
         let mut columns = [[0.0; N]; LONGEST];
         for (x, codes) in blocks {
             // SAFETY: the caller's promise.
-            let Some(scales) = (unsafe { search::<L>(x, &mut columns[..len]) }) else {
+            let Some(scales) = (unsafe { search::<L>(x, &mut columns[..len], scheme) }) else {
                 let plain = Codes::of(x, len, scheme, method);
                 codes.copy_from_slice(&plain.codes);
                 out.scales.extend(plain.scales);
@@ -58,14 +58,14 @@ const LONGEST: usize = 256;
 /// Between these, codes that are looked for can neither overflow nor lose bits.
 const SANE: std::ops::RangeInclusive<f32> = 1e-30..=1e30;
 
-/// The scales, before they are kept, that [`Method::Search`] chooses for 16 groups with 4 bits: what `quant::choose_scale` computes,
+/// The scales, before they are kept, that [`Method::Search`] chooses for 16 groups: what `quant::choose_scale` computes,
 /// by the same operations but for those that cannot change the result, for 16 groups at once. `None` if there are not 16 groups, or
 /// numbers that are too large, too small or none.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn search<L: Lanes>(x: &[f32], columns: &mut [[f32; N]]) -> Option<[f32; N]> {
+unsafe fn search<L: Lanes>(x: &[f32], columns: &mut [[f32; N]], scheme: Scheme) -> Option<[f32; N]> {
     let len = columns.len();
     if x.len() != N * len {
         return None;
@@ -85,7 +85,7 @@ unsafe fn search<L: Lanes>(x: &[f32], columns: &mut [[f32; N]]) -> Option<[f32; 
     // numbers that were 16-bit floats are.
     let exact = bits.iter().all(|b| b & 0b111 == 0);
     // SAFETY: the caller's promise.
-    unsafe { if exact { search_columns::<L, true>(columns) } else { search_columns::<L, false>(columns) } }
+    unsafe { if exact { search_columns::<L, true>(columns, scheme) } else { search_columns::<L, false>(columns, scheme) } }
 }
 
 /// 16 rows, one after another, to as many columns as there are.
@@ -131,7 +131,7 @@ fn transpose4(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn search_columns<L: Lanes, const EXACT: bool>(columns: &[[f32; N]]) -> Option<[f32; N]> {
+unsafe fn search_columns<L: Lanes, const EXACT: bool>(columns: &[[f32; N]], scheme: Scheme) -> Option<[f32; N]> {
     // SAFETY: the caller's promise.
     unsafe {
         let splat = |v: f32| L::splat(v);
@@ -150,11 +150,13 @@ unsafe fn search_columns<L: Lanes, const EXACT: bool>(columns: &[[f32; N]]) -> O
             }
         }
         let peak = L::load(&peaks);
+        let middle = f32::from(scheme.middle());
+        let (least, most) = (splat(-middle), splat(middle - 1.0));
         // Sums of x * y and y * y for codes y, by candidate.
         let (mut xys, mut yys) = ([[0f32; N]; PEAKS.len()], [[0f32; N]; PEAKS.len()]);
         const HALF: usize = PEAKS.len() / 2;
         for i in 0..HALF {
-            let size = PEAKS[HALF + i];
+            let size = PEAKS[HALF + i] * (middle / 8.0);
             let inverse = splat(size).div(peak);
             let magic = splat(MAGIC);
             let sums = |(xy, yy): (L, L), x: L, y: L| {
@@ -166,25 +168,25 @@ unsafe fn search_columns<L: Lanes, const EXACT: bool>(columns: &[[f32; N]]) -> O
             // The candidate of the other sign has the same codes with the other sign, which is not taken from the products but from
             // their sum.
             let (mut plus, mut minus) = (zero, zero);
-            if size < 7.5 {
+            if size < middle - 0.5 {
                 for x in columns {
                     let x = L::load(x);
                     plus = sums(plus, x, x.mul(inverse).add(magic).sub(magic));
                 }
                 minus = plus;
-            } else if size < 8.5 {
+            } else if size < middle + 0.5 {
                 for x in columns {
                     let x = L::load(x);
                     let y = x.mul(inverse).add(magic).sub(magic);
-                    plus = sums(plus, x, y.min(splat(7.0)));
-                    minus = sums(minus, x, y.max(splat(-7.0)));
+                    plus = sums(plus, x, y.min(most));
+                    minus = sums(minus, x, y.max(splat(1.0 - middle)));
                 }
             } else {
                 for x in columns {
                     let x = L::load(x);
                     let y = x.mul(inverse).add(magic).sub(magic);
-                    plus = sums(plus, x, y.min(splat(7.0)).max(splat(-8.0)));
-                    minus = sums(minus, x, y.min(splat(8.0)).max(splat(-7.0)));
+                    plus = sums(plus, x, y.min(most).max(least));
+                    minus = sums(minus, x, y.min(splat(middle)).max(splat(1.0 - middle)));
                 }
             }
             plus.0.store(&mut xys[HALF + i]);
@@ -238,9 +240,9 @@ mod tests {
     proptest! {
         #[test]
         fn all_instruction_sets_choose_alike(
-            x in prop::collection::vec(-3f32..3.0, 1..300), k in 1usize..100, scheme in 0usize..6, search: bool,
+            x in prop::collection::vec(-3f32..3.0, 1..300), k in 1usize..100, scheme in 0usize..7, search: bool,
         ) {
-            let scheme: Scheme = ["int4g32", "int4g16z", "int8", "int8g64", "int4", "int8z"][scheme].parse().unwrap();
+            let scheme: Scheme = ["int4g32", "int4g16z", "int8", "int8g64", "int4", "int8z", "int3g64"][scheme].parse().unwrap();
             let method = if search { Method::Search } else { Method::Round };
             let x = &x[..x.len() / k * k];
             let plain = Codes::of(x, k, scheme, method);
@@ -254,9 +256,9 @@ mod tests {
         fn searching_many_groups_is_searching_each(
             mut x in prop::collection::vec(number(), 40 * 64), narrow: bool, size in -44f32..37.0, groups in 1usize..40, len in 0usize..3,
             odd in prop::option::of((0usize..40 * 64, prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::MAX, 1e-42, 1e30]))),
-            zeros in 0usize..40,
+            zeros in 0usize..40, bits in 3u8..5,
         ) {
-            let len = [16, 32, 64][len];
+            let len = [32, 64, 16][if bits == 3 { len % 2 } else { len }];
             x.iter_mut().for_each(|v| *v *= 10f32.powf(size));
             x[zeros * len..(zeros + 1) * len].fill(0.0);
             if narrow {
@@ -265,7 +267,7 @@ mod tests {
             if let Some((at, v)) = odd {
                 x[at] = v;
             }
-            let scheme = Scheme { group: Some(len as u16), ..Scheme::INT4 };
+            let scheme = Scheme { bits, group: Some(len as u16), zero_points: false };
             let x = &x[..groups * len];
             // Not-a-number differs from itself, and its sign may be either.
             let bits = |c: Codes| (c.codes, c.scales.iter().map(|s| if s.is_nan() { None } else { Some(s.to_bits()) }).collect::<Vec<_>>(), c.zeros);

@@ -22,7 +22,7 @@ use std::ops::Range;
 use vlmc_artifact::{
     Scheme,
     program::{PANEL, Unary},
-    quant::{block_len, panel_bytes},
+    quant::{RUN, code_at, code_blocks, panel_bytes},
 };
 
 /// Most columns of a segment, and columns of a block of them: sums of so many products of 255 * 127 are far from 2^31, codes of
@@ -109,7 +109,7 @@ impl Grid {
     /// The segments of a panel.
     #[inline(always)]
     pub(crate) fn segments_of(self, panel: &[u8]) -> Segments<'_> {
-        Segments::new(self, panel, block_len(self.scheme))
+        Segments::new(self, panel, |columns| code_blocks(self.scheme, columns))
     }
 
     /// Segment `i` of a panel.
@@ -122,39 +122,32 @@ impl Grid {
         segments.nth(within).unwrap_or_default()
     }
 
-    /// What `m` rows are multiplied with if they are many: the matrix itself, or, of small groups of 4 bits, its numbers rounded to 8
-    /// bits with a scale for [`WIDE`] columns, which changes them by at most a 254th of the largest number of 4 bits among these.
+    /// What `m` rows are multiplied with if they are many: the matrix itself, or, of small groups of fewer bits, its numbers rounded to
+    /// 8 bits with a scale for [`WIDE`] columns, which changes them by at most a 254th of the largest number among these.
     /// `None` for few rows, and for small groups of 8 bits, which would lose what they are for.
     fn wide(self, m: usize) -> Option<Self> {
         let wide = Scheme { bits: 8, group: Some(WIDE as u16), zero_points: false };
         match self.scheme.bits {
             _ if m < MANY => None,
             _ if self.scheme.group_len(self.k) >= WIDE.min(self.k) => Some(self),
-            4 => Some(Self::new(wide, self.k)),
-            _ => None,
+            8 => None,
+            _ => Some(Self::new(wide, self.k)),
         }
     }
 
     /// Row `r` of a panel.
     pub(crate) fn row(self, panel: &[u8], r: usize, out: &mut [f32]) {
-        let block = block_len(self.scheme);
         for (i, segment) in self.segments_of(panel).enumerate() {
-            let bytes = |c: usize| segment.codes[c / block][4 * r + c % 4];
-            self.numbers(&segment, r, bytes, &mut out[self.columns(i)]);
+            self.numbers(&segment, r, |c| code_at(self.scheme, segment.codes, r, c), &mut out[self.columns(i)]);
         }
     }
 
-    /// Numbers of row `r` of a segment; the code of column `c` is in the byte `byte(c)`.
-    fn numbers(self, segment: &Segment<'_>, r: usize, byte: impl Fn(usize) -> u8, out: &mut [f32]) {
+    /// Numbers of row `r` of a segment; the code of column `c` is `code(c)`.
+    fn numbers(self, segment: &Segment<'_>, r: usize, code: impl Fn(usize) -> u8, out: &mut [f32]) {
         let scale = segment.scale(r);
         let zero = segment.zeros.map_or(self.scheme.middle(), |z| z[r]);
         for (c, out) in out.iter_mut().enumerate() {
-            let code = match (self.scheme.bits, c % block_len(self.scheme)) {
-                (4, 0..4) => byte(c) & 15,
-                (4, _) => byte(c) >> 4,
-                _ => byte(c),
-            };
-            *out = scale * f32::from(i16::from(code) - i16::from(zero));
+            *out = scale * f32::from(i16::from(code(c)) - i16::from(zero));
         }
     }
 
@@ -165,10 +158,17 @@ impl Grid {
         rows * (self.vectors() + 2 * self.segments())
     }
 
-    /// Vectors of codes of a row: whole blocks of 8 columns, so that they serve either number of bits.
+    /// Vectors of codes of a row.
     #[inline(always)]
     fn vectors(self) -> usize {
-        self.k.div_ceil(2 * WORD) * 2
+        self.vectors_of(self.k)
+    }
+
+    /// Vectors of codes of so many columns: whole blocks of 8 columns, so that they serve 4 and 8 bits, or whole runs.
+    #[inline(always)]
+    fn vectors_of(self, columns: usize) -> usize {
+        let whole = if self.scheme.bits == 3 { RUN } else { 2 * WORD };
+        columns.div_ceil(whole) * (whole / WORD)
     }
 }
 
@@ -186,13 +186,13 @@ pub(crate) struct Segments<'a> {
 }
 
 impl<'a> Segments<'a> {
-    /// Of a panel with a block of codes for `block` columns.
+    /// Of a panel with so many blocks of codes for columns.
     #[inline(always)]
-    fn new(grid: Grid, panel: &'a [u8], block: usize) -> Self {
+    fn new(grid: Grid, panel: &'a [u8], blocks: impl Fn(usize) -> usize) -> Self {
         let scale_bytes = PANEL * grid.scheme.scale_bytes();
         let zero_bytes = if grid.scheme.zero_points { PANEL } else { 0 };
-        let group_bytes = scale_bytes + zero_bytes + grid.scheme.group_len(grid.k).div_ceil(block) * 4 * PANEL;
-        Self { rest: panel, group: Segment::default(), group_bytes, scale_bytes, zero_bytes, blocks: grid.segment_len().div_ceil(block) }
+        let group_bytes = scale_bytes + zero_bytes + blocks(grid.scheme.group_len(grid.k)) * 4 * PANEL;
+        Self { rest: panel, group: Segment::default(), group_bytes, scale_bytes, zero_bytes, blocks: blocks(grid.segment_len()) }
     }
 }
 
@@ -280,6 +280,29 @@ unsafe fn halves<I: Ints>(both: I) -> [I; 2] {
     unsafe {
         let mask = I::splat(0x0f0f_0f0f);
         [both.and(mask), both.shift_right::<4>().and(mask)]
+    }
+}
+
+/// Words 0 to 7 of the codes of a run of 3 bits, 4 columns each.
+///
+/// # Safety
+/// The CPU has the instruction set of `I`.
+#[inline(always)]
+unsafe fn eighths<I: Ints>([a, b, c]: [I; 3]) -> [I; RUN / WORD] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (all, low, high) = (I::splat(0x0707_0707), I::splat(0x0303_0303), I::splat(0x0404_0404));
+        let [d, e, f] = [a.shift_right::<3>(), b.shift_right::<3>(), c.shift_right::<3>()];
+        [
+            a.and(all),
+            d.and(all),
+            b.and(all),
+            e.and(all),
+            c.and(all),
+            f.and(all),
+            a.shift_right::<6>().and(low).add(c.shift_right::<4>().and(high)),
+            b.shift_right::<6>().and(low).add(c.shift_right::<5>().and(high)),
+        ]
     }
 }
 
@@ -418,6 +441,7 @@ impl<const R: usize> IntTask for Few<'_, R> {
         // SAFETY: the caller's promise.
         unsafe {
             match self.piece.grid.scheme.bits {
+                3 => self.products::<I, 3>(),
                 4 => self.products::<I, 4>(),
                 _ => self.products::<I, 8>(),
             }
@@ -453,8 +477,8 @@ impl<const R: usize> Few<'_, R> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [I::Floats::load(bias); R];
-            // Whole blocks of 8 columns, of which the last one of a row may lack some.
-            let xs = codes.chunks(2 * grid.segment_len().div_ceil(2 * WORD));
+            // Of the last segment of a row there may be fewer.
+            let xs = codes.chunks(grid.vectors_of(grid.segment_len()));
             for (((segment, x), corrections), scales) in grid.segments_of(panel).zip(xs).zip(corrections).zip(scales) {
                 let mut products = [I::splat(0); R];
                 for r in 0..R {
@@ -486,7 +510,15 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
     unsafe {
         let mut others = [I::splat(0); R];
         let ((pairs, rest), (xs, x_rest)) = (codes.as_chunks::<2>(), x.as_chunks::<2>());
-        if BITS == 4 {
+        if BITS == 3 {
+            for (run, x) in codes.as_chunks::<3>().0.iter().zip(x.as_chunks::<{ RUN / WORD }>().0) {
+                run.iter().for_each(prefetch_for::<R>);
+                let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
+                for (codes, x) in codes.as_chunks::<2>().0.iter().zip(x.as_chunks::<2>().0) {
+                    multiply::<I, BITS, R>(sums, &mut others, *codes, x);
+                }
+            }
+        } else if BITS == 4 {
             for (block, x) in codes.iter().zip(xs) {
                 prefetch_for::<R>(block);
                 multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), x);
@@ -600,7 +632,12 @@ unsafe fn widen<I: Ints>(scheme: Scheme, segment: &Segment<'_>, out: &mut [f32])
         let scales = segment.scales::<I::Floats>();
         let zeros = segment.zeros.map_or_else(|| I::splat(i32::from(scheme.middle())), |z| Segment::zeros::<I>(z));
         let out = out.as_chunks_mut::<N>().0;
-        if scheme.bits == 4 {
+        if scheme.bits == 3 {
+            for (run, out) in segment.codes.as_chunks::<3>().0.iter().zip(out.chunks_mut(RUN)) {
+                let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
+                codes.into_iter().zip(out.chunks_mut(WORD)).for_each(|(codes, out)| widen_word(codes, zeros, scales, out));
+            }
+        } else if scheme.bits == 4 {
             for (block, out) in segment.codes.iter().zip(out.chunks_mut(2 * WORD)) {
                 let [low, high] = halves(I::load(block));
                 let (first, second) = out.split_at_mut(WORD.min(out.len()));
@@ -663,7 +700,7 @@ mod tests {
     use proptest::prelude::*;
     use vlmc_artifact::{
         program::{Layout, Unary},
-        quant::{Codes, Method, pack_panels},
+        quant::{Codes, GROUPS, Method, pack_panels},
     };
 
     fn floats(state: &mut u32, n: usize) -> Vec<f32> {
@@ -693,8 +730,10 @@ mod tests {
     }
 
     fn scheme() -> impl Strategy<Value = Scheme> {
-        let group = prop_oneof![Just(None), prop::sample::select(vec![16u16, 32, 64, 128, 256]).prop_map(Some)];
-        (prop_oneof![Just(4u8), Just(8)], group, any::<bool>()).prop_map(|(bits, group, zero_points)| Scheme { bits, group, zero_points })
+        let group = prop::option::of(prop::sample::select(&GROUPS));
+        (prop::sample::select(vec![3u8, 4, 8]), group, any::<bool>())
+            .prop_map(|(bits, group, zero_points)| Scheme { bits, group, zero_points })
+            .prop_filter("3 bits lie in runs", |s| s.bits != 3 || s.group != Some(16))
     }
 
     proptest! {
@@ -772,7 +811,7 @@ mod tests {
             let x_steps: Vec<f32> = x.chunks(k).flat_map(|row| row.chunks(run).map(|x| largest(x) / 127.0).collect::<Vec<_>>()).collect();
             let of_groups: Vec<f32> = codes.scales.iter().zip(&codes.zeros)
                 .map(|(scale, zero)| scale.abs() * f32::from((*zero).max(scheme.max_code() - zero)) / 127.0).collect();
-            let merged = scheme.bits == 4 && group < WIDE;
+            let merged = scheme.bits < 8 && group < WIDE;
             let steps: Vec<f32> = of_groups.chunks(scheme.groups(k)).flat_map(|row| row.chunks(run / group).map(largest).collect::<Vec<_>>())
                 .map(|step| if merged { step } else { 0.0 }).collect();
             let dense = codes.dequantize(k, scheme);

@@ -1,14 +1,14 @@
-//! Products of many rows of rounded `x`: the codes of a block of segments are unpacked once for all of them. Small groups of 4 bits
+//! Products of many rows of rounded `x`: the codes of a block of segments are unpacked once for all of them. Small groups of 3 or 4 bits
 //! become longer ones of 8 bits then, whose sums are brought together more seldom.
 
-use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, halves, prefetch_far};
+use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, eighths, halves, prefetch_far};
 use crate::{
     ints::Ints,
     isa::IntTask,
     lanes::{Lanes, N, prefetch},
 };
 use std::ops::Range;
-use vlmc_artifact::{Scheme, program::PANEL};
+use vlmc_artifact::{Scheme, program::PANEL, quant::RUN};
 
 /// Panels that rows are multiplied with at once: as many sums as there are registers for, and four products for each word of `x` that
 /// is loaded.
@@ -50,7 +50,13 @@ impl Unpacked {
                 }
                 let segment = grid.segment(panel, i);
                 segment.scales::<I::Floats>().store(scales);
-                if grid.scheme.bits == 4 {
+                if grid.scheme.bits == 3 {
+                    for (to, from) in codes.as_chunks_mut::<{ RUN / WORD }>().0.iter_mut().zip(segment.codes.as_chunks::<3>().0) {
+                        from.iter().for_each(prefetch_far);
+                        let codes = eighths([I::load(&from[0]), I::load(&from[1]), I::load(&from[2])]);
+                        to.iter_mut().zip(codes).for_each(|(to, codes)| codes.store(to));
+                    }
+                } else if grid.scheme.bits == 4 {
                     for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
                         prefetch_far(from);
                         let [low, high] = halves(I::load(from));
@@ -71,15 +77,15 @@ impl Unpacked {
     }
 }
 
-/// Rounds the numbers of small groups of 4 bits to 8 bits, of middle 128, with one scale for each row of the panel: the least that
+/// Rounds the numbers of small groups of 3 or 4 bits to 8 bits, of middle 128, with one scale for each row of the panel: the least that
 /// holds all numbers that codes can stand for.
 ///
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
 unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes: &mut [[u8; 4 * PANEL]], scales: &mut [f32; N]) {
-    /// Bits behind the point of a group's scale in steps of the common one, which is below 16, and of a code.
-    const POINTS: [u32; 2] = [11, 4];
+    // Bits behind the point of a group's scale in steps of the common one, which is below 16 (32 with 3 bits), and of a code: 15 together.
+    let points = [u32::from(grid.scheme.bits) + 7, 8 - u32::from(grid.scheme.bits)];
     let len = grid.segment_len();
     let groups = || (columns.start / len..columns.end.div_ceil(len)).map(|i| grid.segment(panel, i));
     let middle = [grid.scheme.middle(); PANEL];
@@ -93,17 +99,29 @@ unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes:
             common = common.max(scale.max(I::Floats::splat(0.0).sub(scale)));
         }
         common.mul(I::Floats::splat(1.0 / 127.0)).store(scales);
-        let inverse = I::Floats::splat(127.0 * (1 << POINTS[0]) as f32).div(common.max(I::Floats::splat(f32::MIN_POSITIVE)));
+        let inverse = I::Floats::splat(127.0 * (1 << points[0]) as f32).div(common.max(I::Floats::splat(f32::MIN_POSITIVE)));
         let mut to = codes.as_chunks_mut::<2>().0.iter_mut();
         for group in groups() {
             let mut steps = [0.0; N];
             group.scales::<I::Floats>().mul(inverse).round().store(&mut steps);
             let steps = pairs::<I>(steps.map(|step| step as i32));
-            let zeros = pairs::<I>(group.zeros.unwrap_or(&middle).map(|zero| i32::from(zero) << POINTS[1]));
+            let zeros = pairs::<I>(group.zeros.unwrap_or(&middle).map(|zero| i32::from(zero) << points[1]));
+            let scale = Rescale { zeros, steps };
+            if grid.scheme.bits == 3 {
+                for run in group.codes.as_chunks::<3>().0 {
+                    run.iter().for_each(prefetch_far);
+                    let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
+                    for (codes, to) in codes.as_chunks::<2>().0.iter().zip(&mut to) {
+                        for (codes, to) in codes.iter().zip(to) {
+                            scale.bytes(codes.shift_left::<5>(), codes.shift_right::<3>()).store(to);
+                        }
+                    }
+                }
+                continue;
+            }
             for (from, to) in group.codes.iter().zip(&mut to) {
                 prefetch_far(from);
                 let codes = I::load(from);
-                let scale = Rescale { zeros, steps };
                 scale.bytes(codes.shift_left::<4>(), codes.shift_right::<4>()).store(&mut to[0]);
                 scale.bytes(codes, codes.shift_right::<8>()).store(&mut to[1]);
             }
@@ -119,7 +137,7 @@ struct Rescale<I> {
 }
 
 impl<I: Ints> Rescale<I> {
-    /// Bytes of 128 + the numbers of codes in bits 4 to 7 of each 16 of `even` and `odd`.
+    /// Bytes of 128 + the numbers of codes that end with bit 7 of each 16 of `even` and `odd`.
     ///
     /// # Safety
     /// The CPU has the instruction set of `I`.
