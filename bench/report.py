@@ -42,8 +42,8 @@ times better vlmc is: above 1, vlmc is ahead. Numbers are medians, with the leas
 - **vlmc's graphs in the same client**: onnxruntime-genai runs what its own builder made of the text model, or what mobius made of it from
   llama.cpp's Q4_0, and what vlmc made with `--target onnx-cpu --layout genai`. `onnx-genai` is `--quant int4`, whose groups of 128 in the
   layers have fewer bytes of scales, 4.25 bits per weight instead of 5; searched scales make up for it, by mean KL and answers (below, beside
-  `onnx-builder`). `onnx-g32` has groups of 32, as the builder and Q4_0: a token reads as many bytes, by the same kernel. The tower of these graphs, in 8 bits, is beside one that torch.onnx exported in f32 for pictures of this size. **checkpoint to ONNX
-  graphs**: the builder makes the text model, vlmc text model and tower.
+  `onnx-builder`). `onnx-g32` has groups of 32, as the builder and Q4_0: a token reads as many bytes, by the same kernel. The tower of these
+  graphs, in 8 bits, is beside one that torch.onnx exported in f32 for pictures of this size. **checkpoint to ONNX graphs**: the builder makes the text model, vlmc text model and tower.
 - **of the limit**: of this machine's bandwidth (decode) or arithmetic (prefill, encode), measured by `vlmc bench` in the same run.
 """
 
