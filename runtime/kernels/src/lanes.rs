@@ -29,8 +29,10 @@ pub(crate) trait Lanes: Copy {
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
     /// To the nearest integer.
     unsafe fn round(self) -> Self;
-    /// `2^self` for integers from -126 to 127.
-    unsafe fn exp2i(self) -> Self;
+    /// `self 2^n` for integers `n` from -126 to 127.
+    unsafe fn scale(self, n: Self) -> Self;
+    /// `1 / self` to about 1 ulp, for normal numbers from 1 to `2^126`.
+    unsafe fn reciprocal(self) -> Self;
     /// The nearest integers, of two the even one, from -127 to 127.
     unsafe fn store_i8(self, a: &mut [i8; N]);
     unsafe fn sum(self) -> f32;
@@ -58,7 +60,7 @@ pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
             p = p.mul_add(r, s(c));
         }
         let y = p.mul_add(r.mul(r), r).add(s(1.0));
-        y.mul(n.exp2i())
+        y.scale(n)
     }
 }
 
@@ -140,8 +142,12 @@ impl Lanes for Scalar {
         Self(self.0.map(f32::round_ties_even))
     }
     #[inline(always)]
-    unsafe fn exp2i(self) -> Self {
-        Self(self.0.map(|v| f32::from_bits(((v as i32 + 127) as u32) << 23)))
+    unsafe fn scale(self, n: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * f32::from_bits(((n.0[i] as i32 + 127) as u32) << 23)))
+    }
+    #[inline(always)]
+    unsafe fn reciprocal(self) -> Self {
+        Self(self.0.map(f32::recip))
     }
     #[inline(always)]
     unsafe fn store_i8(self, a: &mut [i8; N]) {
@@ -233,10 +239,15 @@ mod x86 {
             unsafe { Self(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT }>(self.0)) }
         }
         #[inline(always)]
-        unsafe fn exp2i(self) -> Self {
+        unsafe fn scale(self, n: Self) -> Self {
+            unsafe { Self(_mm512_scalef_ps(self.0, n.0)) }
+        }
+        #[inline(always)]
+        unsafe fn reciprocal(self) -> Self {
             unsafe {
-                let n = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
-                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+                // To 14 bits; a step of Newton's method doubles that.
+                let near = _mm512_rcp14_ps(self.0);
+                Self(_mm512_mul_ps(near, _mm512_fnmadd_ps(self.0, near, _mm512_set1_ps(2.0))))
             }
         }
         #[inline(always)]
@@ -365,14 +376,18 @@ mod x86 {
             unsafe { Self(_mm256_round_ps::<MODE>(self.0), _mm256_round_ps::<MODE>(self.1)) }
         }
         #[inline(always)]
-        unsafe fn exp2i(self) -> Self {
+        unsafe fn scale(self, n: Self) -> Self {
             unsafe {
-                let one = |v: __m256| {
-                    let n = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
+                let one = |v: __m256, n: __m256| {
+                    let n = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                    _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n)))
                 };
-                Self(one(self.0), one(self.1))
+                Self(one(self.0, n.0), one(self.1, n.1))
             }
+        }
+        #[inline(always)]
+        unsafe fn reciprocal(self) -> Self {
+            unsafe { Self(_mm256_div_ps(_mm256_set1_ps(1.0), self.0), _mm256_div_ps(_mm256_set1_ps(1.0), self.1)) }
         }
         #[inline(always)]
         unsafe fn store_i8(self, a: &mut [i8; N]) {

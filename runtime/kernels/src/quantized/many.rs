@@ -7,7 +7,7 @@ use crate::{
     isa::IntTask,
     lanes::{Lanes, N, prefetch},
 };
-use std::ops::Range;
+use std::{cell::RefCell, ops::Range};
 use vlmc_artifact::{Scheme, program::PANEL, quant::RUN};
 
 /// Panels that rows are multiplied with at once: as many sums as there are registers for, and four products for each word of `x` that
@@ -22,7 +22,13 @@ pub(super) struct Matrix<'a> {
     pub(super) x: &'a [i32],
 }
 
+thread_local! {
+    /// [`PANELS`] panels that a thread has unpacked: to make room for them anew for each piece would take a fortieth of the time.
+    static UNPACKED: RefCell<Vec<Unpacked>> = const { RefCell::new(vec![]) };
+}
+
 /// A block of segments of a panel, a byte for each code.
+#[derive(Clone)]
 struct Unpacked {
     codes: [[u8; 4 * PANEL]; BLOCK / WORD],
     scales: [[f32; N]; BLOCK / WIDE],
@@ -186,7 +192,9 @@ impl Matrix<'_> {
     #[inline(always)]
     unsafe fn products<I: Ints, const BITS: u8, const ZEROS: bool>(self) {
         let Self { piece, wide, x } = self;
-        let mut unpacked = [Unpacked::EMPTY; PANELS];
+        // Taken, since what follows may not be in a closure: closures are not compiled for the instruction set.
+        let mut unpacked = UNPACKED.take();
+        unpacked.resize(PANELS, Unpacked::EMPTY);
         for (p, panels) in piece.panels.chunks(PANELS * piece.bytes()).enumerate() {
             let column = (piece.first_panel + PANELS * p) * N;
             for block in wide.blocks() {
@@ -199,8 +207,8 @@ impl Matrix<'_> {
                     let tile = IntTile { piece: &piece, wide, x, block: block.clone(), first_row: b * ROWS, column };
                     // SAFETY: the caller's promise.
                     unsafe {
-                        if panels.len() == PANELS && I::MANY_REGISTERS {
-                            tile.compute::<I, BITS, ZEROS, PANELS, ROWS>(&unpacked, 0);
+                        if let (PANELS, Some(unpacked)) = (panels.len(), unpacked.first_chunk().filter(|_| I::MANY_REGISTERS)) {
+                            tile.compute::<I, BITS, ZEROS, PANELS, ROWS>(unpacked, 0);
                             continue;
                         }
                         for (i, unpacked) in unpacked.iter().enumerate().take(panels.len()) {
@@ -213,6 +221,7 @@ impl Matrix<'_> {
                 }
             }
         }
+        UNPACKED.set(unpacked);
     }
 }
 
