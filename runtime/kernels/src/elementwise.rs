@@ -106,7 +106,7 @@ unsafe fn sigmoid<L: Lanes>(x: L) -> L {
 }
 
 /// `2^r` for `|r| <= 1/2`, from the highest power on.
-const EXP2: [f32; 6] = [0.0013264727, 0.0096715127, 0.055507337, 0.24022242, 0.69314698, 1.0];
+const EXP2: [f32; 6] = [1.326_472_7e-3, 9.671_513e-3, 5.550_733_7e-2, 0.240_222_42, std::f32::consts::LN_2, 1.0];
 
 /// `act(a) * b` of two slices.
 pub(crate) struct Gate<'a> {

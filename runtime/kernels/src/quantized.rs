@@ -151,8 +151,8 @@ impl Grid {
         }
     }
 
-    /// 32-bit words of a block of `rows` rows of rounded `x`: codes of whole vectors, then of each segment a scale and what its
-    /// zero takes from a sum.
+    /// 32-bit words of a block of `rows` rows of rounded `x`: codes of whole vectors of each row, then of each segment the rows' scales
+    /// and what their zeros take from a sum.
     #[inline(always)]
     fn words(self, rows: usize) -> usize {
         rows * (self.vectors() + 2 * self.segments())
@@ -311,7 +311,7 @@ struct Round<'a, const R: usize> {
     grid: Grid,
     /// Up to `R` rows.
     x: &'a [f32],
-    /// [`Grid::words`]: codes `[vectors, R]`, scales and corrections `[segments, R]`.
+    /// [`Grid::words`]: codes `[R, vectors]`, scales and corrections `[segments, R]`.
     out: &'a mut [i32],
 }
 
@@ -321,49 +321,42 @@ impl<const R: usize> Task for Round<'_, R> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let Self { grid, x, out } = self;
-        out.fill(0);
         let (codes, rest) = out.split_at_mut(grid.vectors() * R);
         let (scales, corrections) = rest.split_at_mut(grid.segments() * R);
-        let ((codes, _), (scales, _), (corrections, _)) =
-            (codes.as_chunks_mut::<R>(), scales.as_chunks_mut::<R>(), corrections.as_chunks_mut::<R>());
-        let (rows, group) = (x.len() / grid.k, grid.scheme.group_len(grid.k));
-        let row = |r: usize, columns: Range<usize>| &x[r * grid.k..][columns];
+        let ((scales, _), (corrections, _)) = (scales.as_chunks_mut::<R>(), corrections.as_chunks_mut::<R>());
+        let group = grid.scheme.group_len(grid.k);
         let middle = if grid.scheme.zero_points { 1 } else { i32::from(grid.scheme.middle()) };
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (mut inverses, mut steps_of) = ([0.0; R], [0.0; R]);
-            for segment in 0..grid.segments() {
+        let mut rows = x.chunks_exact(grid.k);
+        for (r, codes) in codes.chunks_exact_mut(grid.vectors()).enumerate() {
+            let Some(x) = rows.next() else {
+                codes.fill(0);
+                scales.iter_mut().chain(&mut *corrections).for_each(|of_rows| of_rows[r] = 0);
+                continue;
+            };
+            let codes: &mut [i8] = bytemuck::cast_slice_mut(codes);
+            codes[grid.k..].fill(0);
+            let (mut inverse, mut step) = (0.0, 0.0);
+            for (segment, (scale, correction)) in scales.iter_mut().zip(&mut *corrections).enumerate() {
                 let columns = grid.columns(segment);
-                if columns.start % group == 0 {
-                    for r in 0..rows {
-                        (inverses[r], steps_of[r]) = steps::<L>(row(r, columns.start..grid.k.min(columns.start + group)));
+                // SAFETY: the caller's promise.
+                unsafe {
+                    if columns.start % group == 0 {
+                        (inverse, step) = steps::<L>(&x[columns.start..grid.k.min(columns.start + group)]);
                     }
-                }
-                // Integers below 2^24: sums are exact.
-                let mut sums = [L::splat(0.0); R];
-                // Of all rows at once, since their codes lie beside each other.
-                for at in columns.clone().step_by(N) {
-                    let to = &mut codes[at / WORD..];
-                    for r in 0..rows {
-                        let (x, inverse, mut bytes) = (row(r, at..columns.end), L::splat(inverses[r]), [0; N]);
-                        let words = |bytes: &[i8; N]| {
-                            std::array::from_fn::<_, { N / WORD }, _>(|i| {
-                                i32::from_le_bytes(std::array::from_fn(|j| bytes[WORD * i + j] as u8))
-                            })
-                        };
-                        // Lengths that the compiler knows.
-                        if let (Some(x), Some(to)) = (x.first_chunk::<N>(), to.first_chunk_mut::<{ N / WORD }>()) {
-                            sums[r] = round_to(x, inverse, &mut bytes).add(sums[r]);
-                            to.iter_mut().zip(words(&bytes)).for_each(|(to, word)| to[r] = word);
-                        } else {
-                            sums[r] = round_to(&x[..x.len().min(N)], inverse, &mut bytes).add(sums[r]);
-                            to.iter_mut().zip(words(&bytes)).for_each(|(to, word)| to[r] = word);
-                        }
+                    // Integers below 2^24: sums are exact.
+                    let mut sum = L::splat(0.0);
+                    let (x, codes) = (&x[columns.clone()], &mut codes[columns]);
+                    let ((whole, last), (whole_codes, last_codes)) = (x.as_chunks::<N>(), codes.as_chunks_mut::<N>());
+                    for (x, codes) in whole.iter().zip(whole_codes) {
+                        sum = round_to(x, L::splat(inverse), codes).add(sum);
                     }
-                }
-                for r in 0..rows {
-                    scales[segment][r] = f32::to_bits(steps_of[r]) as i32;
-                    corrections[segment][r] = -middle * sums[r].sum() as i32;
+                    if !last.is_empty() {
+                        let mut codes = [0; N];
+                        sum = round_to(last, L::splat(inverse), &mut codes).add(sum);
+                        last_codes.copy_from_slice(&codes[..last.len()]);
+                    }
+                    scale[r] = f32::to_bits(step) as i32;
+                    correction[r] = -middle * sum.sum() as i32;
                 }
             }
         }
@@ -472,14 +465,18 @@ impl<const R: usize> Few<'_, R> {
     unsafe fn block<I: Ints, const BITS: u8>(grid: Grid, panel: &[u8], x: &[i32], bias: &[f32; N]) -> [[[f32; N]; 1]; R] {
         let (codes, rest) = x.split_at(grid.vectors() * R);
         let (scales, corrections) = rest.split_at(grid.segments() * R);
-        let ((codes, _), (scales, _), (corrections, _)) = (codes.as_chunks(), scales.as_chunks::<R>(), corrections.as_chunks::<R>());
+        let ((scales, _), (corrections, _)) = (scales.as_chunks::<R>(), corrections.as_chunks::<R>());
+        let rows: [&[i32]; R] = std::array::from_fn(|r| &codes[r * grid.vectors()..][..grid.vectors()]);
         let mut values = [[[0.0; N]]; R];
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [I::Floats::load(bias); R];
-            // Of the last segment of a row there may be fewer.
-            let xs = codes.chunks(grid.vectors_of(grid.segment_len()));
-            for (((segment, x), corrections), scales) in grid.segments_of(panel).zip(xs).zip(corrections).zip(scales) {
+            let mut first = 0;
+            for ((segment, corrections), scales) in grid.segments_of(panel).zip(corrections).zip(scales) {
+                // Of the last segment of a row there may be fewer.
+                let end = rows[0].len().min(first + grid.vectors_of(grid.segment_len()));
+                let x = rows.map(|row| &row[first..end]);
+                first = end;
                 let mut products = [I::splat(0); R];
                 for r in 0..R {
                     products[r] = segment.correction(corrections[r]);
@@ -505,32 +502,35 @@ const FEWEST: usize = 3;
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes: &[[u8; 4 * PANEL]], x: &[[i32; R]]) {
-    // SAFETY: the caller's promise.
+unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes: &[[u8; 4 * PANEL]], x: [&[i32]; R]) {
+    // Vectors of codes that there are; the codes of a pair or a run that has fewer are 0.
+    let words = x[0].len();
+    assert!(x.iter().all(|x| x.len() == words));
+    // SAFETY of words of `x`: these are below `words`. Else: the caller's promise.
     unsafe {
+        let pair = |i: usize| x.map(|x| x.as_ptr().add(i).cast::<[i32; 2]>().read_unaligned());
         let mut others = [I::splat(0); R];
-        let ((pairs, rest), (xs, x_rest)) = (codes.as_chunks::<2>(), x.as_chunks::<2>());
         if BITS == 3 {
-            for (run, x) in codes.as_chunks::<3>().0.iter().zip(x.as_chunks::<{ RUN / WORD }>().0) {
+            for (i, run) in codes.as_chunks::<3>().0.iter().enumerate().take(words / (RUN / WORD)) {
                 run.iter().for_each(prefetch_for::<R>);
                 let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
-                for (codes, x) in codes.as_chunks::<2>().0.iter().zip(x.as_chunks::<2>().0) {
-                    multiply::<I, BITS, R>(sums, &mut others, *codes, x);
+                for (j, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
+                    multiply::<I, BITS, R>(sums, &mut others, *codes, pair(RUN / WORD * i + 2 * j));
                 }
             }
         } else if BITS == 4 {
-            for (block, x) in codes.iter().zip(xs) {
+            for (i, block) in codes.iter().enumerate().take(words / 2) {
                 prefetch_for::<R>(block);
-                multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), x);
+                multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), pair(2 * i));
             }
         } else {
-            for (pair, x) in pairs.iter().zip(xs) {
-                pair.iter().for_each(prefetch_for::<R>);
-                multiply::<I, BITS, R>(sums, &mut others, [I::load(&pair[0]), I::load(&pair[1])], x);
+            let (pairs, last) = codes.as_chunks::<2>();
+            for (i, codes) in pairs.iter().enumerate().take(words / 2) {
+                codes.iter().for_each(prefetch_for::<R>);
+                multiply::<I, BITS, R>(sums, &mut others, [I::load(&codes[0]), I::load(&codes[1])], pair(2 * i));
             }
-            let x_last = xs.get(pairs.len()).map(|x| x[0]).or(x_rest.first().copied());
-            if let (Some(codes), Some(x)) = (rest.first(), x_last) {
-                multiply::<I, BITS, R>(sums, &mut others, [I::load(codes), I::splat(0)], &[x, [0; R]]);
+            if let Some(codes) = last.first().filter(|_| 2 * pairs.len() + 1 < words) {
+                multiply::<I, BITS, R>(sums, &mut others, [I::load(codes), I::splat(0)], pair(2 * pairs.len()));
             }
         }
         for (sum, other) in sums.iter_mut().zip(others) {
@@ -544,13 +544,13 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], others: &mut [I; R], codes: [I; 2], x: &[[i32; R]; 2]) {
+unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], others: &mut [I; R], codes: [I; 2], x: [[i32; 2]; R]) {
     for r in 0..R {
         // SAFETY: the caller's promise.
         unsafe {
-            sums[r] = sums[r].dot::<BITS>(codes[0], x[0][r]);
+            sums[r] = sums[r].dot::<BITS>(codes[0], x[r][0]);
             let other = if R <= 2 { &mut others[r] } else { &mut sums[r] };
-            *other = other.dot::<BITS>(codes[1], x[1][r]);
+            *other = other.dot::<BITS>(codes[1], x[r][1]);
         }
     }
 }

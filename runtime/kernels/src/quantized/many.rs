@@ -251,8 +251,7 @@ impl IntTile<'_, '_> {
         let rows = m.saturating_sub(self.first_row + row).min(R);
         let (codes, rest) = self.x.split_at(grid.vectors() * ROWS);
         let (scales, corrections) = rest.split_at(grid.segments() * ROWS);
-        let ((codes, _), (scales, _), (corrections, _)) =
-            (codes.as_chunks::<ROWS>(), scales.as_chunks::<ROWS>(), corrections.as_chunks::<ROWS>());
+        let ((scales, _), (corrections, _)) = (scales.as_chunks::<ROWS>(), corrections.as_chunks::<ROWS>());
         let first = grid.columns(self.block.start).start / WORD;
         // SAFETY: the caller's promise, and this thread has these columns.
         unsafe {
@@ -280,14 +279,15 @@ impl IntTile<'_, '_> {
                         products[r][p] = if ZEROS { Segment::zeros::<I>(&panels[p].zeros[s]).mul(correction) } else { correction };
                     }
                 }
-                let x = &codes[first + vectors.start..first + vectors.end];
+                let count = vectors.len();
+                let x: [&[i32]; R] = std::array::from_fn(|r| &codes[(row + r) * grid.vectors() + first + vectors.start..][..count]);
                 let panel_codes: [_; P] = std::array::from_fn(|p| &panels[p].codes[vectors.clone()]);
-                for (v, x) in x.iter().enumerate() {
-                    // SAFETY: as many vectors of codes as of `x` were taken.
+                for v in 0..count {
+                    // SAFETY: as many vectors of codes and of `x` were taken.
                     let codes: [I; P] = std::array::from_fn(|p| I::load(panel_codes[p].get_unchecked(v)));
                     for r in 0..R {
                         for p in 0..P {
-                            products[r][p] = products[r][p].dot::<BITS>(codes[p], x[row + r]);
+                            products[r][p] = products[r][p].dot::<BITS>(codes[p], *x[r].get_unchecked(v));
                         }
                     }
                 }
