@@ -9,7 +9,7 @@ use crate::{
     isa::Task,
     lanes::{self, Lanes, N},
     linear::{OutColumns, ROWS, Tile},
-    norm::rotate,
+    norm::{rotate, rotated},
 };
 use half::bf16;
 use std::{borrow::Cow, ops::Range};
@@ -274,8 +274,12 @@ impl Attention<'_> {
         if self.packed
             && let Some([cos, sin]) = self.angles(lead, j)
         {
-            self.k.data.widen(at, room);
-            rotate(room, cos, sin);
+            if let Kept::F32(rows) = self.k.data {
+                rotated(&rows[at * room.len()..(at + 1) * room.len()], cos, sin, 1.0, room);
+            } else {
+                self.k.data.widen(at, room);
+                rotate(room, cos, sin);
+            }
             return room;
         }
         self.k.data.row(at, room)

@@ -11,7 +11,7 @@ use crate::{
     attention::{Attention, Kept, Run, Seen},
     lanes::N,
     linear::OutColumns,
-    norm::rotate,
+    norm::rotated,
 };
 use half::bf16;
 use std::{arch::x86_64::*, cell::RefCell, ops::Range};
@@ -184,18 +184,19 @@ unsafe fn exp2(x: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent))
 }
 
-/// Weights of two keys, of which 16 scores each begin at `even` and `odd`, as pairs of bf16.
+/// Weights of two keys, of which 16 scores each begin at `even` and `odd`, as pairs of bf16. They are cut off, which is as far from even as
+/// rounding them: what they lose on the average, their sum loses too.
 ///
 /// # Safety
-/// The CPU has AVX-512 F, BW and BF16; both point to 16 floats.
+/// The CPU has AVX-512 F; both point to 16 floats.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f")]
 unsafe fn weigh(even: *const u32, odd: *const u32, largest: __m512) -> __m512i {
     // SAFETY: the caller's promise.
     unsafe {
-        let even = exp2(_mm512_sub_ps(_mm512_loadu_ps(even.cast()), largest));
-        let odd = exp2(_mm512_sub_ps(_mm512_loadu_ps(odd.cast()), largest));
-        interleaved(narrow(even, odd))
+        let even = _mm512_castps_si512(exp2(_mm512_sub_ps(_mm512_loadu_ps(even.cast()), largest)));
+        let odd = _mm512_castps_si512(exp2(_mm512_sub_ps(_mm512_loadu_ps(odd.cast()), largest)));
+        _mm512_or_si512(_mm512_srli_epi32::<16>(even), _mm512_and_si512(odd, _mm512_set1_epi32(0xffff << 16)))
     }
 }
 
@@ -376,12 +377,9 @@ impl Block<'_, '_> {
             }
             let q = &a.q.data[a.q.at(self.lead, self.head, query) * d..][..d];
             let row = &mut row[..d];
-            if let Some([cos, sin]) = a.angles(self.lead, query) {
-                row.copy_from_slice(q);
-                rotate(row, cos, sin);
-                row.iter_mut().for_each(|v| *v *= scale);
-            } else {
-                row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
+            match a.angles(self.lead, query) {
+                Some([cos, sin]) => rotated(q, cos, sin, scale, row),
+                None => row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale),
             }
             // SAFETY: the caller's promise.
             unsafe { put_row(row, i, depth, tiles) };
@@ -534,7 +532,12 @@ impl Block<'_, '_> {
                     for (i, column) in columns.iter().enumerate().take(rows) {
                         let [row, start] = self.a.place(self.lead, self.head, self.run.queries.start + first + i);
                         let to = self.out.place(row, start + a * N, width);
-                        _mm512_mask_storeu_epi32(to.cast(), u16::MAX >> (N - width), *column);
+                        // Stores with a mask are slow (Zen 4: a fortieth of attention).
+                        if width == N {
+                            _mm512_storeu_si512(to.cast(), *column);
+                        } else {
+                            _mm512_mask_storeu_epi32(to.cast(), u16::MAX >> (N - width), *column);
+                        }
                     }
                 }
             }

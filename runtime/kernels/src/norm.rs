@@ -79,6 +79,16 @@ pub(crate) fn rotate(row: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// What [`rotate`] makes of a row, times `scale`.
+#[inline(always)]
+pub(crate) fn rotated(row: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]) {
+    let ((first, second), (out_first, out_second)) = (row.split_at(cos.len()), out.split_at_mut(cos.len()));
+    let outs = out_first.iter_mut().zip(out_second);
+    for ((((a, b), (x, y)), cos), sin) in first.iter().zip(second).zip(outs).zip(cos).zip(sin) {
+        (*x, *y) = ((a * cos - b * sin) * scale, (b * cos + a * sin) * scale);
+    }
+}
+
 impl Kernels {
     /// `(x - mean) / sqrt(var + eps) * weight + bias` over rows as long as `weight`.
     ///
