@@ -37,7 +37,7 @@ use vlmc_passes::{
     quantize::{
         Calibration, Choice, Part, Policy,
         gptq::{Factor, output_error},
-        parts, refusal,
+        fitting, parts,
         scaling::{self, Layer},
     },
 };
@@ -160,8 +160,15 @@ impl Model {
         let packed = |name: &str| self.checkpoint().packed().tensor(&format!("{name}.codes")).is_some();
         let mut out = BTreeMap::new();
         for (name, part) in parts(program) {
-            let mut choices = if packed(&name) { vec![] } else { candidates(&name, part) };
-            choices.retain(|c| refusal(target, program, &name, c.scheme).is_none());
+            let candidates = if packed(&name) { vec![] } else { candidates(&name, part) };
+            let mut choices: Vec<Choice> = vec![];
+            for c in candidates {
+                if let Ok(scheme) = fitting(target, program, &name, c.scheme)
+                    && choices.iter().all(|known| known.scheme != scheme)
+                {
+                    choices.push(Choice { scheme, ..c });
+                }
+            }
             if !choices.is_empty() {
                 out.insert(name, choices);
             }

@@ -8,7 +8,7 @@ pub mod scaling;
 pub use policy::{BUILT_IN, Calibration, Choice, Part, Policy, PolicyError};
 
 use crate::{Support, Target};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter::successors};
 use vlmc_ir::{
     DType, Def, Graph, Node, Op, Program, Scheme, Type, ValueId,
     ops::{FakeQuantize, Linear},
@@ -104,8 +104,11 @@ pub fn quantize(target: &Target, policy: &Policy, mut program: Program) -> Resul
         let outcome = match policy.choice(&name, part) {
             None => Outcome::Left,
             Some(choice) => {
-                let scheme = program.weights.get(&name).and_then(|w| w.dtype.scheme()).unwrap_or(choice.scheme);
-                refusal(target, &program, &name, scheme).map_or(Outcome::Done(Choice { scheme, ..choice }), Outcome::Refused)
+                let scheme = match program.weights.get(&name).and_then(|w| w.dtype.scheme()) {
+                    Some(scheme) => refusal(target, &program, &name, scheme).map_or(Ok(scheme), Err),
+                    None => fitting(target, &program, &name, choice.scheme),
+                };
+                scheme.map_or_else(Outcome::Refused, |scheme| Outcome::Done(Choice { scheme, ..choice }))
             }
         };
         outcomes.insert(name, outcome);
@@ -178,6 +181,17 @@ fn refuse_mixed(target: &Target, program: &Program, outcomes: &mut BTreeMap<Stri
             outcomes.extend(stacks.into_iter().map(|name| (name, Outcome::Refused(why.clone()))));
         }
     }
+}
+
+/// `scheme` or, where `target` does not run the weight of that name in it, the scheme of the largest smaller groups, of 32 columns or more,
+/// that it runs it in: more rows are whole groups.
+///
+/// # Errors
+/// Why it does not run it in `scheme`, if it does in none.
+pub fn fitting(target: &Target, program: &Program, name: &str, scheme: Scheme) -> Result<Scheme, String> {
+    let Some(why) = refusal(target, program, name, scheme) else { return Ok(scheme) };
+    let smaller = |s: &Scheme| s.group.filter(|g| *g > 32).map(|g| Scheme { group: Some(g / 2), ..*s });
+    successors(smaller(&scheme), smaller).find(|s| refusal(target, program, name, *s).is_none()).ok_or(why)
 }
 
 /// Why `target` does not run the weight of that name in that type, if so.
