@@ -35,9 +35,9 @@ use vlmc_ir::{
 use vlmc_passes::{
     Target,
     quantize::{
-        Calibration, Choice, Part, Policy,
+        Calibration, Choice, Part, Policy, fitting,
         gptq::{Factor, output_error},
-        fitting, parts,
+        parts,
         scaling::{self, Layer},
     },
 };

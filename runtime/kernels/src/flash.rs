@@ -1,17 +1,19 @@
-//! Attention in tiles of bf16, whose softmax goes along with the keys (Milakov and Gimelshein, 2018; Dao et al., 2022): scores of a
+//! Attention in tiles, whose softmax goes along with the keys (Milakov and Gimelshein, 2018; Dao et al., 2022): scores of a
 //! block of keys are made, weighed and spent before the next, and what was summed for a smaller maximum is scaled down.
 //!
 //! Scores are made transposed, keys by queries. So keys are rows of tiles as they lie, maxima and sums of 16 queries are one
 //! vector each, and weights become the second product's tiles without moving between lanes. Only values are transposed, once for
-//! all queries.
+//! all queries. Weights and values are bf16; queries and keys are, too, or bytes with a scale for each row.
 
 use crate::{
     Isa, Kernels,
-    amx::{ROW, SIDE, Sums, TILE, bf16_products, configure, dot_products, lines, release},
+    amx::{ROW, SIDE, Sums, TILE, bf16_products, byte_products, configure, dot_products, lines, release},
     attention::{Attention, Kept, Run, Seen},
-    lanes::N,
+    lanes::{Avx512, N},
     linear::OutColumns,
     norm::rotated,
+    probe::Arithmetic,
+    round::steps,
 };
 use half::bf16;
 use std::{arch::x86_64::*, cell::RefCell, ops::Range};
@@ -38,6 +40,8 @@ unsafe impl bytemuck::Pod for Line {}
 /// Tiles of a block of keys and values of one head.
 #[derive(Clone, Copy)]
 struct Tiling {
+    /// Whether keys and queries are rounded to 8 bits, each with a scale of its own.
+    bytes: bool,
     /// Tiles across a key.
     depth: usize,
     /// Tiles across a value, an even number.
@@ -45,13 +49,15 @@ struct Tiling {
 }
 
 impl Tiling {
-    fn new(a: &Attention<'_>) -> Self {
-        Self { depth: a.d.div_ceil(SIDE).max(1), across: a.dv.div_ceil(SIDE) * 2 }
+    fn new(a: &Attention<'_>, bytes: bool) -> Self {
+        let of_a_tile = if bytes { ROW } else { SIDE };
+        Self { bytes, depth: a.d.div_ceil(of_a_tile).max(1), across: a.dv.div_ceil(SIDE) * 2 }
     }
 
-    /// Bytes of the keys of a block: `[KEYS / 16, depth]` tiles of 16 keys and 32 of their elements.
+    /// Bytes of the keys of a block: `[KEYS / 16, depth]` tiles of 16 keys and 32 of their elements, or 64 bytes, which are followed by
+    /// the scales of the keys, in `f32`.
     fn keys(self) -> usize {
-        KEYS / N * self.depth * TILE
+        KEYS / N * self.depth * TILE + if self.bytes { KEYS * size_of::<f32>() } else { 0 }
     }
 
     /// Bytes of a block: keys, then values as `[across, KEYS / 32]` tiles of 16 of their elements and 32 keys.
@@ -65,8 +71,10 @@ impl Tiling {
 struct Work {
     /// Room for two rows in `f32`.
     row: Vec<f32>,
-    /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries.
+    /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries, or four bytes.
     queries: Vec<Line>,
+    /// For each [`SIDE`] queries that are bytes.
+    rounded: Vec<Rounded>,
     /// For each [`SIDE`] queries, the sums of `across / 2` times [`SIDE`] elements of values.
     out: Vec<Sums>,
     /// For each [`SIDE`] queries.
@@ -80,6 +88,17 @@ struct Work {
 thread_local! {
     static WORK: RefCell<Work> = RefCell::default();
 }
+
+/// Of [`SIDE`] queries that are bytes.
+#[derive(Clone, Copy)]
+struct Rounded {
+    scales: [f32; SIDE],
+    /// What [`OFFSET`] takes from a product.
+    before: [i32; SIDE],
+}
+
+/// What is added to bytes of keys, which so are unsigned: only of one side of a product may bytes be signed.
+const OFFSET: u8 = 128;
 
 /// The softmax of [`SIDE`] queries so far.
 #[derive(Clone, Copy)]
@@ -161,6 +180,31 @@ unsafe fn put_row(row: &[f32], i: usize, depth: usize, tiles: &mut [u8]) {
     }
 }
 
+/// A row, rounded to 8 bits, as row `i` of tiles in rows of `depth`, filled up with zeros, and `offset` added to each byte. Gives its scale and
+/// the sum of its bytes.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW, DQ and VL.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn put_bytes(row: &[f32], i: usize, depth: usize, offset: u8, tiles: &mut [u8]) -> (f32, i32) {
+    // SAFETY: the caller's promise; 16 bytes are stored to as many.
+    unsafe {
+        let (inverse, scale) = steps::<Avx512>(row);
+        let (inverse, offset) = (_mm512_set1_ps(inverse), _mm_set1_epi8(offset.cast_signed()));
+        let mut sum = _mm512_setzero_si512();
+        for step in 0..depth {
+            let to = &mut tiles[(i / N * depth + step) * TILE + i % N * ROW..][..ROW];
+            for (part, to) in to.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+                let words = _mm512_cvtps_epi32(_mm512_mul_ps(load(row, step * ROW + part * N), inverse));
+                sum = _mm512_add_epi32(sum, words);
+                _mm_storeu_si128(to.as_mut_ptr().cast(), _mm_add_epi8(_mm512_cvtepi32_epi8(words), offset));
+            }
+        }
+        (scale, _mm512_reduce_add_epi32(sum))
+    }
+}
+
 /// `2^x` to 1.1e-4 of it, a twentieth of what rounding it to bf16 takes, and exactly if `x` is whole. 0 from 2^-127 down, or
 /// subnormal, which products of bf16 take as 0. `x` is an integer, which is added to the exponent of the power of the rest, at most a
 /// half: a polynomial of least relative error. Few of the operations are multiplications, which products wait for.
@@ -217,7 +261,7 @@ impl Pack<'_, '_> {
     /// The CPU has AVX-512 F, BW, DQ, VL and BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self, row: &mut Vec<f32>) {
-        let Tiling { depth, across } = self.tiling;
+        let Tiling { bytes, depth, across } = self.tiling;
         let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
         let Self { a, lead, head, first, .. } = self;
         // Keys there are; others are zeros.
@@ -230,8 +274,16 @@ impl Pack<'_, '_> {
             if a.packed {
                 a.k.data.ask(a.k.at(lead, head, first + j + AHEAD), a.d);
             }
+            let key = a.key(lead, head, first + j, &mut row[..a.d]);
             // SAFETY: the caller's promise.
-            unsafe { put_row(a.key(lead, head, first + j, &mut row[..a.d]), j, depth, keys) };
+            unsafe {
+                if bytes {
+                    let (keys, scales) = keys.split_at_mut(KEYS / N * depth * TILE);
+                    scales.as_chunks_mut().0[j] = put_bytes(key, j, depth, OFFSET, keys).0.to_ne_bytes();
+                } else {
+                    put_row(key, j, depth, keys);
+                }
+            }
         }
         let (even, odd) = row[..2 * a.dv].split_at_mut(a.dv);
         let value = |j: usize| a.v.at(lead, head, first + j);
@@ -316,12 +368,13 @@ impl Block<'_, '_> {
     /// The CPU has AVX-512 F, BW, DQ, VL and BF16; if it has AMX, [`configure`] has been called on this thread.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self, work: &mut Work) {
-        let Tiling { depth, across } = self.tiling;
+        let Tiling { depth, across, .. } = self.tiling;
         let groups = self.run.queries.len().div_ceil(SIDE);
         work.queries.resize(QUERIES / SIDE * 2 * depth * N, Line([0; ROW]));
         work.out.resize(QUERIES / SIDE * across / 2, Sums([[0; SIDE]; SIDE]));
         work.scores.resize(KEYS / SIDE, Sums([[0; SIDE]; SIDE]));
         work.weights.resize(2 * KEYS / SIDE * N, Line([0; ROW]));
+        work.rounded.resize(QUERIES / SIDE, Rounded { scales: [0.0; SIDE], before: [0; SIDE] });
         work.states.clear();
         work.states.resize(groups, State::EMPTY);
         // SAFETY: the caller's promise.
@@ -360,8 +413,10 @@ impl Block<'_, '_> {
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn pack(&self, work: &mut Work) {
-        let (a, d, depth) = (self.a, self.a.d, self.tiling.depth);
-        let scale = a.scale * std::f32::consts::LOG2_E;
+        let (a, d, Tiling { bytes, depth, .. }) = (self.a, self.a.d, self.tiling);
+        let all = a.scale * std::f32::consts::LOG2_E;
+        // Of bytes, it goes to the scale of the row.
+        let scale = if bytes { 1.0 } else { all };
         let tiles: &mut [u8] = bytemuck::cast_slice_mut(&mut work.queries);
         let row = &mut work.row;
         row.resize(row.len().max(d), 0.0);
@@ -370,6 +425,8 @@ impl Block<'_, '_> {
             if query >= self.run.queries.end {
                 // SAFETY: the caller's promise.
                 unsafe { put_row(&[], i, depth, tiles) };
+                let rounded = &mut work.rounded[i / SIDE];
+                (rounded.scales[i % SIDE], rounded.before[i % SIDE]) = (0.0, 0);
                 continue;
             }
             if a.packed {
@@ -382,7 +439,15 @@ impl Block<'_, '_> {
                 None => row.iter_mut().zip(q).for_each(|(to, q)| *to = q * scale),
             }
             // SAFETY: the caller's promise.
-            unsafe { put_row(row, i, depth, tiles) };
+            unsafe {
+                if bytes {
+                    let (step, sum) = put_bytes(row, i, depth, 0, tiles);
+                    let rounded = &mut work.rounded[i / SIDE];
+                    (rounded.scales[i % SIDE], rounded.before[i % SIDE]) = (step * all, -i32::from(OFFSET) * sum);
+                } else {
+                    put_row(row, i, depth, tiles);
+                }
+            }
         }
         let used = self.run.queries.len().div_ceil(SIDE) * 2 * depth * TILE;
         for tile in tiles[..used].chunks_exact_mut(TILE) {
@@ -397,7 +462,7 @@ impl Block<'_, '_> {
     /// As [`Self::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     unsafe fn step(&self, work: &mut Work, group: usize, block: usize, keys: Range<usize>) {
-        let Tiling { depth, across } = self.tiling;
+        let Tiling { bytes, depth, across } = self.tiling;
         let tiles = &self.tiles[block * self.tiling.block()..][..self.tiling.block()];
         let (key_tiles, value_tiles) = tiles.split_at(self.tiling.keys());
         let queries: &[u8] = &bytemuck::cast_slice(&work.queries)[group * 2 * depth * TILE..][..2 * depth * TILE];
@@ -405,6 +470,8 @@ impl Block<'_, '_> {
         // Of the block, in units of 32 keys.
         let steps = (keys.start - block * KEYS) / SIDE..(keys.end - block * KEYS).div_ceil(SIDE);
         let scores = &mut work.scores[..steps.len()];
+        let rounded = &work.rounded[group];
+        let (key_tiles, key_scales) = key_tiles.split_at(KEYS / N * depth * TILE);
         let state = &mut work.states[group];
         let fresh = state.sum == State::EMPTY.sum && state.largest == State::EMPTY.largest;
         let out = &mut work.out[group * across / 2..][..across / 2];
@@ -415,7 +482,13 @@ impl Block<'_, '_> {
             let mut largest = [_mm512_loadu_ps(state.largest[0].as_ptr()), _mm512_loadu_ps(state.largest[1].as_ptr())];
             for (step, scores) in steps.clone().zip(scores.iter_mut()) {
                 let keys_of = |half: usize| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE];
-                self.products([keys_of(0), keys_of(1)], queries, [SIDE, self.a.d.div_ceil(2)], true, scores);
+                if bytes {
+                    let key_scales = &bytemuck::cast_slice(key_scales).as_chunks().0[step];
+                    let scales = [key_scales, &rounded.scales];
+                    byte_products([keys_of(0), keys_of(1)], queries, self.a.d.div_ceil(4), &rounded.before, scales, scores);
+                } else {
+                    self.products([keys_of(0), keys_of(1)], queries, [SIDE, self.a.d.div_ceil(2)], true, scores);
+                }
                 self.hide(scores, group, block * KEYS + step * SIDE, &keys);
                 for row in &scores.0 {
                     largest[0] = _mm512_max_ps(largest[0], _mm512_loadu_ps(row.as_ptr().cast()));
@@ -549,7 +622,8 @@ impl Kernels {
     /// [`Kernels::attention`] in tiles, with [`Isa::Avx512Bf16`] or [`Isa::Amx`]. Each run sees keys of its range, all of them or as
     /// [`Seen::Causal`] says.
     pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: OutColumns) {
-        let tiling = Tiling::new(a);
+        let bytes = self.isa.attention_arithmetic(a.bf16, a.s, matches!(a.seen, Seen::Causal(_)))[0] == Arithmetic::Int8;
+        let tiling = Tiling::new(a, bytes);
         let (blocks, group) = (a.t.div_ceil(KEYS), a.heads / a.kv_heads);
         let head_bytes = blocks * tiling.block();
         let runs: Vec<Run> = runs.iter().flat_map(|run| run.parts(QUERIES)).collect();
