@@ -246,7 +246,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
+        /// queries and keys to 8 bits with a scale for each row.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },
@@ -260,7 +261,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
+        /// queries and keys to 8 bits with a scale for each row.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },
@@ -275,7 +277,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
+        /// queries and keys to 8 bits with a scale for each row.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },

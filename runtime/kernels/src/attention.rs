@@ -171,7 +171,7 @@ pub struct Attention<'a> {
     pub rotary: Option<[&'a [f32]; 2]>,
     /// Whether heads lie [`side_by_side`], and so do the results: `[lead, s, heads, dv]`.
     pub packed: bool,
-    /// Whether operands of both products may be rounded to bf16, where the CPU multiplies that faster.
+    /// Whether operands of both products may be rounded, as [`Isa::attention_arithmetic`] says, where the CPU multiplies that faster.
     pub bf16: bool,
 }
 
