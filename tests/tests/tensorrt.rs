@@ -107,6 +107,27 @@ fn layers_without_samples() {
     assert!(all > 0 && rounded == 0, "{rounded} of {all}");
 }
 
+/// Where rows are no whole groups, groups are halved until they are, or the weight is left as it is.
+#[test]
+fn groups_that_fit() {
+    let model = Model::open(&fixture("qwen2-vl")).unwrap();
+    let int4 = policy("int4");
+    let of = |to: &str, layer: &str| {
+        let outcomes = model.lower_for(target(to), &int4, |_, _| {}).unwrap().outcomes;
+        match &outcomes[&format!("model.layers.0.{layer}.weight")] {
+            Outcome::Done(choice) => choice.scheme.to_string(),
+            other => format!("{other:?}"),
+        }
+    };
+    // Rows of 64 and of 136 columns.
+    for (to, query, down) in
+        [("cpu", "int4g128", "int4g128"), ("onnx-tensorrt:f32", "int4g64", "rows of a quantized matrix must be whole blocks")]
+    {
+        assert_eq!(of(to, "self_attn.q_proj"), query, "{to}");
+        assert!(of(to, "mlp.down_proj").contains(down), "{to}: {}", of(to, "mlp.down_proj"));
+    }
+}
+
 /// Codes in blocks are numbers again before the product, from opset 21 on; below, the report says that they are left.
 #[test]
 fn blocks_of_4_bits() {

@@ -533,6 +533,7 @@ impl Kernels {
         }
         let runs = a.runs();
         let out = OutColumns::new(out, a.columns());
+        #[cfg(target_arch = "x86_64")]
         let causal = matches!(a.seen, Seen::Causal(_));
         #[cfg(target_arch = "x86_64")]
         if self.isa.attention_arithmetic(a.bf16, s, causal)[1] == Arithmetic::Bf16 && (causal || runs.iter().all(|r| r.dense)) {

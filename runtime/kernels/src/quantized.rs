@@ -2,19 +2,20 @@
 //!
 //! Either `x` is rounded to 8 bits and multiplied with the codes in integers, 4 columns at a time, or the codes are widened to
 //! `f32`. Both go by segments: runs of columns that share a scale, cut so short that a segment's integers fit 32 bits, however
-//! long a row is. What many rows need is in [`many`], matrices whose codes lie in two halves are in [`planes`].
+//! long a row is. What many rows need is in [`many`], the second way in [`widened`]; matrices whose codes lie in two halves are in [`planes`].
 
 mod many;
 mod planes;
+mod widened;
 
-use self::many::Matrix;
 pub(crate) use self::planes::Planes;
+use self::{many::Matrix, widened::Widened};
 use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
     isa::{IntTask, Task},
     lanes::{self, Lanes, N},
-    linear::{self, OutColumns, Tile},
+    linear::OutColumns,
     round::{round_to, steps},
 };
 use half::f16;
@@ -288,9 +289,10 @@ unsafe fn halves<I: Ints>(both: I) -> [I; 2] {
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn eighths<I: Ints>([a, b, c]: [I; 3]) -> [I; RUN / WORD] {
+unsafe fn eighths<I: Ints>(run: &[[u8; 4 * PANEL]; 3]) -> [I; RUN / WORD] {
     // SAFETY: the caller's promise.
     unsafe {
+        let [a, b, c] = [I::load(&run[0]), I::load(&run[1]), I::load(&run[2])];
         let (all, low, high) = (I::splat(0x0707_0707), I::splat(0x0303_0303), I::splat(0x0404_0404));
         let [d, e, f] = [a.shift_right::<3>(), b.shift_right::<3>(), c.shift_right::<3>()];
         [
@@ -513,7 +515,7 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
         if BITS == 3 {
             for (i, run) in codes.as_chunks::<3>().0.iter().enumerate().take(words / (RUN / WORD)) {
                 run.iter().for_each(prefetch_for::<R>);
-                let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
+                let codes = eighths(run);
                 for (j, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
                     multiply::<I, BITS, R>(sums, &mut others, *codes, pair(RUN / WORD * i + 2 * j));
                 }
@@ -573,99 +575,6 @@ fn prefetch_far(block: &[u8; 4 * PANEL]) {
 #[inline(always)]
 fn prefetch_for<const R: usize>(block: &[u8; 4 * PANEL]) {
     if R <= FEWEST { prefetch(block) } else { prefetch_far(block) }
-}
-
-/// `x` as it is; codes are widened.
-struct Widened<'a> {
-    piece: Piece<'a>,
-    /// `[m, k]`.
-    x: &'a [f32],
-}
-
-impl IntTask for Widened<'_> {
-    #[inline(always)]
-    unsafe fn run<I: Ints>(self) {
-        let Self { piece, x } = self;
-        let grid = piece.grid;
-        let mut widened = [0.0; BLOCK * N];
-        let mut tile = [[0.0; N]; linear::ROWS];
-        for (p, panel) in piece.panels.chunks_exact(piece.bytes()).enumerate() {
-            let column = (piece.first_panel + p) * N;
-            for block in grid.blocks() {
-                let columns = grid.columns(block.start).start..grid.columns(block.end - 1).end;
-                for i in block.clone() {
-                    let to = &mut widened[(grid.columns(i).start - columns.start) * N..][..grid.columns(i).len() * N];
-                    // SAFETY: the caller's promise.
-                    unsafe { widen::<I>(grid.scheme, &grid.segment(panel, i), to) };
-                }
-                for row in (0..piece.m).step_by(linear::ROWS) {
-                    let rows = linear::ROWS.min(piece.m - row);
-                    let x = &x[row * grid.k + columns.start..];
-                    let panel = &widened[..columns.len() * N];
-                    // SAFETY: the caller's promise, and the piece's columns are this thread's.
-                    unsafe {
-                        Tile { x, x_stride: grid.k, k: columns.len(), rows, panel, out: &mut tile }.compute::<I::Floats>();
-                        for (r, values) in tile.iter_mut().enumerate().take(rows) {
-                            let start = if block.start == 0 { piece.out.bias(piece.bias, column) } else { piece.out.read(row + r, column) };
-                            values.iter_mut().zip(start).for_each(|(v, start)| *v += start);
-                            if block.end == grid.segments() {
-                                piece.write::<1>(row + r, column, &mut [[*values]]);
-                            } else {
-                                piece.out.write(row + r, column, values);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Numbers of a segment to `out [columns, 16]`.
-///
-/// # Safety
-/// The CPU has the instruction set of `I`.
-#[inline(always)]
-unsafe fn widen<I: Ints>(scheme: Scheme, segment: &Segment<'_>, out: &mut [f32]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let scales = segment.scales::<I::Floats>();
-        let zeros = segment.zeros.map_or_else(|| I::splat(i32::from(scheme.middle())), |z| Segment::zeros::<I>(z));
-        let out = out.as_chunks_mut::<N>().0;
-        if scheme.bits == 3 {
-            for (run, out) in segment.codes.as_chunks::<3>().0.iter().zip(out.chunks_mut(RUN)) {
-                let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
-                codes.into_iter().zip(out.chunks_mut(WORD)).for_each(|(codes, out)| widen_word(codes, zeros, scales, out));
-            }
-        } else if scheme.bits == 4 {
-            for (block, out) in segment.codes.iter().zip(out.chunks_mut(2 * WORD)) {
-                let [low, high] = halves(I::load(block));
-                let (first, second) = out.split_at_mut(WORD.min(out.len()));
-                widen_word(low, zeros, scales, first);
-                widen_word(high, zeros, scales, second);
-            }
-        } else {
-            for (block, out) in segment.codes.iter().zip(out.chunks_mut(WORD)) {
-                widen_word(I::load(block), zeros, scales, out);
-            }
-        }
-    }
-}
-
-/// Numbers of the first columns, at most 4, of a vector of codes.
-///
-/// # Safety
-/// The CPU has the instruction set of `I`.
-#[inline(always)]
-unsafe fn widen_word<I: Ints>(codes: I, zeros: I, scales: I::Floats, out: &mut [[f32; N]]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mask = I::splat(0xff);
-        let bytes = [codes, codes.shift_right::<8>(), codes.shift_right::<16>(), codes.shift_right::<24>()];
-        for (byte, out) in bytes.iter().zip(out) {
-            byte.and(mask).sub(zeros).to_f32().mul(scales).store(out);
-        }
-    }
 }
 
 impl Kernels {

@@ -59,7 +59,7 @@ impl Unpacked {
                 if grid.scheme.bits == 3 {
                     for (to, from) in codes.as_chunks_mut::<{ RUN / WORD }>().0.iter_mut().zip(segment.codes.as_chunks::<3>().0) {
                         from.iter().for_each(prefetch_far);
-                        let codes = eighths([I::load(&from[0]), I::load(&from[1]), I::load(&from[2])]);
+                        let codes = eighths::<I>(from);
                         to.iter_mut().zip(codes).for_each(|(to, codes)| codes.store(to));
                     }
                 } else if grid.scheme.bits == 4 {
@@ -116,7 +116,7 @@ unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes:
             if grid.scheme.bits == 3 {
                 for run in group.codes.as_chunks::<3>().0 {
                     run.iter().for_each(prefetch_far);
-                    let codes = eighths([I::load(&run[0]), I::load(&run[1]), I::load(&run[2])]);
+                    let codes = eighths::<I>(run);
                     for (codes, to) in codes.as_chunks::<2>().0.iter().zip(&mut to) {
                         for (codes, to) in codes.iter().zip(to) {
                             scale.bytes(codes.shift_left::<5>(), codes.shift_right::<3>()).store(to);
