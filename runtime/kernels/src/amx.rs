@@ -11,6 +11,7 @@ use crate::{
     quantized::{Grid, Piece},
     round::{round_to, steps as steps_of},
 };
+use bytemuck::{Pod, Zeroable};
 use std::{arch::x86_64::*, cell::RefCell, sync::OnceLock};
 
 /// Rows from which tiles pay.
@@ -237,8 +238,18 @@ pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], [rows, pairs]: [
     }
 }
 
-/// Of bytes, in `f32`: products of rows of `a`, unsigned, with the first `quads` times 4 elements of `b`, signed, and `before`, times the scales
-/// of both.
+/// Of [`SIDE`] rows of signed bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(crate) struct Factors {
+    /// What products with a row are multiplied with.
+    pub(crate) scales: [f32; SIDE],
+    /// What is added to them before.
+    pub(crate) before: [i32; SIDE],
+}
+
+/// As [`dot_products`] of bytes, in `f32`: the first `quads` times 4 elements of the first `rows` of `a`, signed, with those of `b`, unsigned,
+/// times the scales of both.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and VNNI.
@@ -246,34 +257,38 @@ pub(crate) unsafe fn dot_products(a: [&[u8]; 2], b: [&[u8]; 2], [rows, pairs]: [
 pub(crate) unsafe fn byte_products(
     a: [&[u8]; 2],
     b: [&[u8]; 2],
-    quads: usize,
-    before: &[i32; SIDE],
-    scales: [&[f32; SIDE]; 2],
+    [rows, quads]: [usize; 2],
+    factors: &Factors,
+    scales: &[f32; SIDE],
+    fresh: bool,
     sums: &mut Sums,
 ) {
     /// Rows at once: as many accumulators for two columns as half of the registers.
     const ROWS: usize = 8;
     assert!([a[0], a[1], b[0], b[1]].iter().all(|t| t.len() >= quads.div_ceil(N) * TILE));
     let quads = |half: usize| b[half].as_chunks::<ROW>().0[..quads].iter();
-    for (r, (sums, row_scales)) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().zip(scales[0].as_chunks::<ROWS>().0).enumerate() {
+    let factors = factors.scales.as_chunks::<ROWS>().0.iter().zip(factors.before.as_chunks::<ROWS>().0);
+    for ((r, sums), (row_scales, before)) in sums.0.as_chunks_mut::<ROWS>().0.iter_mut().enumerate().zip(factors).take(rows.div_ceil(ROWS))
+    {
         let (tile, first) = (a[r * ROWS / N].as_ptr(), r * ROWS % N * ROW);
         // SAFETY: the caller's promise; sums, scales and quads are of 64 bytes, and elements of rows lie within their tiles.
         unsafe {
-            let before = [_mm512_loadu_si512(before.as_ptr().cast()), _mm512_loadu_si512(before[N..].as_ptr().cast())];
-            let mut acc = [before; ROWS];
+            let mut acc = before.map(|before| [_mm512_set1_epi32(before); 2]);
             for (i, (first_quad, second_quad)) in quads(0).zip(quads(1)).enumerate() {
                 let quads = [first_quad, second_quad].map(|quad| _mm512_loadu_si512(quad.as_ptr().cast()));
                 let element = tile.add(i / N * TILE + first + i % N * 4);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = _mm512_set1_epi32(element.add(r * ROW).cast::<i32>().read_unaligned());
-                    *acc = [_mm512_dpbusd_epi32(acc[0], x, quads[0]), _mm512_dpbusd_epi32(acc[1], x, quads[1])];
+                    *acc = [_mm512_dpbusd_epi32(acc[0], quads[0], x), _mm512_dpbusd_epi32(acc[1], quads[1], x)];
                 }
             }
-            let columns = [_mm512_loadu_ps(scales[1].as_ptr()), _mm512_loadu_ps(scales[1][N..].as_ptr())];
+            let columns = [_mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(scales[N..].as_ptr())];
             for ((acc, row), scale) in acc.iter().zip(sums.iter_mut()).zip(row_scales) {
                 for half in 0..2 {
-                    let product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[half]), _mm512_set1_ps(*scale));
-                    _mm512_storeu_ps(row[half * N..].as_mut_ptr().cast(), _mm512_mul_ps(product, columns[half]));
+                    let at = row[half * N..].as_mut_ptr().cast();
+                    let scale = _mm512_mul_ps(columns[half], _mm512_set1_ps(*scale));
+                    let before = if fresh { _mm512_setzero_ps() } else { _mm512_loadu_ps(at) };
+                    _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[half]), scale, before));
                 }
             }
         }

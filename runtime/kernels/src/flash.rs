@@ -3,11 +3,12 @@
 //!
 //! Scores are made transposed, keys by queries. So keys are rows of tiles as they lie, maxima and sums of 16 queries are one
 //! vector each, and weights become the second product's tiles without moving between lanes. Only values are transposed, once for
-//! all queries. Weights and values are bf16; queries and keys are, too, or bytes with a scale for each row.
+//! all queries. All are bf16, or bytes: queries and keys with a scale for each row, values for each column of a block, and weights are
+//! of a block's largest one.
 
 use crate::{
     Isa, Kernels,
-    amx::{ROW, SIDE, Sums, TILE, bf16_products, byte_products, configure, dot_products, lines, release},
+    amx::{Factors, ROW, SIDE, Sums, TILE, bf16_products, byte_products, configure, dot_products, lines, release},
     attention::{Attention, Kept, Run, Seen},
     lanes::{Avx512, N},
     linear::OutColumns,
@@ -15,6 +16,7 @@ use crate::{
     probe::Arithmetic,
     round::steps,
 };
+use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use std::{arch::x86_64::*, cell::RefCell, ops::Range};
 
@@ -30,17 +32,13 @@ const AHEAD: usize = 8;
 
 /// A cache line, so that rows of tiles do not cross two.
 #[repr(C, align(64))]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct Line([u8; ROW]);
-// SAFETY: bytes without padding; any are valid.
-unsafe impl bytemuck::Zeroable for Line {}
-// SAFETY: as above.
-unsafe impl bytemuck::Pod for Line {}
 
 /// Tiles of a block of keys and values of one head.
 #[derive(Clone, Copy)]
 struct Tiling {
-    /// Whether keys and queries are rounded to 8 bits, each with a scale of its own.
+    /// Whether elements are bytes, or bf16.
     bytes: bool,
     /// Tiles across a key.
     depth: usize,
@@ -50,19 +48,28 @@ struct Tiling {
 
 impl Tiling {
     fn new(a: &Attention<'_>, bytes: bool) -> Self {
-        let of_a_tile = if bytes { ROW } else { SIDE };
-        Self { bytes, depth: a.d.div_ceil(of_a_tile).max(1), across: a.dv.div_ceil(SIDE) * 2 }
+        let row = if bytes { ROW } else { SIDE };
+        Self { bytes, depth: a.d.div_ceil(row).max(1), across: a.dv.div_ceil(SIDE) * 2 }
     }
 
-    /// Bytes of the keys of a block: `[KEYS / 16, depth]` tiles of 16 keys and 32 of their elements, or 64 bytes, which are followed by
-    /// the scales of the keys, in `f32`.
+    /// Elements of a row of a tile.
+    fn row(self) -> usize {
+        if self.bytes { ROW } else { SIDE }
+    }
+
+    /// Bytes of the keys of a block: `[KEYS / 16, depth]` tiles of 16 keys and a row of their elements.
     fn keys(self) -> usize {
-        KEYS / N * self.depth * TILE + if self.bytes { KEYS * size_of::<f32>() } else { 0 }
+        KEYS / N * self.depth * TILE
     }
 
-    /// Bytes of a block: keys, then values as `[across, KEYS / 32]` tiles of 16 of their elements and 32 keys.
+    /// Bytes of the values of a block: `[across, KEYS / row]` tiles of 16 of their elements and a row of keys.
+    fn values(self) -> usize {
+        self.across * (KEYS / self.row()) * TILE
+    }
+
+    /// Bytes of a block: keys, values, and of bytes the [`Factors`] of 32 keys or elements of values each.
     fn block(self) -> usize {
-        self.keys() + self.across * (KEYS / SIDE) * TILE
+        self.keys() + self.values() + if self.bytes { (KEYS / SIDE + self.across / 2) * size_of::<Factors>() } else { 0 }
     }
 }
 
@@ -73,15 +80,15 @@ struct Work {
     row: Vec<f32>,
     /// For each [`SIDE`] queries, `[2, depth]` tiles: pairs of elements of 16 queries, or four bytes.
     queries: Vec<Line>,
-    /// For each [`SIDE`] queries that are bytes.
-    rounded: Vec<Rounded>,
+    /// For each [`SIDE`] queries that are bytes, their scales.
+    scales: Vec<[f32; SIDE]>,
     /// For each [`SIDE`] queries, the sums of `across / 2` times [`SIDE`] elements of values.
     out: Vec<Sums>,
     /// For each [`SIDE`] queries.
     states: Vec<State>,
     /// Of a block of keys and [`SIDE`] queries.
     scores: Vec<Sums>,
-    /// `[2, KEYS / 32]` tiles: pairs of keys and 16 queries.
+    /// `[2, KEYS / row]` tiles: pairs of keys and 16 queries, or four.
     weights: Vec<Line>,
 }
 
@@ -89,16 +96,25 @@ thread_local! {
     static WORK: RefCell<Work> = RefCell::default();
 }
 
-/// Of [`SIDE`] queries that are bytes.
-#[derive(Clone, Copy)]
-struct Rounded {
-    scales: [f32; SIDE],
-    /// What [`OFFSET`] takes from a product.
-    before: [i32; SIDE],
-}
-
-/// What is added to bytes of keys, which so are unsigned: only of one side of a product may bytes be signed.
+/// What is added to bytes of queries, which so are unsigned, as weights are: one side of a product has to be.
 const OFFSET: u8 = 128;
+
+/// A weight of 1 that is a byte, to which [`DITHER`] and the error of [`exp2`] may be added.
+const ONE: f32 = 254.0;
+
+/// What is added to the weight of each of [`SIDE`] keys before it is cut off to a byte. What weights lose so is 0 on the average, even if
+/// most are less than half a step, as where one key is seen by all: as many of them become 1 as is their part of a step, since the multiples
+/// of the golden ratio, of which these are what is behind the point, are evenly spread wherever they are cut.
+const DITHER: [f32; SIDE] = {
+    let mut dither = [0.0; SIDE];
+    let mut key = 0;
+    while key < SIDE {
+        let multiple = (key as f64 + 0.5) * 0.618_033_988_749_895;
+        dither[key] = (multiple - multiple as usize as f64) as f32;
+        key += 1;
+    }
+    dither
+};
 
 /// The softmax of [`SIDE`] queries so far.
 #[derive(Clone, Copy)]
@@ -205,15 +221,29 @@ unsafe fn put_bytes(row: &[f32], i: usize, depth: usize, offset: u8, tiles: &mut
     }
 }
 
-/// `2^x` to 1.1e-4 of it, a twentieth of what rounding it to bf16 takes, and exactly if `x` is whole. 0 from 2^-127 down, or
-/// subnormal, which products of bf16 take as 0. `x` is an integer, which is added to the exponent of the power of the rest, at most a
-/// half: a polynomial of least relative error. Few of the operations are multiplications, which products wait for.
+/// Four vectors of 16 integers of 16 bits as bytes, each followed by those of the others: `SIGNED`, or from 0 to 255.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BW.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn quads<const SIGNED: bool>([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    // Of quarters of registers, to which packing keeps.
+    let (ab, cd) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    let bytes = if SIGNED { _mm512_packs_epi16(ab, cd) } else { _mm512_packus_epi16(ab, cd) };
+    let order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    _mm512_shuffle_epi8(bytes, order)
+}
+
+/// A number and a power of 2, as the bits that come to the exponent by it, whose product is `2^x` to 1.1e-4 of it, a twentieth of what
+/// rounding it to bf16 takes, and exactly if `x` is whole. 2^-127 if `x` is less. `x` is an integer, the power, and the rest, at most a half:
+/// the number is a polynomial of it with least relative error. Few of the operations are multiplications, which products wait for.
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn exp2(x: __m512) -> __m512 {
+unsafe fn power(x: __m512) -> (__m512, __m512i) {
     /// Among numbers of this size the next one is 1 greater: a sum with it is rounded to an integer, in the lowest bits.
     const WHOLE: f32 = 1.5 * (1 << 23) as f32;
     // The larger of both, since bits of negative numbers are in reverse order.
@@ -224,23 +254,74 @@ unsafe fn exp2(x: __m512) -> __m512 {
     for c in [0.242_211, 0.693_283, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
-    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+    (p, _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)))
+}
+
+/// `2^x` as [`power`] has it, but 0 from 2^-127 down, or subnormal, which products of bf16 take as 0.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn exp2(x: __m512) -> __m512 {
+    // SAFETY: the caller's promise.
+    let (p, exponent) = unsafe { power(x) };
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent))
 }
 
-/// Weights of two keys, of which 16 scores each begin at `even` and `odd`, as pairs of bf16. They are cut off, which is as far from even as
-/// rounding them: what they lose on the average, their sum loses too.
+/// Weights of 16 queries, half of those that `scores` are of, as rows of pairs of bf16; gives their sums. They are cut off, which is as far
+/// from even as rounding them: what they lose on the average, their sum loses too.
 ///
 /// # Safety
-/// The CPU has AVX-512 F; both point to 16 floats.
+/// The CPU has AVX-512 F and BF16.
 #[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn weigh(even: *const u32, odd: *const u32, largest: __m512) -> __m512i {
-    // SAFETY: the caller's promise.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn weigh(scores: &[Sums], half: usize, largest: __m512, to: &mut [u8]) -> __m512 {
+    // SAFETY: the caller's promise; a half of a row is of 16 floats, and rows of tiles are of 64 bytes.
     unsafe {
-        let even = _mm512_castps_si512(exp2(_mm512_sub_ps(_mm512_loadu_ps(even.cast()), largest)));
-        let odd = _mm512_castps_si512(exp2(_mm512_sub_ps(_mm512_loadu_ps(odd.cast()), largest)));
-        _mm512_or_si512(_mm512_srli_epi32::<16>(even), _mm512_and_si512(odd, _mm512_set1_epi32(0xffff << 16)))
+        let ones = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(bf16::ONE.to_bits().cast_signed()));
+        let mut sum = _mm512_setzero_ps();
+        for (scores, to) in scores.iter().zip(to.as_chunks_mut::<{ SIDE / 2 * ROW }>().0) {
+            for ([even, odd], to) in scores.0.as_chunks().0.iter().zip(to.as_chunks_mut::<ROW>().0) {
+                let [even, odd] = [even, odd].map(|scores| _mm512_loadu_ps(scores[half * N..].as_ptr().cast()));
+                let even = _mm512_castps_si512(exp2(_mm512_sub_ps(even, largest)));
+                let odd = _mm512_castps_si512(exp2(_mm512_sub_ps(odd, largest)));
+                let pair = _mm512_or_si512(_mm512_srli_epi32::<16>(even), _mm512_and_si512(odd, _mm512_set1_epi32(0xffff << 16)));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), pair);
+                // The sum is of what is multiplied.
+                sum = _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(pair), ones);
+            }
+        }
+        sum
+    }
+}
+
+/// [`weigh`] to rows of four bytes, [`ONE`] times as large.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW and VNNI.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn weigh_bytes(scores: &[Sums], half: usize, largest: __m512, to: &mut [u8]) -> __m512 {
+    // SAFETY: as above.
+    unsafe {
+        let largest = _mm512_sub_ps(largest, _mm512_set1_ps(ONE.log2()));
+        let mut sum = _mm512_setzero_si512();
+        for (scores, to) in scores.iter().zip(to.as_chunks_mut::<{ SIDE / 4 * ROW }>().0) {
+            let scores = scores.0.as_chunks::<4>().0.iter().zip(DITHER.as_chunks::<4>().0);
+            for ((scores, dither), to) in scores.zip(to.as_chunks_mut::<ROW>().0) {
+                let mut weights = [_mm512_setzero_si512(); 4];
+                for i in 0..4 {
+                    let (p, exponent) = power(_mm512_sub_ps(_mm512_loadu_ps(scores[i][half * N..].as_ptr().cast()), largest));
+                    let exponent = _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1.0))));
+                    weights[i] = _mm512_cvttps_epi32(_mm512_fmadd_ps(p, exponent, _mm512_set1_ps(dither[i])));
+                }
+                let weights = quads::<false>(weights);
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), weights);
+                sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi8(1));
+            }
+        }
+        _mm512_cvtepi32_ps(sum)
     }
 }
 
@@ -258,18 +339,22 @@ struct Pack<'a, 'b> {
 
 impl Pack<'_, '_> {
     /// # Safety
-    /// The CPU has AVX-512 F, BW, DQ, VL and BF16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    /// The CPU has AVX-512 F, BW, DQ, VL, VNNI and BF16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self, row: &mut Vec<f32>) {
         let Tiling { bytes, depth, across } = self.tiling;
-        let (keys, values) = self.tiles.split_at_mut(self.tiling.keys());
+        let (keys, rest) = self.tiles.split_at_mut(self.tiling.keys());
+        let (values, factors) = rest.split_at_mut(self.tiling.values());
+        let (key_factors, value_factors) =
+            bytemuck::cast_slice_mut::<_, Factors>(factors).split_at_mut(if bytes { KEYS / SIDE } else { 0 });
         let Self { a, lead, head, first, .. } = self;
         // Keys there are; others are zeros.
         let count = KEYS.min(a.t - first);
         if count < KEYS {
             keys.fill(0);
+            key_factors.fill(Factors::zeroed());
         }
-        row.resize(row.len().max(a.d).max(2 * a.dv), 0.0);
+        row.resize(row.len().max(a.d).max(4 * a.dv + across * N), 0.0);
         for j in 0..count {
             if a.packed {
                 a.k.data.ask(a.k.at(lead, head, first + j + AHEAD), a.d);
@@ -278,28 +363,62 @@ impl Pack<'_, '_> {
             // SAFETY: the caller's promise.
             unsafe {
                 if bytes {
-                    let (keys, scales) = keys.split_at_mut(KEYS / N * depth * TILE);
-                    scales.as_chunks_mut().0[j] = put_bytes(key, j, depth, OFFSET, keys).0.to_ne_bytes();
+                    let (scale, sum) = put_bytes(key, j, depth, 0, keys);
+                    let factors = &mut key_factors[j / SIDE];
+                    (factors.scales[j % SIDE], factors.before[j % SIDE]) = (scale, -i32::from(OFFSET) * sum);
                 } else {
                     put_row(key, j, depth, keys);
                 }
             }
         }
-        let (even, odd) = row[..2 * a.dv].split_at_mut(a.dv);
         let value = |j: usize| a.v.at(lead, head, first + j);
-        for step in 0..KEYS / SIDE {
-            let tile = |a: usize| (a * (KEYS / SIDE) + step) * TILE;
-            for pair in 0..N {
-                let j = step * SIDE + 2 * pair;
+        // Steps per 1 of an element, if it is rounded.
+        let (inverses, row) = row.split_at_mut(across * N);
+        if bytes {
+            inverses.fill(0.0);
+            for j in 0..count {
                 if a.packed {
-                    (j..j + 2).for_each(|j| a.v.data.ask(value(j + AHEAD), a.dv));
+                    a.v.data.ask(value(j + AHEAD), a.dv);
                 }
-                let even = if j < count { a.v.data.row(value(j), even) } else { &[] };
-                let odd = if j + 1 < count { a.v.data.row(value(j + 1), odd) } else { &[] };
-                for a in 0..across {
-                    let to = &mut values[tile(a) + pair * ROW..][..ROW];
+                let value = a.v.data.row(value(j), &mut row[..a.dv]);
+                inverses.iter_mut().zip(value).for_each(|(m, v)| *m = v.abs().max(*m));
+            }
+            for (i, inverse) in inverses.iter_mut().enumerate() {
+                let factors = &mut value_factors[i / SIDE];
+                (factors.scales[i % SIDE], factors.before[i % SIDE]) = (*inverse / 127.0, 0);
+                *inverse = 127.0 / inverse.max(1e-30);
+            }
+        }
+        let inverses = &*inverses;
+        let together = if bytes { 4 } else { 2 };
+        let steps = KEYS / self.tiling.row();
+        for step in 0..steps {
+            let tile = |a: usize| (a * steps + step) * TILE;
+            for i in 0..N {
+                let j = (step * N + i) * together;
+                if a.packed && !bytes {
+                    (j..j + together).for_each(|j| a.v.data.ask(value(j + AHEAD), a.dv));
+                }
+                let mut rows: [&[f32]; 4] = [&[]; 4];
+                for ((row, j), room) in rows[..together].iter_mut().zip(j..count).zip(row.chunks_exact_mut(a.dv.max(1))) {
+                    *row = a.v.data.row(value(j), &mut room[..a.dv]);
+                }
+                for (a, inverse) in inverses.as_chunks::<N>().0.iter().enumerate() {
+                    let to = &mut values[tile(a) + i * ROW..][..ROW];
                     // SAFETY: the caller's promise; `to` is of 64 bytes.
-                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), interleaved(narrow(load(even, a * N), load(odd, a * N)))) };
+                    unsafe {
+                        let together = if bytes {
+                            let inverse = _mm512_loadu_ps(inverse.as_ptr());
+                            let mut words = [_mm512_setzero_si512(); 4];
+                            for (words, row) in words.iter_mut().zip(rows) {
+                                *words = _mm512_cvtps_epi32(_mm512_mul_ps(load(row, a * N), inverse));
+                            }
+                            quads::<true>(words)
+                        } else {
+                            interleaved(narrow(load(rows[0], a * N), load(rows[1], a * N)))
+                        };
+                        _mm512_storeu_si512(to.as_mut_ptr().cast(), together);
+                    }
                 }
             }
             for a in 0..across {
@@ -365,16 +484,16 @@ struct Block<'a, 'b> {
 
 impl Block<'_, '_> {
     /// # Safety
-    /// The CPU has AVX-512 F, BW, DQ, VL and BF16; if it has AMX, [`configure`] has been called on this thread.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    /// The CPU has AVX-512 F, BW, DQ, VL, VNNI and BF16; if it has AMX, [`configure`] has been called on this thread.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
     unsafe fn run(self, work: &mut Work) {
         let Tiling { depth, across, .. } = self.tiling;
         let groups = self.run.queries.len().div_ceil(SIDE);
         work.queries.resize(QUERIES / SIDE * 2 * depth * N, Line([0; ROW]));
         work.out.resize(QUERIES / SIDE * across / 2, Sums([[0; SIDE]; SIDE]));
         work.scores.resize(KEYS / SIDE, Sums([[0; SIDE]; SIDE]));
-        work.weights.resize(2 * KEYS / SIDE * N, Line([0; ROW]));
-        work.rounded.resize(QUERIES / SIDE, Rounded { scales: [0.0; SIDE], before: [0; SIDE] });
+        work.weights.resize(2 * KEYS / self.tiling.row() * N, Line([0; ROW]));
+        work.scales.resize(QUERIES / SIDE, [0.0; SIDE]);
         work.states.clear();
         work.states.resize(groups, State::EMPTY);
         // SAFETY: the caller's promise.
@@ -411,7 +530,7 @@ impl Block<'_, '_> {
     ///
     /// # Safety
     /// As [`Self::run`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
     unsafe fn pack(&self, work: &mut Work) {
         let (a, d, Tiling { bytes, depth, .. }) = (self.a, self.a.d, self.tiling);
         let all = a.scale * std::f32::consts::LOG2_E;
@@ -425,8 +544,7 @@ impl Block<'_, '_> {
             if query >= self.run.queries.end {
                 // SAFETY: the caller's promise.
                 unsafe { put_row(&[], i, depth, tiles) };
-                let rounded = &mut work.rounded[i / SIDE];
-                (rounded.scales[i % SIDE], rounded.before[i % SIDE]) = (0.0, 0);
+                work.scales[i / SIDE][i % SIDE] = 0.0;
                 continue;
             }
             if a.packed {
@@ -441,9 +559,7 @@ impl Block<'_, '_> {
             // SAFETY: the caller's promise.
             unsafe {
                 if bytes {
-                    let (step, sum) = put_bytes(row, i, depth, 0, tiles);
-                    let rounded = &mut work.rounded[i / SIDE];
-                    (rounded.scales[i % SIDE], rounded.before[i % SIDE]) = (step * all, -i32::from(OFFSET) * sum);
+                    work.scales[i / SIDE][i % SIDE] = put_bytes(row, i, depth, OFFSET, tiles).0 * all;
                 } else {
                     put_row(row, i, depth, tiles);
                 }
@@ -460,81 +576,84 @@ impl Block<'_, '_> {
     ///
     /// # Safety
     /// As [`Self::run`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
     unsafe fn step(&self, work: &mut Work, group: usize, block: usize, keys: Range<usize>) {
         let Tiling { bytes, depth, across } = self.tiling;
         let tiles = &self.tiles[block * self.tiling.block()..][..self.tiling.block()];
-        let (key_tiles, value_tiles) = tiles.split_at(self.tiling.keys());
+        let (key_tiles, rest) = tiles.split_at(self.tiling.keys());
+        let (value_tiles, factors) = rest.split_at(self.tiling.values());
+        let (key_factors, value_factors) = bytemuck::cast_slice::<_, Factors>(factors).split_at(if bytes { KEYS / SIDE } else { 0 });
         let queries: &[u8] = &bytemuck::cast_slice(&work.queries)[group * 2 * depth * TILE..][..2 * depth * TILE];
         let queries = [&queries[..depth * TILE], &queries[depth * TILE..]];
-        // Of the block, in units of 32 keys.
-        let steps = (keys.start - block * KEYS) / SIDE..(keys.end - block * KEYS).div_ceil(SIDE);
-        let scores = &mut work.scores[..steps.len()];
-        let rounded = &work.rounded[group];
-        let (key_tiles, key_scales) = key_tiles.split_at(KEYS / N * depth * TILE);
+        // Tiles of the block's values.
+        let row = self.tiling.row();
+        let steps = (keys.start - block * KEYS) / row..(keys.end - block * KEYS).div_ceil(row);
+        let scores = &mut work.scores[..steps.len() * row / SIDE];
         let state = &mut work.states[group];
         let fresh = state.sum == State::EMPTY.sum && state.largest == State::EMPTY.largest;
         let out = &mut work.out[group * across / 2..][..across / 2];
         let weights: &mut [u8] = bytemuck::cast_slice_mut(&mut work.weights);
-        let (first, second) = weights.split_at_mut(KEYS / SIDE * TILE);
+        let (first, second) = weights.split_at_mut(KEYS / row * TILE);
+        let [first, second] = [&mut first[..steps.len() * TILE], &mut second[..steps.len() * TILE]];
+        // Of weights that are bytes: what 1 stands for, times [`ONE`].
+        let mut units = [0.0; SIDE];
         // SAFETY: the caller's promise; what is loaded and stored are arrays of 16 elements and rows of tiles.
         unsafe {
-            let mut largest = [_mm512_loadu_ps(state.largest[0].as_ptr()), _mm512_loadu_ps(state.largest[1].as_ptr())];
-            for (step, scores) in steps.clone().zip(scores.iter_mut()) {
+            let none = _mm512_set1_ps(f32::NEG_INFINITY);
+            let mut of_block = [none; 2];
+            for (step, scores) in (steps.start * row / SIDE..).zip(scores.iter_mut()) {
                 let keys_of = |half: usize| &key_tiles[(2 * step + half) * depth * TILE..][..depth * TILE];
                 if bytes {
-                    let key_scales = &bytemuck::cast_slice(key_scales).as_chunks().0[step];
-                    let scales = [key_scales, &rounded.scales];
-                    byte_products([keys_of(0), keys_of(1)], queries, self.a.d.div_ceil(4), &rounded.before, scales, scores);
+                    let size = [SIDE, self.a.d.div_ceil(4)];
+                    byte_products([keys_of(0), keys_of(1)], queries, size, &key_factors[step], &work.scales[group], true, scores);
                 } else {
                     self.products([keys_of(0), keys_of(1)], queries, [SIDE, self.a.d.div_ceil(2)], true, scores);
                 }
                 self.hide(scores, group, block * KEYS + step * SIDE, &keys);
                 for row in &scores.0 {
-                    largest[0] = _mm512_max_ps(largest[0], _mm512_loadu_ps(row.as_ptr().cast()));
-                    largest[1] = _mm512_max_ps(largest[1], _mm512_loadu_ps(row[N..].as_ptr().cast()));
+                    of_block[0] = _mm512_max_ps(of_block[0], _mm512_loadu_ps(row.as_ptr().cast()));
+                    of_block[1] = _mm512_max_ps(of_block[1], _mm512_loadu_ps(row[N..].as_ptr().cast()));
                 }
             }
-            let mut sums = [_mm512_setzero_ps(); 2];
-            for half in 0..2 {
+            for (half, to) in [&mut *first, &mut *second].into_iter().enumerate() {
                 let before = _mm512_loadu_ps(state.largest[half].as_ptr());
                 // Rounded up to an integer, so that what was summed so far is scaled seldom and without rounding.
-                largest[half] = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(largest[half]);
-                _mm512_storeu_ps(state.largest[half].as_mut_ptr(), largest[half]);
+                let largest = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(of_block[half]);
+                let largest = _mm512_max_ps(before, largest);
+                _mm512_storeu_ps(state.largest[half].as_mut_ptr(), largest);
                 // Without a key so far any shift does: all weights are 0.
-                let some = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(largest[half], _mm512_set1_ps(f32::NEG_INFINITY));
-                largest[half] = _mm512_maskz_mov_ps(some, largest[half]);
-                let shrink = exp2(_mm512_sub_ps(before, largest[half]));
-                sums[half] = _mm512_mul_ps(_mm512_loadu_ps(state.sum[half].as_ptr()), shrink);
+                let some = |largest| _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(largest, none), largest);
+                let shift = some(largest);
+                let shrink = exp2(_mm512_sub_ps(before, shift));
+                let sum = _mm512_mul_ps(_mm512_loadu_ps(state.sum[half].as_ptr()), shrink);
                 if !fresh && _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(shrink, _mm512_set1_ps(1.0)) != 0 {
                     for row in out.iter_mut().flat_map(|s| &mut s.0) {
                         let at = row[half * N..].as_mut_ptr().cast::<f32>();
                         _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), shrink));
                     }
                 }
+                let sum = if bytes {
+                    let unit = exp2(_mm512_sub_ps(of_block[half], shift));
+                    _mm512_storeu_ps(units[half * N..].as_mut_ptr(), unit);
+                    _mm512_fmadd_ps(weigh_bytes(scores, half, some(of_block[half]), to), unit, sum)
+                } else {
+                    _mm512_add_ps(weigh(scores, half, shift, to), sum)
+                };
+                _mm512_storeu_ps(state.sum[half].as_mut_ptr(), sum);
             }
-            let ones = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(bf16::ONE.to_bits().cast_signed()));
-            let [mut sum_0, mut sum_1] = sums;
-            for ((scores, first), second) in scores.iter().zip(first.as_chunks_mut::<TILE>().0).zip(second.as_chunks_mut::<TILE>().0) {
-                for pair in 0..N {
-                    let [even, odd] = [&scores.0[2 * pair], &scores.0[2 * pair + 1]];
-                    let pair_0 = weigh(even.as_ptr(), odd.as_ptr(), largest[0]);
-                    let pair_1 = weigh(even[N..].as_ptr(), odd[N..].as_ptr(), largest[1]);
-                    _mm512_storeu_si512(first[pair * ROW..].as_mut_ptr().cast(), pair_0);
-                    _mm512_storeu_si512(second[pair * ROW..].as_mut_ptr().cast(), pair_1);
-                    // The sum is of what is multiplied.
-                    sum_0 = _mm512_dpbf16_ps(sum_0, std::mem::transmute::<__m512i, __m512bh>(pair_0), ones);
-                    sum_1 = _mm512_dpbf16_ps(sum_1, std::mem::transmute::<__m512i, __m512bh>(pair_1), ones);
+        }
+        let weights = [&*first, &*second];
+        for (i, out) in out.iter_mut().enumerate() {
+            let values = [0, 1].map(|half| &value_tiles[((2 * i + half) * (KEYS / row) + steps.start) * TILE..][..steps.len() * TILE]);
+            let size = [SIDE.min(self.a.dv - i * SIDE), steps.len() * N];
+            // SAFETY: the caller's promise.
+            unsafe {
+                if bytes {
+                    byte_products(values, weights, size, &value_factors[i], &units, fresh, out);
+                } else {
+                    self.products(values, weights, size, fresh, out);
                 }
             }
-            _mm512_storeu_ps(state.sum[0].as_mut_ptr(), sum_0);
-            _mm512_storeu_ps(state.sum[1].as_mut_ptr(), sum_1);
-        }
-        let weights = [&first[..steps.len() * TILE], &second[..steps.len() * TILE]];
-        for (i, out) in out.iter_mut().enumerate() {
-            let values = [0, 1].map(|half| &value_tiles[((2 * i + half) * (KEYS / SIDE) + steps.start) * TILE..][..steps.len() * TILE]);
-            // SAFETY: the caller's promise.
-            unsafe { self.products(values, weights, [SIDE.min(self.a.dv - i * SIDE), steps.len() * N], fresh, out) };
         }
     }
 
@@ -580,7 +699,7 @@ impl Block<'_, '_> {
     ///
     /// # Safety
     /// As [`Self::run`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
     unsafe fn finish(&self, work: &Work, group: usize) {
         let (dv, across) = (self.a.dv, self.tiling.across);
         for half in 0..2 {
