@@ -205,13 +205,11 @@ impl Total {
             for work in work(program, &run.entry, &run.symbols, Isa::detect(), only_largest)? {
                 total.weight_bytes += work.weight_bytes;
                 total.state_bytes += work.state_bytes;
-                for (arithmetic, operations) in work.arithmetic.into_iter().zip([work.operations / 2, work.operations.div_ceil(2)]) {
-                    *match arithmetic {
-                        Arithmetic::Int8 => &mut total.int8,
-                        Arithmetic::Bf16 => &mut total.bf16,
-                        Arithmetic::F32 => &mut total.f32,
-                    } += operations;
-                }
+                *match work.arithmetic {
+                    Arithmetic::Int8 => &mut total.int8,
+                    Arithmetic::Bf16 => &mut total.bf16,
+                    Arithmetic::F32 => &mut total.f32,
+                } += work.operations;
             }
         }
         Ok(total)

@@ -132,8 +132,8 @@ pub struct Attention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
-    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-    /// queries and keys to 8 bits with a scale for each row.
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+    /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bf16: bool,
 }
@@ -236,8 +236,8 @@ pub struct RotaryAttention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
-    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-    /// queries and keys to 8 bits with a scale for each row.
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+    /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bf16: bool,
 }
@@ -295,8 +295,8 @@ pub struct PackedAttention {
     pub scale: f64,
     /// Which keys a query sees.
     pub mask: Mask,
-    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-    /// queries and keys to 8 bits with a scale for each row.
+    /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+    /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bf16: bool,
 }

@@ -246,8 +246,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-        /// queries and keys to 8 bits with a scale for each row.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+        /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },
@@ -261,8 +261,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-        /// queries and keys to 8 bits with a scale for each row.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+        /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },
@@ -277,8 +277,8 @@ pub enum Kernel {
         scale: f64,
         /// Which keys a query sees.
         mask: Mask,
-        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, and unless the mask is causal
-        /// queries and keys to 8 bits with a scale for each row.
+        /// Operands of both products (weights before they are divided by their sum) may be rounded to bf16, or unless the mask is causal
+        /// to 8 bits: queries and keys with a scale for each row, values for each column, weights to parts of the largest one.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         bf16: bool,
     },

@@ -3,8 +3,8 @@
 //!
 //! Scores are made transposed, keys by queries. So keys are rows of tiles as they lie, maxima and sums of 16 queries are one
 //! vector each, and weights become the second product's tiles without moving between lanes. Only values are transposed, once for
-//! all queries. All are bf16, or bytes: queries and keys with a scale for each row, values for each column of a block, and weights are
-//! of a block's largest one.
+//! all queries. All are bf16, or bytes: queries and keys with a scale for each row, values for each column of a block of keys, and weights
+//! are parts of the largest one of such a block.
 
 use crate::{
     Isa, Kernels,
@@ -741,7 +741,7 @@ impl Kernels {
     /// [`Kernels::attention`] in tiles, with [`Isa::Avx512Bf16`] or [`Isa::Amx`]. Each run sees keys of its range, all of them or as
     /// [`Seen::Causal`] says.
     pub(crate) fn tile_attention(&self, a: &Attention<'_>, runs: &[Run], out: OutColumns) {
-        let bytes = self.isa.attention_arithmetic(a.bf16, a.s, matches!(a.seen, Seen::Causal(_)))[0] == Arithmetic::Int8;
+        let bytes = self.isa.attention_arithmetic(a.bf16, a.s, matches!(a.seen, Seen::Causal(_))) == Arithmetic::Int8;
         let tiling = Tiling::new(a, bytes);
         let (blocks, group) = (a.t.div_ceil(KEYS), a.heads / a.kv_heads);
         let head_bytes = blocks * tiling.block();

@@ -32,8 +32,8 @@ pub struct Work {
     /// Multiplications and additions of products of matrices and of attention; others are not counted. Segments of attention are
     /// counted as one, because where they end is known only when the request is there.
     pub operations: usize,
-    /// What each half of these is computed in.
-    pub arithmetic: [Arithmetic; 2],
+    /// What these products are computed with.
+    pub arithmetic: Arithmetic,
 }
 
 /// A run of an entry, timed.
@@ -138,12 +138,12 @@ impl Steps<'_> {
     }
 
     /// What a step's products are computed with. The rows of a mixture are taken to choose its experts evenly.
-    fn arithmetic(&self, step: &Step) -> [Arithmetic; 2] {
+    fn arithmetic(&self, step: &Step) -> Arithmetic {
         let shape = |i: usize| self.shapes[step.args[i] as usize].as_slice();
         let linear = |weight: usize, dynamic: bool, rows: usize| {
             let dtype = self.f.values[step.args[weight] as usize].dtype;
             let scheme = if let DType::Quant(scheme) = dtype { Some(scheme) } else { None };
-            [self.isa.linear_arithmetic(scheme, dynamic, rows, shape(weight).last().copied().unwrap_or(0)); 2]
+            self.isa.linear_arithmetic(scheme, dynamic, rows, shape(weight).last().copied().unwrap_or(0))
         };
         match step.kernel {
             Kernel::Linear { dynamic, .. } | Kernel::GatedLinear { dynamic, .. } => {
@@ -151,12 +151,12 @@ impl Steps<'_> {
             }
             Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
             // Segments are taken to lie together.
-            Kernel::Attention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. }
-            | Kernel::RotaryAttention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. }
-            | Kernel::PackedAttention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. } => {
-                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2], mask == Mask::Causal)
+            Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
+            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
+            | Kernel::PackedAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
+                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2])
             }
-            _ => [Arithmetic::F32; 2],
+            _ => Arithmetic::F32,
         }
     }
 
@@ -277,7 +277,7 @@ mod tests {
         assert_eq!((embedding.op.as_str(), embedding.weight_bytes, embedding.operations), ("embedding", 3 * row, 0));
         assert_eq!((linear.shape, linear.weight_bytes, linear.operations), ([3, 40, 64], 48 * row, 2 * 3 * 40 * 64));
         assert_eq!(
-            (linear.weights.as_slice(), linear.weight_type, linear.arithmetic[0]),
+            (linear.weights.as_slice(), linear.weight_type, linear.arithmetic),
             (&["w40".to_string()][..], Some(int4), Arithmetic::Int8)
         );
         // Queries see 8, 9 and 10 keys; a key is 64 bytes and a scale, a value 128 bytes, and there are two heads of them.
@@ -287,8 +287,8 @@ mod tests {
         assert_eq!(of(1, 9)[2].operations, 2 * 4 * 10 * 128);
         // Many rows go to tiles, in which groups are widened.
         let many = if cfg!(target_arch = "x86_64") { Arithmetic::Bf16 } else { Arithmetic::Int8 };
-        assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic[0]), [Arithmetic::Int8, many]);
-        let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic[0]);
+        assert_eq!([3, 300].map(|seq| on(seq, 7, Isa::Amx)[1].arithmetic), [Arithmetic::Int8, many]);
+        let attention = [(Isa::Avx2, 300), (Isa::Amx, 300), (Isa::Amx, 1)].map(|(isa, seq)| on(seq, 7, isa)[2].arithmetic);
         assert_eq!(attention, [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::F32]);
         // Of a head in planes, upper ones are read if only the largest logit of a row is wanted.
         program.weights[1].layout = Layout::Planes16;

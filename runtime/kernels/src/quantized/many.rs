@@ -27,7 +27,8 @@ thread_local! {
     static UNPACKED: RefCell<Vec<Unpacked>> = const { RefCell::new(vec![]) };
 }
 
-/// A block of segments of a panel, a byte for each code.
+/// A block of segments of a panel, a byte for each code. Aligned, since vectors that cross cache lines are slower to load.
+#[repr(align(64))]
 #[derive(Clone)]
 struct Unpacked {
     codes: [[u8; 4 * PANEL]; BLOCK / WORD],
@@ -38,12 +39,12 @@ struct Unpacked {
 impl Unpacked {
     const EMPTY: Self = Self { codes: [[0; 4 * PANEL]; BLOCK / WORD], scales: [[0.0; N]; BLOCK / WIDE], zeros: [[0; PANEL]; BLOCK / WIDE] };
 
-    /// Segments `block` of `wide`, which is [`Grid::wide`] of the panel's grid.
+    /// Segments `block` of `wide`, which is [`Grid::wide`] of the panel's grid. Codes are left out if they `lie` together and can be read where they do.
     ///
     /// # Safety
     /// The CPU has the instruction set of `I`.
     #[inline(always)]
-    unsafe fn fill<I: Ints>(&mut self, grid: Grid, wide: Grid, panel: &[u8], block: Range<usize>) {
+    unsafe fn fill<I: Ints>(&mut self, grid: Grid, wide: Grid, panel: &[u8], block: Range<usize>, lie: bool) {
         let first = wide.columns(block.start).start;
         for (i, (scales, zeros)) in block.zip(self.scales.iter_mut().zip(&mut self.zeros)) {
             let columns = wide.columns(i);
@@ -56,6 +57,12 @@ impl Unpacked {
                 }
                 let segment = grid.segment(panel, i);
                 segment.scales::<I::Floats>().store(scales);
+                if let Some(from) = segment.zeros {
+                    *zeros = *from;
+                }
+                if lie {
+                    continue;
+                }
                 if grid.scheme.bits == 3 {
                     for (to, from) in codes.as_chunks_mut::<{ RUN / WORD }>().0.iter_mut().zip(segment.codes.as_chunks::<3>().0) {
                         from.iter().for_each(prefetch_far);
@@ -74,9 +81,6 @@ impl Unpacked {
                         prefetch_far(from);
                         I::load(from).store(to);
                     }
-                }
-                if let Some(from) = segment.zeros {
-                    *zeros = *from;
                 }
             }
         }
@@ -195,26 +199,37 @@ impl Matrix<'_> {
         // Taken, since what follows may not be in a closure: closures are not compiled for the instruction set.
         let mut unpacked = UNPACKED.take();
         unpacked.resize(PANELS, Unpacked::EMPTY);
+        let mut sums = [[[0.0; N]; PANELS]; ROWS];
         for (p, panels) in piece.panels.chunks(PANELS * piece.bytes()).enumerate() {
             let column = (piece.first_panel + PANELS * p) * N;
+            let bias: [_; PANELS] = std::array::from_fn(|p| piece.out.bias(piece.bias, column + p * N));
             for block in wide.blocks() {
                 let panels = panels.chunks_exact(piece.bytes());
+                // Bytes that no scale is between.
+                let lie = piece.grid.scheme.bits == 8 && block.len() == 1;
                 for (unpacked, panel) in unpacked.iter_mut().zip(panels.clone()) {
                     // SAFETY: the caller's promise.
-                    unsafe { unpacked.fill::<I>(piece.grid, wide, panel, block.clone()) };
+                    unsafe { unpacked.fill::<I>(piece.grid, wide, panel, block.clone(), lie) };
+                }
+                let mut codes: [_; PANELS] = std::array::from_fn(|i| &unpacked[i].codes[..]);
+                if lie {
+                    for (codes, panel) in codes.iter_mut().zip(panels.clone()) {
+                        *codes = piece.grid.segment(panel, block.start).codes;
+                    }
                 }
                 for (b, x) in x.chunks_exact(wide.words(ROWS)).enumerate() {
-                    let tile = IntTile { piece: &piece, wide, x, block: block.clone(), first_row: b * ROWS, column };
+                    let tile = IntTile { piece: &piece, wide, x, block: block.clone(), first_row: b * ROWS, column, bias: &bias };
                     // SAFETY: the caller's promise.
                     unsafe {
                         if let (PANELS, Some(unpacked)) = (panels.len(), unpacked.first_chunk().filter(|_| I::MANY_REGISTERS)) {
-                            tile.compute::<I, BITS, ZEROS, PANELS, ROWS>(unpacked, 0);
+                            tile.compute::<I, BITS, ZEROS, PANELS, ROWS>(unpacked, codes, 0, &mut sums);
                             continue;
                         }
                         for (i, unpacked) in unpacked.iter().enumerate().take(panels.len()) {
-                            let tile = IntTile { column: column + i * N, block: block.clone(), ..tile };
+                            let tile = IntTile { column: column + i * N, block: block.clone(), bias: &bias[i..], ..tile };
                             for row in (0..ROWS).step_by(ROWS / 2) {
-                                tile.compute::<I, BITS, ZEROS, 1, { ROWS / 2 }>(std::array::from_ref(unpacked), row);
+                                let mut sums = [[[0.0; N]]; ROWS / 2];
+                                tile.compute::<I, BITS, ZEROS, 1, { ROWS / 2 }>(std::array::from_ref(unpacked), [codes[i]], row, &mut sums);
                             }
                         }
                     }
@@ -234,10 +249,12 @@ struct IntTile<'a, 'b> {
     block: Range<usize>,
     first_row: usize,
     column: usize,
+    /// Of each panel.
+    bias: &'a [[f32; N]],
 }
 
 impl IntTile<'_, '_> {
-    /// Adds to the result: rows `row..row + R` of the block with `P` panels.
+    /// Adds to the result: rows `row..row + R` of the block with `P` panels. Whatever `sums` holds, they are room for the sums.
     ///
     /// # Safety
     /// The CPU has the instruction set of `I`.
@@ -245,9 +262,11 @@ impl IntTile<'_, '_> {
     unsafe fn compute<I: Ints, const BITS: u8, const ZEROS: bool, const P: usize, const R: usize>(
         &self,
         panels: &[Unpacked; P],
+        codes_of: [&[[u8; 4 * PANEL]]; P],
         row: usize,
+        sums: &mut [[[f32; N]; P]; R],
     ) {
-        let (Piece { out, bias, m, .. }, grid) = (*self.piece, self.wide);
+        let (Piece { out, m, .. }, grid) = (*self.piece, self.wide);
         let rows = m.saturating_sub(self.first_row + row).min(R);
         let (codes, rest) = self.x.split_at(grid.vectors() * ROWS);
         let (scales, corrections) = rest.split_at(grid.segments() * ROWS);
@@ -255,13 +274,10 @@ impl IntTile<'_, '_> {
         let first = grid.columns(self.block.start).start / WORD;
         // SAFETY: the caller's promise, and this thread has these columns.
         unsafe {
-            let mut sums = [[[0.0; N]; P]; R];
-            for p in 0..P {
-                let column = self.column + p * N;
-                let bias = if self.block.start == 0 { out.bias(bias, column) } else { [0.0; N] };
-                for (r, sums) in sums.iter_mut().enumerate() {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (p, sum) in sums.iter_mut().enumerate() {
                     let before = self.block.start > 0 && r < rows;
-                    sums[p] = if before { out.read(self.first_row + row + r, column) } else { bias };
+                    *sum = if before { out.read(self.first_row + row + r, self.column + p * N) } else { self.bias[p] };
                 }
             }
             // Results are seldom in a cache. A CPU stores in order, so that what follows would wait for them.
@@ -281,7 +297,7 @@ impl IntTile<'_, '_> {
                 }
                 let count = vectors.len();
                 let x: [&[i32]; R] = std::array::from_fn(|r| &codes[(row + r) * grid.vectors() + first + vectors.start..][..count]);
-                let panel_codes: [_; P] = std::array::from_fn(|p| &panels[p].codes[vectors.clone()]);
+                let panel_codes: [_; P] = std::array::from_fn(|p| &codes_of[p][vectors.clone()]);
                 for v in 0..count {
                     // SAFETY: as many vectors of codes and of `x` were taken.
                     let codes: [I; P] = std::array::from_fn(|p| I::load(panel_codes[p].get_unchecked(v)));
