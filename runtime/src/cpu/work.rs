@@ -151,10 +151,10 @@ impl Steps<'_> {
             }
             Kernel::Moe { dynamic, .. } => linear(3, dynamic, product(shape(1)).checked_div(shape(3)[0]).unwrap_or(0)),
             // Segments are taken to lie together.
-            Kernel::Attention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
-            | Kernel::RotaryAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. }
-            | Kernel::PackedAttention { mask: Mask::Full | Mask::Causal | Mask::Segments, bf16, .. } => {
-                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2])
+            Kernel::Attention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. }
+            | Kernel::RotaryAttention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. }
+            | Kernel::PackedAttention { mask: mask @ (Mask::Full | Mask::Causal | Mask::Segments), bf16, .. } => {
+                self.isa.attention_arithmetic(bf16, shape(0)[shape(0).len() - 2], mask == Mask::Causal)
             }
             _ => Arithmetic::F32,
         }
