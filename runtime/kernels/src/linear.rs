@@ -275,6 +275,11 @@ impl OutColumns {
         Self { data: out.as_mut_ptr(), len: out.len(), n }
     }
 
+    /// Rows from `first` on, which there are.
+    pub(crate) fn from_row(self, first: usize) -> Self {
+        Self { data: self.data.wrapping_add(first * self.n), len: self.len - first * self.n, n: self.n }
+    }
+
     /// Elements of a row.
     #[inline(always)]
     pub(crate) fn columns(self) -> usize {
@@ -512,7 +517,11 @@ impl Kernels {
                         return;
                     }
                     self.round_rows(x, m, grid, &mut words);
-                    pieces(&|piece| self.rounded_product(&words, piece));
+                    if w.planes.is_none() && grid.lies(m) {
+                        self.split_product(&words, Piece { grid, panels, first_panel: 0, bias, act, out: columns, m });
+                    } else {
+                        pieces(&|piece| self.rounded_product(&words, piece));
+                    }
                     self.give_scratch(words);
                 } else {
                     pieces(&|piece| self.widened_product(x, piece));

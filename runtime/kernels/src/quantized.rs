@@ -33,6 +33,8 @@ const BLOCK: usize = 5120;
 const WORD: usize = 4;
 /// Most rows of rounded `x` that are multiplied at once.
 const ROWS: usize = 6;
+/// Rows of a piece of a product whose codes need no unpacking.
+const PART: usize = 40 * ROWS;
 /// Rows that are many: from here on it pays to unpack codes.
 const MANY: usize = 97;
 /// Least columns of a segment that many rows are multiplied with: 64 products of vectors for each sum that becomes a float.
@@ -134,6 +136,11 @@ impl Grid {
             8 => None,
             _ => Some(Self::new(wide, self.k)),
         }
+    }
+
+    /// Whether many rows can be multiplied with the codes where they lie: bytes of which no block has scales in between.
+    pub(crate) fn lies(self, m: usize) -> bool {
+        self.wide(m).is_some() && self.scheme.bits == 8 && self.blocks().all(|block| block.len() == 1)
     }
 
     /// Row `r` of a panel.
@@ -594,6 +601,20 @@ impl Kernels {
             Some(wide) => self.isa.run_ints(Matrix { piece, wide, x }),
             None => with_rows!(piece.m, R => self.isa.run_ints(Few::<R> { piece, x })),
         }
+    }
+
+    /// [`Self::rounded_product`] with a matrix that [`Grid::lies`], by all threads. Since nothing has to be unpacked, pieces are of some rows
+    /// only: a thread that is kept from working delays the others by as little as one of them.
+    pub(crate) fn split_product(&self, x: &[i32], piece: Piece<'_>) {
+        let Piece { grid, panels, out, m, .. } = piece;
+        let (bytes, words) = (many::PANELS * piece.bytes(), grid.words(ROWS));
+        let parts = m.div_ceil(PART);
+        self.pool.run(panels.len().div_ceil(bytes) * parts, |i| {
+            let (i, row) = (i / parts, i % parts * PART);
+            let (panels, m) = (&panels[i * bytes..panels.len().min((i + 1) * bytes)], PART.min(m - row));
+            let piece = Piece { panels, first_panel: i * many::PANELS, out: out.from_row(row), m, ..piece };
+            self.isa.run_ints(Matrix { piece, wide: grid, x: &x[row / ROWS * words..][..m.div_ceil(ROWS) * words] });
+        });
     }
 
     /// Products with widened codes; `x` is `[m, k]`.

@@ -12,7 +12,7 @@ use vlmc_artifact::{Scheme, program::PANEL, quant::RUN};
 
 /// Panels that rows are multiplied with at once: as many sums as there are registers for, and four products for each word of `x` that
 /// is loaded.
-const PANELS: usize = 4;
+pub(super) const PANELS: usize = 4;
 
 /// Rows of rounded `x` in blocks of [`ROWS`].
 pub(super) struct Matrix<'a> {
