@@ -273,7 +273,10 @@ pub(crate) unsafe fn byte_products(
         let (tile, first) = (a[r * ROWS / N].as_ptr(), r * ROWS % N * ROW);
         // SAFETY: the caller's promise; sums, scales and quads are of 64 bytes, and elements of rows lie within their tiles.
         unsafe {
-            let mut acc = before.map(|before| [_mm512_set1_epi32(before); 2]);
+            let mut acc = [[_mm512_setzero_si512(); 2]; ROWS];
+            for (acc, before) in acc.iter_mut().zip(before) {
+                *acc = [_mm512_set1_epi32(*before); 2];
+            }
             for (i, (first_quad, second_quad)) in quads(0).zip(quads(1)).enumerate() {
                 let quads = [first_quad, second_quad].map(|quad| _mm512_loadu_si512(quad.as_ptr().cast()));
                 let element = tile.add(i / N * TILE + first + i % N * 4);

@@ -295,7 +295,8 @@ impl IntTile<'_, '_> {
                         products[r][p] = if ZEROS { Segment::zeros::<I>(&panels[p].zeros[s]).mul(correction) } else { correction };
                     }
                 }
-                let count = vectors.len();
+                // Opaque, else the compiler computes it anew for each vector, which takes a fiftieth of the time.
+                let count = std::hint::black_box(vectors.len());
                 let x: [&[i32]; R] = std::array::from_fn(|r| &codes[(row + r) * grid.vectors() + first + vectors.start..][..count]);
                 let panel_codes: [_; P] = std::array::from_fn(|p| &codes_of[p][vectors.clone()]);
                 for v in 0..count {
