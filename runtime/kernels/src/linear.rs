@@ -276,7 +276,7 @@ impl OutColumns {
     }
 
     /// Rows from `first` on, which there are.
-    pub(crate) fn from_row(self, first: usize) -> Self {
+    pub(crate) fn rows_from(self, first: usize) -> Self {
         Self { data: self.data.wrapping_add(first * self.n), len: self.len - first * self.n, n: self.n }
     }
 

@@ -612,7 +612,7 @@ impl Kernels {
         self.pool.run(panels.len().div_ceil(bytes) * parts, |i| {
             let (i, row) = (i / parts, i % parts * PART);
             let (panels, m) = (&panels[i * bytes..panels.len().min((i + 1) * bytes)], PART.min(m - row));
-            let piece = Piece { panels, first_panel: i * many::PANELS, out: out.from_row(row), m, ..piece };
+            let piece = Piece { panels, first_panel: i * many::PANELS, out: out.rows_from(row), m, ..piece };
             self.isa.run_ints(Matrix { piece, wide: grid, x: &x[row / ROWS * words..][..m.div_ceil(ROWS) * words] });
         });
     }
