@@ -138,9 +138,14 @@ impl Grid {
         }
     }
 
-    /// Whether many rows can be multiplied with the codes where they lie: bytes of which no block has scales in between.
+    /// Whether many rows can be multiplied with all codes where they lie.
     pub(crate) fn lies(self, m: usize) -> bool {
-        self.wide(m).is_some() && self.scheme.bits == 8 && self.blocks().all(|block| block.len() == 1)
+        self.wide(m).is_some() && self.blocks().all(|block| self.lie(&block))
+    }
+
+    /// Whether the codes of a block of segments are bytes that no scale is between.
+    fn lie(self, block: &Range<usize>) -> bool {
+        self.scheme.bits == 8 && block.len() == 1
     }
 
     /// Row `r` of a panel.

@@ -205,8 +205,7 @@ impl Matrix<'_> {
             let bias: [_; PANELS] = std::array::from_fn(|p| piece.out.bias(piece.bias, column + p * N));
             for block in wide.blocks() {
                 let panels = panels.chunks_exact(piece.bytes());
-                // Bytes that no scale is between.
-                let lie = piece.grid.scheme.bits == 8 && block.len() == 1;
+                let lie = piece.grid.lie(&block);
                 for (unpacked, panel) in unpacked.iter_mut().zip(panels.clone()) {
                     // SAFETY: the caller's promise.
                     unsafe { unpacked.fill::<I>(piece.grid, wide, panel, block.clone(), lie) };
