@@ -21,14 +21,13 @@ cargo test --workspace --features vlmc-tests/tract
 
 # The kernels' tests again, to find reads and writes outside of memory: on AVX2 and without SIMD, all that Valgrind knows (Miri knows
 # neither AVX-512 nor assembly). What it says of values that are not initialised is left out: compilers load and compare some that
-# they then do not use.
+# they then do not use. The same binary as above, since `cargo test -p` would build it anew, with other features of the dependencies.
 if command -v valgrind > /dev/null; then
-  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=1 --undef-value-errors=no" \
-    cargo test -p vlmc-kernels --lib -- --skip probe
+  kernels=$(cargo test --workspace --features vlmc-tests/tract --no-run 2>&1 | sed -n 's/.*(\(.*vlmc_kernels-.*\))/\1/p')
+  valgrind --quiet --error-exitcode=1 --undef-value-errors=no "$kernels" --skip probe
 fi
 
-# The reference checker of the ONNX project, on every graph of every fixture; compiled by the binary that the tests ran, since
-# `cargo run` would build it anew, with other features of the dependencies.
+# The reference checker of the ONNX project, on every graph of every fixture; compiled by the binary that the tests ran, too.
 rm -rf target/onnx-check
 for checkpoint in fixtures/*/; do
   [ -f "$checkpoint/model.safetensors" ] || [ -f "$checkpoint/model.safetensors.index.json" ] || continue
