@@ -32,11 +32,13 @@ mod round;
 pub use attention::{Attention, Heads, Kept, Seen, Strides, attention_scratch, packed_attention_scratch, side_by_side};
 pub use elementwise::Broadcast;
 pub use isa::Isa;
-pub use linear::{BadIndex, Floats, Panels, Table, pack_panels};
+pub use linear::{BadIndex, Floats, Panels, Rows, Table, pack_panels};
 pub use moe::{Experts, Moe, moe_scratch};
+pub use norm::Norm;
 pub use pool::Pool;
 pub use probe::Arithmetic;
 pub use quantize::quantize;
+pub use quantized::Rounded;
 use std::sync::{Mutex, PoisonError};
 
 /// The kernels of one CPU: an instruction set and a pool of threads.

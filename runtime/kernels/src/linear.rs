@@ -6,7 +6,7 @@ use crate::{
     Arithmetic, Isa, Kernels, Src, elementwise,
     isa::Task,
     lanes::{Lanes, N},
-    quantized::{Grid, Piece, Planes},
+    quantized::{Grid, Piece, Planes, Rounded},
 };
 use half::{bf16, f16};
 use std::ops::Range;
@@ -131,6 +131,26 @@ impl<'a> Table<'a> {
                 out.iter_mut().enumerate().for_each(|(c, o)| *o = panel[c * PANEL + row % PANEL].to_f32());
             }
         }
+    }
+}
+
+/// Rows `[m, k]` of a product.
+pub enum Rows<'a> {
+    /// As they are.
+    Floats(&'a [f32]),
+    /// As this product would round them.
+    Rounded(Rounded),
+}
+
+impl<'a> From<&'a [f32]> for Rows<'a> {
+    fn from(x: &'a [f32]) -> Self {
+        Self::Floats(x)
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Rows<'a> {
+    fn from(x: &'a Vec<f32>) -> Self {
+        Self::Floats(x)
     }
 }
 
@@ -444,8 +464,26 @@ impl Kernels {
     ///
     /// # Panics
     /// If the lengths do not fit, or `dynamic` is asked of weights that are not quantized.
-    pub fn linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, act: Option<Unary>, dynamic: bool, out: &mut [f32]) {
-        self.product(x, w, bias, Then::Apply(act), dynamic, out);
+    pub fn linear<'a>(
+        &self,
+        x: impl Into<Rows<'a>>,
+        w: &Panels<'_>,
+        bias: Option<&[f32]>,
+        act: Option<Unary>,
+        dynamic: bool,
+        out: &mut [f32],
+    ) {
+        self.product(x.into(), w, bias, Then::Apply(act), dynamic, out);
+    }
+
+    /// How [`Self::linear`] rounds `m` rows, if these are many and are rounded to 8 bits.
+    pub(crate) fn rounding(&self, w: &Panels<'_>, m: usize) -> Option<Grid> {
+        let Floats::Quant(_, scheme) = w.data else { return None };
+        #[cfg(target_arch = "x86_64")]
+        if in_tiles(self.isa, scheme, m) {
+            return None;
+        }
+        Grid::new(scheme, w.k).wide(m)
     }
 
     /// [`Self::linear`] of `w [2 n, k]` to `product [m, 2 n]`, and [`Self::gated`] of that to `out [m, n]`. What a thread has multiplied
@@ -454,12 +492,20 @@ impl Kernels {
     ///
     /// # Panics
     /// As these.
-    pub fn gated_linear(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, f: Unary, dynamic: bool, [product, out]: [&mut [f32]; 2]) {
+    pub fn gated_linear<'a>(
+        &self,
+        x: impl Into<Rows<'a>>,
+        w: &Panels<'_>,
+        bias: Option<&[f32]>,
+        f: Unary,
+        dynamic: bool,
+        [product, out]: [&mut [f32]; 2],
+    ) {
         assert!(f != Unary::Not, "'not' is a function of booleans");
         assert!(product.len() == 2 * out.len(), "product must be [m, 2 n], out [m, n]");
         let n = w.n / 2;
         if w.n.is_multiple_of(2 * N) && w.k > 0 && w.planes.is_none() && product.len() <= ROWS * w.n {
-            self.product(x, w, bias, Then::Gate(f, OutColumns::new(out, n)), dynamic, product);
+            self.product(x.into(), w, bias, Then::Gate(f, OutColumns::new(out, n)), dynamic, product);
         } else {
             self.linear(x, w, bias, None, dynamic, product);
             self.gated(f, product, n, out);
@@ -467,7 +513,7 @@ impl Kernels {
     }
 
     /// [`Self::linear`], and what becomes of the product.
-    fn product(&self, x: &[f32], w: &Panels<'_>, bias: Option<&[f32]>, then: Then, dynamic: bool, out: &mut [f32]) {
+    fn product(&self, x: Rows<'_>, w: &Panels<'_>, bias: Option<&[f32]>, then: Then, dynamic: bool, out: &mut [f32]) {
         let (n, k) = (w.n, w.k);
         assert!(!dynamic || matches!(w.data, Floats::Quant(..)), "x is rounded for quantized weights only");
         if n == 0 || out.is_empty() {
@@ -475,7 +521,15 @@ impl Kernels {
             return;
         }
         let m = out.len() / n;
-        assert!(out.len() == m * n && x.len() == m * k, "x must be [m, k] and out [m, n]");
+        assert!(out.len() == m * n, "out must be [m, n]");
+        let (x, rounded) = match x {
+            Rows::Floats(x) => (x, None),
+            Rows::Rounded(x) => (&[][..], Some(x)),
+        };
+        match &rounded {
+            None => assert!(x.len() == m * k, "x must be [m, k]"),
+            Some(x) => assert!(dynamic && x.m == m && self.rounding(w, m) == Some(x.grid), "x must be rounded for this product"),
+        }
         let bias = bias.unwrap_or(&[]);
         assert!(bias.is_empty() || bias.len() == n, "bias must be [n]");
         if k == 0 {
@@ -509,14 +563,20 @@ impl Kernels {
                     }
                 };
                 if dynamic {
-                    let mut words = self.take_scratch();
-                    #[cfg(target_arch = "x86_64")]
-                    if in_tiles(self.isa, scheme, m) {
-                        self.tile_product(x, m, grid, &mut words, pieces);
-                        self.give_scratch(words);
-                        return;
-                    }
-                    self.round_rows(x, m, grid, &mut words);
+                    let words = match rounded {
+                        Some(x) => x.words,
+                        None => {
+                            let mut words = self.take_scratch();
+                            #[cfg(target_arch = "x86_64")]
+                            if in_tiles(self.isa, scheme, m) {
+                                self.tile_product(x, m, grid, &mut words, pieces);
+                                self.give_scratch(words);
+                                return;
+                            }
+                            self.round_rows(x, m, grid, &mut words);
+                            words
+                        }
+                    };
                     if w.planes.is_none() && grid.lies(m) {
                         self.split_product(&words, Piece { grid, panels, first_panel: 0, bias, act, out: columns, m });
                     } else {

@@ -113,10 +113,10 @@ impl Kernels {
                 for (to, choice) in rows.chunks_exact_mut(h).zip(chosen) {
                     to.copy_from_slice(&x[*choice as usize / k * h..][..h]);
                 }
-                self.linear(rows, &wg, None, Some(w.act), w.dynamic, gate);
-                self.linear(rows, &wu, None, None, w.dynamic, up);
+                self.linear(&*rows, &wg, None, Some(w.act), w.dynamic, gate);
+                self.linear(&*rows, &wu, None, None, w.dynamic, up);
                 gate.iter_mut().zip(&*up).for_each(|(g, u)| *g *= u);
-                self.linear(gate, &wd, None, None, w.dynamic, y);
+                self.linear(&*gate, &wd, None, None, w.dynamic, y);
                 for (choice, y) in chosen.iter().map(|c| *c as usize).zip(y.chunks_exact(h)) {
                     out[choice / k * h..][..h].iter_mut().zip(y).for_each(|(o, y)| *o += weights[choice] * y);
                 }

@@ -1,7 +1,7 @@
 //! Normalisations over the last axis, and the rotary embedding.
 
 use crate::{
-    Kernels, Src,
+    Kernels, Panels, Rounded, Src,
     isa::Task,
     lanes::{Lanes, N},
 };
@@ -11,37 +11,44 @@ fn rows_per_piece(n: usize) -> usize {
     (16_384 / n.max(1)).max(1)
 }
 
-struct Norm<'a> {
-    weight: &'a [f32],
-    /// Layer norm if there is one, RMS norm else.
-    bias: Option<&'a [f32]>,
-    eps: f32,
+/// Layer norm if there is a bias, RMS norm else, over rows as long as `weight`.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Norm<'a> {
+    pub weight: &'a [f32],
+    pub bias: Option<&'a [f32]>,
+    pub eps: f32,
+}
+
+struct Normalize<'a> {
+    norm: Norm<'a>,
     rows: &'a mut [f32],
 }
 
-impl Task for Norm<'_> {
+impl Task for Normalize<'_> {
     type Out = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let n = self.weight.len();
+        let Norm { weight, bias, eps } = self.norm;
+        let n = weight.len();
         for row in self.rows.chunks_exact_mut(n) {
             // SAFETY: the caller's promise.
             unsafe {
-                let mean = if self.bias.is_some() { sum::<L>(row, 0.0, |x| x) / n as f32 } else { 0.0 };
+                let mean = if bias.is_some() { sum::<L>(row, 0.0, |x| x) / n as f32 } else { 0.0 };
                 let centre = L::splat(mean);
                 let squares = sum::<L>(row, mean, |x| {
                     let d = x.sub(centre);
                     d.mul(d)
                 });
-                let scale = 1.0 / (squares / n as f32 + self.eps).sqrt();
-                match self.bias {
+                let scale = 1.0 / (squares / n as f32 + eps).sqrt();
+                match bias {
                     Some(bias) => {
-                        for ((x, w), b) in row.iter_mut().zip(self.weight).zip(bias) {
+                        for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
                             *x = (*x - mean) * scale * w + b;
                         }
                     }
-                    None => row.iter_mut().zip(self.weight).for_each(|(x, w)| *x = *x * scale * w),
+                    None => row.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w),
                 }
             }
         }
@@ -96,7 +103,7 @@ impl Kernels {
     /// If the lengths do not fit.
     pub fn layer_norm(&self, x: Src<'_, f32>, weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
         assert_eq!(weight.len(), bias.len(), "weight and bias must have one length");
-        self.norm(x, weight, Some(bias), eps, out);
+        self.norm(x, Norm { weight, bias: Some(bias), eps }, out);
     }
 
     /// `x / sqrt(mean(x²) + eps) * weight` over rows as long as `weight`.
@@ -104,11 +111,11 @@ impl Kernels {
     /// # Panics
     /// If the lengths do not fit.
     pub fn rms_norm(&self, x: Src<'_, f32>, weight: &[f32], eps: f32, out: &mut [f32]) {
-        self.norm(x, weight, None, eps, out);
+        self.norm(x, Norm { weight, bias: None, eps }, out);
     }
 
-    fn norm(&self, x: Src<'_, f32>, weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
-        let n = weight.len();
+    fn norm(&self, x: Src<'_, f32>, norm: Norm<'_>, out: &mut [f32]) {
+        let n = norm.weight.len();
         if n == 0 || out.is_empty() {
             return;
         }
@@ -121,26 +128,33 @@ impl Kernels {
             if let Src::Slice(x) = x {
                 rows.copy_from_slice(&x[i * piece..i * piece + rows.len()]);
             }
-            self.isa.run(Norm { weight, bias, eps, rows });
+            self.isa.run(Normalize { norm, rows });
         });
     }
 
-    /// The sum of two operands to `sum`, and its norm over rows as long as `weight` to `normed`: layer norm if there is a bias,
-    /// else RMS norm. One operand may be what `sum` holds.
+    /// The sum of two operands, one of which may be what `sum` holds, to `sum`, and its norm to `normed`. If a product with `next` is all
+    /// that becomes of the norm, and rounds many rows, these are rounded as they are made: they are given back then, and what `normed`
+    /// holds means nothing. That spares memory to write them and read them again.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn add_norm(&self, terms: [Src<'_, f32>; 2], weight: &[f32], bias: Option<&[f32]>, eps: f32, sum: &mut [f32], normed: &mut [f32]) {
-        let n = weight.len();
+    pub fn add_norm(
+        &self,
+        terms: [Src<'_, f32>; 2],
+        norm: Norm<'_>,
+        sum: &mut [f32],
+        normed: &mut [f32],
+        next: Option<&Panels<'_>>,
+    ) -> Option<Rounded> {
+        let n = norm.weight.len();
         if n == 0 || sum.is_empty() {
-            return;
+            return None;
         }
         let fits = |x: &Src<'_, f32>| matches!(x, Src::Slice(x) if x.len() == sum.len()) || matches!(x, Src::InPlace);
         assert!(sum.len().is_multiple_of(n) && normed.len() == sum.len(), "rows must be as long as weight");
-        assert!(terms.iter().all(fits) && bias.is_none_or(|b| b.len() == n), "operands must have the lengths of the results");
-        let piece = rows_per_piece(n) * n;
-        self.pool.pieces(sum.chunks_mut(piece).zip(normed.chunks_mut(piece)), |i, (sum, normed)| {
-            let range = i * piece..i * piece + sum.len();
+        assert!(terms.iter().all(fits) && norm.bias.is_none_or(|b| b.len() == n), "operands must have the lengths of the results");
+        let make = |first: usize, sum: &mut [f32], normed: &mut [f32]| {
+            let range = first..first + sum.len();
             match terms {
                 [Src::Slice(x), Src::Slice(y)] => {
                     sum.iter_mut().zip(&x[range.clone()]).zip(&y[range]).for_each(|((s, x), y)| *s = x + y);
@@ -150,8 +164,15 @@ impl Kernels {
                 [Src::InPlace, Src::InPlace] => sum.iter_mut().for_each(|s| *s += *s),
             }
             normed.copy_from_slice(sum);
-            self.isa.run(Norm { weight, bias, eps, rows: normed });
-        });
+            self.isa.run(Normalize { norm, rows: normed });
+        };
+        let grid = next.and_then(|next| self.rounding(next, sum.len() / n)).filter(|grid| grid.k == n);
+        let rounded = grid.and_then(|grid| self.round_made(sum, normed, grid, make));
+        if rounded.is_none() {
+            let piece = rows_per_piece(n) * n;
+            self.pool.pieces(sum.chunks_mut(piece).zip(normed.chunks_mut(piece)), |i, (sum, normed)| make(i * piece, sum, normed));
+        }
+        rounded
     }
 
     /// Rotates in place, as [`Self::rotary`], rows `first..first + s` of each head of `data [lead, heads, rows, d]`, whose heads
@@ -202,8 +223,9 @@ impl Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
+    use crate::{Floats, Isa, Rows, quantize};
     use proptest::prelude::*;
+    use vlmc_artifact::quant::{Method, pack_panels};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -231,7 +253,8 @@ mod tests {
                     let cases = [([Src::Slice(&x), Src::Slice(&y)], &x), ([Src::InPlace, Src::Slice(&y)], &x), ([Src::Slice(&x), Src::InPlace], &y)];
                     for (terms, held) in cases {
                         let (mut sum, mut normed) = (held.clone(), vec![f32::NAN; m * n]);
-                        k.add_norm(terms, &w, bias, 1e-6, &mut sum, &mut normed);
+                        let norm = Norm { weight: &w, bias, eps: 1e-6 };
+                        prop_assert!(k.add_norm(terms, norm, &mut sum, &mut normed, None).is_none());
                         prop_assert_eq!(&sum, &total);
                         prop_assert_eq!(&normed, &expected);
                     }
@@ -251,6 +274,41 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20))]
+        /// Rows that are rounded as they are made give the product that they give if they are rounded later.
+        #[test]
+        fn rounded_norms_are_multiplied_as_norms(
+            (scheme, k) in prop_oneof![(Just("int8"), 1usize..600), (Just("int4"), 1usize..600), (Just("int4g32"), 256usize..600)],
+            m in 90usize..120, n in 1usize..70, threads in 1usize..4, with_bias: bool, seed: u32,
+        ) {
+            let scheme = scheme.parse().unwrap();
+            let value = |i: usize| ((i as f32 + seed as f32 % 97.0) * 0.7).sin();
+            let vector = |n: usize, at: usize| (at..at + n).map(value).collect::<Vec<f32>>();
+            let [x, y] = [0, 3].map(|at| vector(m * k, at));
+            let (weight, bias) = (vector(k, 5), vector(k, 7));
+            let norm = Norm { weight: &weight, bias: with_bias.then_some(&bias), eps: 1e-6 };
+            let bytes = pack_panels(&quantize(Isa::Scalar, &vector(n * k, 9), k, scheme, Method::Round), k, scheme);
+            let w = Panels::new(Floats::Quant(&bytes, scheme), n, k).unwrap();
+            for isa in Isa::ALL.into_iter().filter(|i| i.is_supported()) {
+                let kernels = Kernels::with_isa(threads, isa).unwrap();
+                let product = |next: Option<&Panels<'_>>| {
+                    let (mut sum, mut normed, mut out) = (x.clone(), vec![f32::NAN; m * k], vec![f32::NAN; m * n]);
+                    let rounded = kernels.add_norm([Src::InPlace, Src::Slice(&y)], norm, &mut sum, &mut normed, next);
+                    let is_rounded = rounded.is_some();
+                    kernels.linear(rounded.map_or(Rows::Floats(&normed), Rows::Rounded), &w, None, None, true, &mut out);
+                    (is_rounded, sum, out)
+                };
+                let ((rounded, sum, out), (_, expected_sum, expected)) = (product(Some(&w)), product(None));
+                prop_assert_eq!(rounded, kernels.rounding(&w, m).is_some());
+                #[cfg(target_arch = "x86_64")]
+                prop_assert_eq!(rounded, m > 96 && isa != Isa::Amx);
+                prop_assert_eq!(sum, expected_sum);
+                prop_assert_eq!(out, expected);
             }
         }
     }

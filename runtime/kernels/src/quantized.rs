@@ -59,7 +59,7 @@ macro_rules! with_rows {
 }
 
 /// How the panels of a matrix with `k` columns lie.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Grid {
     pub(crate) scheme: Scheme,
     pub(crate) k: usize,
@@ -128,7 +128,7 @@ impl Grid {
     /// What `m` rows are multiplied with if they are many: the matrix itself, or, of small groups of fewer bits, its numbers rounded to
     /// 8 bits with a scale for [`WIDE`] columns, which changes them by at most a 254th of the largest number among these.
     /// `None` for few rows, and for small groups of 8 bits, which would lose what they are for.
-    fn wide(self, m: usize) -> Option<Self> {
+    pub(crate) fn wide(self, m: usize) -> Option<Self> {
         let wide = Scheme { bits: 8, group: Some(WIDE as u16), zero_points: false };
         match self.scheme.bits {
             _ if m < MANY => None,
@@ -377,6 +377,14 @@ impl<const R: usize> Task for Round<'_, R> {
     }
 }
 
+/// Many rows that were rounded as they were made, for a product with a matrix.
+pub struct Rounded {
+    pub(crate) words: Vec<i32>,
+    pub(crate) m: usize,
+    /// [`Grid::wide`] of the matrix's.
+    pub(crate) grid: Grid,
+}
+
 /// Panels that one thread multiplies with.
 #[derive(Clone, Copy)]
 pub(crate) struct Piece<'a> {
@@ -598,6 +606,31 @@ impl Kernels {
             let x = &x[i * rows * grid.k..m.min((i + 1) * rows) * grid.k];
             with_rows!(m, R => self.isa.run(Round::<R> { grid, x, out }));
         });
+    }
+
+    /// [`Self::round_rows`] of many rows that `make` makes of a block of `sum [m, k]`, in memory of its thread: an equal part of `room`.
+    /// `None` if that is too small for a block.
+    pub(crate) fn round_made(
+        &self,
+        sum: &mut [f32],
+        room: &mut [f32],
+        grid: Grid,
+        make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) -> Option<Rounded> {
+        let block = ROWS * grid.k;
+        if room.len() / self.pool.threads() < block {
+            return None;
+        }
+        let m = sum.len() / grid.k;
+        let mut words = self.take_scratch();
+        words.resize(m.div_ceil(ROWS) * grid.words(ROWS), 0);
+        let blocks = sum.chunks_mut(block).zip(words.chunks_mut(grid.words(ROWS)));
+        self.pool.pieces_with(blocks, room, |i, (sum, out), room| {
+            let x = &mut room[..sum.len()];
+            make(i * block, sum, x);
+            self.isa.run(Round::<ROWS> { grid, x, out });
+        });
+        Some(Rounded { words, m, grid })
     }
 
     /// Products of rows that [`Self::round_rows`] has rounded.

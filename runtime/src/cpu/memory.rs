@@ -252,6 +252,8 @@ pub(super) struct Frame<'a> {
     pub(super) states: &'a mut [State],
     /// Of rows of outputs only the largest number is wanted.
     pub(super) only_largest: bool,
+    /// The weight that the next step multiplies what this one makes last with, if nothing else becomes of that.
+    pub(super) multiplied: Option<u32>,
 }
 
 impl Frame<'_> {

@@ -20,7 +20,7 @@ use observe::Watch;
 use std::time::Instant;
 use vlmc_artifact::{
     Bindings, Manifest, PROGRAM,
-    program::{Function, Kernel, Place, Program},
+    program::{Function, Kernel, Place, Program, Step},
 };
 use vlmc_kernels::Kernels;
 use weights::Weights;
@@ -49,6 +49,8 @@ struct Loaded {
     /// Literals by value, converted once.
     literals: Vec<Option<Literal>>,
     lives: Lives,
+    /// [`Frame::multiplied`] of each step.
+    multiplied: Vec<Option<u32>>,
     symbols: Bindings,
     shapes: Shapes,
     /// Bytes of the parts of the arena.
@@ -142,6 +144,19 @@ fn read_by_tokens(function: &Function) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
+/// [`Frame::multiplied`] of each step.
+fn multiplied(f: &Function) -> Vec<Option<u32>> {
+    let (lives, place) = (f.lives(), |v: u32| &f.values[v as usize].place);
+    let of = |(i, step): (usize, &Step)| {
+        let next = f.steps.get(i + 1)?;
+        let (Kernel::Linear { dynamic: true, .. } | Kernel::GatedLinear { dynamic: true, .. }) = next.kernel else { return None };
+        let Place::Slot(slot) = place(*step.outs.last()?) else { return None };
+        let dies = lives[*slot as usize].as_ref().is_some_and(|life| *life.end() == i + 1);
+        (dies && place(next.args[0]) == &Place::Slot(*slot)).then_some(next.args[1])
+    };
+    f.steps.iter().enumerate().map(of).collect()
+}
+
 impl Loaded {
     fn new(function: Function, manifest: &Manifest) -> Result<Self, String> {
         let entry = manifest.entries.iter().position(|e| e.name == function.name);
@@ -170,6 +185,7 @@ impl Loaded {
             entry,
             literals: function.values.iter().map(literal).collect(),
             lives: Lives::new(&function),
+            multiplied: multiplied(&function),
             symbols: Bindings::default(),
             shapes: Shapes::new(&function),
             sizes: vec![],
@@ -200,7 +216,7 @@ impl Loaded {
         let words = arena.fit(&self.places).map_err(invalid)?;
         // What a step sees, of which part of the arena.
         macro_rules! frame {
-            ($arena:expr) => {
+            ($arena:expr, $multiplied:expr) => {
                 Frame {
                     function: &self.function,
                     shapes,
@@ -212,13 +228,15 @@ impl Loaded {
                     arena: $arena,
                     states: &mut self.states,
                     only_largest,
+                    multiplied: $multiplied,
                 }
             };
         }
         let mut now = || _ = self.times.as_mut().map(|t| t.push(Instant::now()));
         now();
+        let mut rounded = None;
         for (i, step) in self.function.steps.iter().enumerate() {
-            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words))))?;
+            let before = watch.as_ref().map_or(Ok(None), |w| w.before(step, &frame!(Rest::all(words), None)))?;
             // Results that lie in the arena: one, or a sum and its norm.
             let part = |result: usize| match step.outs.get(result).map(|v| &self.function.values[*v as usize].place) {
                 Some(Place::Slot(slot)) => self.places.slot(*slot as usize),
@@ -226,16 +244,19 @@ impl Loaded {
             };
             let parts = [part(0), part(1), self.places.scratch_of(i)];
             let (rest, [first, second, scratch]) = arena::split(words, parts).map_err(invalid)?;
-            step::run(kernels, step, &mut frame!(rest), [first, second], scratch).map_err(|why| {
+            // An observer is told of all results, and reads them.
+            let multiplied = self.multiplied[i].filter(|_| watch.is_none());
+            let outs = [first, second];
+            step::run(kernels, step, &mut frame!(rest, multiplied), outs, scratch, &mut rounded).map_err(|why| {
                 let scope = if step.scope.is_empty() { String::new() } else { format!("{}: ", step.scope) };
                 Error::Input(format!("{}: {scope}{why}", self.function.name))
             })?;
             if let Some(watch) = &mut watch {
-                watch.after(step, &frame!(Rest::all(words)), before)?;
+                watch.after(step, &frame!(Rest::all(words), None), before)?;
             }
             now();
         }
-        let frame = frame!(Rest::all(words));
+        let frame = frame!(Rest::all(words), None);
         outputs.resize_with(self.function.outputs.len(), Tensor::default);
         self.function.outputs.iter().zip(outputs).try_for_each(|(o, to)| frame.copy(o.value as usize, to))
     }

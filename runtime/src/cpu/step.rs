@@ -7,31 +7,43 @@ use vlmc_artifact::{
     program::{Binary, Kernel, Mask, Reduce, Step, Unary},
 };
 use vlmc_kernels::{
-    Attention, BadIndex, Broadcast, Experts, Floats, Heads, Kernels, Moe, Panels, Seen, Src, Strides, Table, attention_scratch,
-    moe_scratch,
+    Attention, BadIndex, Broadcast, Experts, Floats, Heads, Kernels, Moe, Norm, Panels, Rounded, Rows, Seen, Src, Strides, Table,
+    attention_scratch, moe_scratch,
     moves::{self, Axes},
     packed_attention_scratch, side_by_side,
 };
 
 type Done = Result<(), String>;
 
-/// Runs a step of a checked program: `out` is the memory of its result, `scratch` is of as many bytes as [`scratch`] says.
+/// Runs a step of a checked program: `out` is the memory of its result, `scratch` is of as many bytes as [`scratch`] says. `rounded` is
+/// what the step before has made of the rows that this one multiplies, if it has, and then what this one makes of those of the next.
 ///
 /// # Errors
 /// An index is out of range, an integer division by zero, no memory.
-pub(super) fn run(k: &Kernels, step: &Step, frame: &mut Frame<'_>, outs: [&mut [u64]; 2], scratch: &mut [u64]) -> Done {
+pub(super) fn run(
+    k: &Kernels,
+    step: &Step,
+    frame: &mut Frame<'_>,
+    outs: [&mut [u64]; 2],
+    scratch: &mut [u64],
+    rounded: &mut Option<Rounded>,
+) -> Done {
+    let rows = rounded.take();
     match step.kernel {
         Kernel::Append => return append(k, frame, step.args[0], step.outs[0], None),
         Kernel::RotaryAttention { .. } => {
             append(k, frame, step.args[1], step.outs[1], Some([step.args[3], step.args[4]]))?;
             append(k, frame, step.args[2], step.outs[2], None)?;
         }
-        Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => return add_norm(k, step, frame, outs),
-        Kernel::GatedLinear { dynamic, act } => return gated_linear(k, step, frame, outs, (dynamic, act)),
+        Kernel::AddLayerNorm { .. } | Kernel::AddRmsNorm { .. } => {
+            *rounded = add_norm(k, step, frame, outs)?;
+            return Ok(());
+        }
+        Kernel::GatedLinear { dynamic, act } => return gated_linear(k, step, frame, outs, (dynamic, act), rows),
         _ => {}
     }
     let [out, _] = outs;
-    compute(k, step, frame, out, scratch)
+    compute(k, step, frame, out, scratch, rows)
 }
 
 /// Bytes of memory that a step's kernel works with on so many threads. Saturates.
@@ -78,7 +90,7 @@ fn append(k: &Kernels, frame: &mut Frame<'_>, new: u32, out: u32, angles: Option
     result
 }
 
-fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> Done {
+fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> Result<Option<Rounded>, String> {
     let out = step.outs[0] as usize;
     let len: usize = f.shapes[out].iter().product();
     let operand = |i: usize| f.view(step.args[i] as usize)?.f32();
@@ -90,17 +102,33 @@ fn add_norm(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2]) -> D
         _ => return Err("not a sum and its norm".into()),
     };
     let [sum, normed] = outs.map(|b| &mut bytemuck::cast_slice_mut::<u64, f32>(b)[..len]);
-    k.add_norm([x?, y?], operand(2)?, bias, eps as f32, sum, normed);
-    Ok(())
+    let next = f.multiplied.map(|w| panels(f, w)).transpose()?;
+    let norm = Norm { weight: operand(2)?, bias, eps: eps as f32 };
+    Ok(k.add_norm([x?, y?], norm, sum, normed, next.as_ref()))
 }
 
-fn gated_linear(k: &Kernels, step: &Step, f: &Frame<'_>, outs: [&mut [u64]; 2], (dynamic, act): (bool, Unary)) -> Done {
+fn gated_linear(
+    k: &Kernels,
+    step: &Step,
+    f: &Frame<'_>,
+    outs: [&mut [u64]; 2],
+    (dynamic, act): (bool, Unary),
+    rounded: Option<Rounded>,
+) -> Done {
     let [out, product] = [0, 1].map(|i| f.shapes[step.outs[i] as usize].iter().product::<usize>());
     let bias = step.args.get(2).map(|bias| f.view(*bias as usize)?.f32()).transpose()?;
-    let x = f.view(step.args[0] as usize)?.f32()?;
+    let x = rows(f, step, rounded)?;
     let [gated, whole] = outs.map(bytemuck::cast_slice_mut::<u64, f32>);
     k.gated_linear(x, &panels(f, step.args[1])?, bias, act, dynamic, [&mut whole[..product], &mut gated[..out]]);
     Ok(())
+}
+
+/// The rows that a product multiplies.
+fn rows<'a>(f: &'a Frame<'_>, product: &Step, rounded: Option<Rounded>) -> Result<Rows<'a>, String> {
+    match rounded {
+        Some(rounded) => Ok(Rows::Rounded(rounded)),
+        None => f.view(product.args[0] as usize)?.f32().map(Rows::Floats),
+    }
 }
 
 /// A matrix of weights.
@@ -133,7 +161,7 @@ fn mask_strides(shape: &[usize]) -> Strides {
     strides
 }
 
-fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch: &mut [u64]) -> Done {
+fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch: &mut [u64], rounded: Option<Rounded>) -> Done {
     let out = step.outs[0] as usize;
     let shape = f.shapes[out].as_slice();
     let len: usize = shape.iter().product();
@@ -188,7 +216,7 @@ fn compute(k: &Kernels, step: &Step, f: &Frame<'_>, buffer: &mut [u64], scratch:
             if f.only_largest && f.is_output(out) && len == arg_shape(1)[0] && *dynamic && act.is_none() {
                 k.linear_largest(f32s(0)?, &panels, bias, out!(f32));
             } else {
-                k.linear(f32s(0)?, &panels, bias, *act, *dynamic, out!(f32));
+                k.linear(rows(f, step, rounded)?, &panels, bias, *act, *dynamic, out!(f32));
             }
         }
         Kernel::Gated { act } => k.gated(*act, f32s(0)?, shape.last().copied().unwrap_or(1), out!(f32)),
