@@ -16,6 +16,8 @@ const SPINS: usize = 4000;
 thread_local! {
     /// Set while this thread works for a region: a region within a region runs inline.
     static BUSY: Cell<bool> = const { Cell::new(false) };
+    /// Number of this thread in its pool, whose callers are 0.
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
 /// What all threads of a region do. It lives as long as the region, whatever its type says.
@@ -49,7 +51,7 @@ impl Pool {
         let workers = (1..threads.max(1))
             .filter_map(|i| {
                 let shared = shared.clone();
-                std::thread::Builder::new().name(format!("vlmc-{i}")).spawn(move || worker(&shared)).ok()
+                std::thread::Builder::new().name(format!("vlmc-{i}")).spawn(move || worker(&shared, i)).ok()
             })
             .collect();
         Self { shared, workers, turn: Mutex::new(()) }
@@ -102,15 +104,17 @@ impl Pool {
         self.pieces(data.chunks_mut(len.max(1)), job);
     }
 
-    /// Calls `job` with the index of each piece and the piece.
-    pub(crate) fn pieces<P>(&self, pieces: impl ExactSizeIterator<Item = P> + Send, job: impl Fn(usize, P) + Sync) {
+    /// Calls `job` with the index of each piece and the piece. Half of the threads begin with the first piece, the others with the last:
+    /// what a thread made of some rows of a matrix is then mostly in its own caches when the next region goes over the rows, and other
+    /// threads' caches can be far.
+    pub(crate) fn pieces<P>(&self, pieces: impl ExactSizeIterator<Item = P> + DoubleEndedIterator + Send, job: impl Fn(usize, P) + Sync) {
         self.pieces_with(pieces, &mut [(); 0], |i, piece, _| job(i, piece));
     }
 
     /// [`Self::pieces`] whose calls have an equal part of `scratch` each while they run: a thread's share.
     pub(crate) fn pieces_with<P, T: Send>(
         &self,
-        pieces: impl ExactSizeIterator<Item = P> + Send,
+        pieces: impl ExactSizeIterator<Item = P> + DoubleEndedIterator + Send,
         scratch: &mut [T],
         job: impl Fn(usize, P, &mut [T]) + Sync,
     ) {
@@ -119,8 +123,9 @@ impl Pool {
         let shares = Mutex::new(scratch[..share * self.threads()].chunks_exact_mut(share.max(1)));
         self.region(count, &|| {
             let mine = lock(&shares).next().unwrap_or_default();
+            let from_the_end = NUMBER.get() % 2 == 1;
             loop {
-                let next = lock(&pieces).next();
+                let next = if from_the_end { lock(&pieces).next_back() } else { lock(&pieces).next() };
                 let Some((i, piece)) = next else { break };
                 job(i, piece, mine);
             }
@@ -174,7 +179,8 @@ fn spin(ready: impl Fn() -> bool) -> bool {
     })
 }
 
-fn worker(shared: &Shared) {
+fn worker(shared: &Shared, number: usize) {
+    NUMBER.set(number);
     let mut seen = 0;
     loop {
         let changed = || shared.epoch.load(Ordering::Acquire) != seen;
@@ -198,6 +204,20 @@ fn worker(shared: &Shared) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_begin_at_both_ends() {
+        let pool = Pool::new(2);
+        let taken = Mutex::new([vec![], vec![]]);
+        pool.run(1000, |task| {
+            std::thread::sleep(std::time::Duration::from_micros(10));
+            lock(&taken)[NUMBER.get()].push(task);
+        });
+        let [mine, others] = taken.into_inner().unwrap();
+        assert!(mine.iter().copied().eq(0..mine.len()));
+        assert!(others.iter().copied().eq((mine.len()..1000).rev()));
+        assert!(!mine.is_empty() && !others.is_empty());
+    }
 
     #[test]
     fn every_task_runs_once() {

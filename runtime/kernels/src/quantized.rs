@@ -646,10 +646,13 @@ impl Kernels {
     pub(crate) fn split_product(&self, x: &[i32], piece: Piece<'_>) {
         let Piece { grid, panels, out, m, .. } = piece;
         let (bytes, words) = (many::PANELS * piece.bytes(), grid.words(ROWS));
-        let parts = m.div_ceil(PART);
-        self.pool.run(panels.len().div_ceil(bytes) * parts, |i| {
-            let (i, row) = (i / parts, i % parts * PART);
-            let (panels, m) = (&panels[i * bytes..panels.len().min((i + 1) * bytes)], PART.min(m - row));
+        // Of a half of the rows, with which some threads begin, all panels; of panels, the parts of that.
+        let (groups, parts) = (panels.len().div_ceil(bytes), m.div_ceil(2 * PART));
+        let rows = m.div_ceil(2 * parts).next_multiple_of(ROWS);
+        self.pool.run(2 * groups * parts, |i| {
+            let (half, i) = (i / (groups * parts), i % (groups * parts));
+            let (i, row) = (i / parts, m.min((half * parts + i % parts) * rows));
+            let (panels, m) = (&panels[i * bytes..panels.len().min((i + 1) * bytes)], rows.min(m - row));
             let piece = Piece { panels, first_panel: i * many::PANELS, out: out.rows_from(row), m, ..piece };
             self.isa.run_ints(Matrix { piece, wide: grid, x: &x[row / ROWS * words..][..m.div_ceil(ROWS) * words] });
         });
