@@ -10,7 +10,7 @@ use vlmc::{
 };
 use vlmc_ir::Scheme;
 use vlmc_passes::quantize::{Choice, Part, Policy, parts};
-use vlmc_runtime::Tensors;
+use vlmc_runtime::{Artifact, CpuEngine, EngineOptions, Features, Pipeline, Scored, Tensor, Tensors};
 use vlmc_tests::{
     cases, compile, exec_case, fixture, floats,
     quantization::{Bench, Way, bits_per_weight, policy},
@@ -227,4 +227,28 @@ fn three_bits() {
 #[test]
 fn shapes_vl_cpu() {
     shapes_vl("cpu");
+}
+
+/// Where nobody watches, norms of many rows are rounded as they are made.
+#[test]
+fn long_prompts_that_are_watched_give_the_same() {
+    for (name, quant) in [("qwen2-vl", "int8"), ("qwen2-vl", "int4"), ("llava-1.5", "int8")] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("artifact");
+        let model = Model::open(&fixture(name)).unwrap();
+        vlmc_tests::compile_with(&model, "cpu", &Policy::named(quant).unwrap(), &out).unwrap();
+        let artifact = Artifact::open(&out).unwrap();
+        let ids: Vec<i64> = (0..130).map(|i| 5 + i % 40).collect();
+        let prompt = Tensors::from([("input_ids".into(), Tensor::new([1, ids.len()], ids).unwrap())]);
+        let [watched, alone] = [true, false].map(|watched| {
+            let mut engine = CpuEngine::open(&artifact, &EngineOptions::default()).unwrap();
+            if watched {
+                engine.observe(Box::new(|_| Ok(())));
+            }
+            let mut pipeline = Pipeline::new(Box::new(engine)).unwrap();
+            pipeline.prefill(&prompt, &Features::default(), Scored::Last).unwrap();
+            pipeline.logits().unwrap().clone()
+        });
+        assert_eq!(watched, alone, "{name} {quant}");
+    }
 }

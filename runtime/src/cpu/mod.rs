@@ -325,3 +325,31 @@ impl Engine for CpuEngine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A norm in slot 1, which the next step multiplies with value 3 in slot `multiplied`; `then` follows.
+    fn function(multiplied: u32, dynamic: bool, then: &str, output: u32) -> Function {
+        let value = |place: &str| format!(r#"{{"dtype": "f32", "shape": [4], "place": {place}}}"#);
+        let places = [r#"{"input": 0}"#, r#"{"slot": 0}"#, r#"{"slot": 1}"#, r#"{"weight": 0}"#, r#"{"slot": 2}"#].map(value);
+        let json = format!(
+            r#"{{"name": "f", "inputs": [{{"name": "x", "value": 0}}], "outputs": [{{"name": "y", "value": {output}}}], "states": [],
+            "values": [{}], "steps": [
+                {{"kernel": "add_rms_norm", "eps": 1e-6, "args": [0, 0, 3], "outs": [1, 2], "scope": ""}},
+                {{"kernel": "linear", "dynamic": {dynamic}, "args": [{multiplied}, 3], "outs": [4], "scope": ""}}{then}]}}"#,
+            places.join(", "),
+        );
+        serde_json::from_str(&json).unwrap()
+    }
+
+    #[test]
+    fn norms_that_are_only_multiplied_are_rounded() {
+        assert_eq!(super::multiplied(&function(2, true, "", 4)), [Some(3), None]);
+        let reader = r#", {"kernel": "binary", "f": "add", "args": [2, 4], "outs": [4], "scope": ""}"#;
+        for other in [function(2, true, reader, 4), function(2, true, "", 2), function(1, true, "", 4), function(2, false, "", 4)] {
+            assert_eq!(super::multiplied(&other)[0], None);
+        }
+    }
+}
