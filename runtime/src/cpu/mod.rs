@@ -146,13 +146,13 @@ fn read_by_tokens(function: &Function) -> impl Iterator<Item = usize> + '_ {
 
 /// [`Frame::multiplied`] of each step.
 fn multiplied(f: &Function) -> Vec<Option<u32>> {
-    let (lives, place) = (f.lives(), |v: u32| &f.values[v as usize].place);
+    let lives = f.lives();
     let of = |(i, step): (usize, &Step)| {
-        let next = f.steps.get(i + 1)?;
+        let (next, last) = (f.steps.get(i + 1)?, *step.outs.last()?);
         let (Kernel::Linear { dynamic: true, .. } | Kernel::GatedLinear { dynamic: true, .. }) = next.kernel else { return None };
-        let Place::Slot(slot) = place(*step.outs.last()?) else { return None };
-        let dies = lives[*slot as usize].as_ref().is_some_and(|life| *life.end() == i + 1);
-        (dies && place(next.args[0]) == &Place::Slot(*slot)).then_some(next.args[1])
+        let Place::Slot(slot) = f.values[last as usize].place else { return None };
+        let dies = lives[slot as usize].as_ref().is_some_and(|life| *life.end() == i + 1);
+        (dies && next.args[0] == last && !next.args[1..].contains(&last)).then_some(next.args[1])
     };
     f.steps.iter().enumerate().map(of).collect()
 }
