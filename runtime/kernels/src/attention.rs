@@ -106,7 +106,7 @@ impl<'a> Kept<'a> {
     pub(crate) fn ask(self, i: usize, width: usize) {
         if let Self::F32(rows) = self {
             let row = rows.as_ptr().wrapping_add(i * width);
-            (0..width + N).step_by(N).for_each(|c| lanes::prefetch::<1, _>(row.wrapping_add(c)));
+            (0..width + N).step_by(N).for_each(|c| lanes::prefetch::<{ lanes::into::FIRST }, _>(row.wrapping_add(c)));
         }
     }
 

@@ -5,7 +5,7 @@ use crate::{
     Kernels,
     attention::{Attention, Heads, Kept, softmax},
     isa::Task,
-    lanes::{Lanes, N, prefetch},
+    lanes::{Lanes, N, into, prefetch},
     linear::Element,
     norm::rotate,
 };
@@ -312,7 +312,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
 unsafe fn load<L: Lanes, W: Element>(row: &[W]) -> L {
-    prefetch::<1, _>(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
+    prefetch::<{ into::FIRST }, _>(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
     // SAFETY: the caller's promise.
     unsafe { W::lanes(first_of(row)) }
 }

@@ -16,7 +16,7 @@ use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
     isa::{IntTask, Task},
-    lanes::{self, Lanes, N},
+    lanes::{ASK_FAR, Lanes, N, into, prefetch},
     linear::OutColumns,
 };
 use half::f16;
@@ -208,6 +208,20 @@ impl<'a> Segments<'a> {
         let zero_bytes = if grid.scheme.zero_points { PANEL } else { 0 };
         let group_bytes = scale_bytes + zero_bytes + blocks(grid.scheme.group_len(grid.k)) * 4 * PANEL;
         Self { rest: panel, group: Segment::default(), group_bytes, scale_bytes, zero_bytes, blocks: blocks(grid.segment_len()) }
+    }
+
+    /// The same if each is a group with a small scale, and nothing else: a loop that knows so is up to twice as fast.
+    #[inline(always)]
+    fn plain(grid: Grid, panel: &'a [u8], blocks: impl Fn(usize) -> usize) -> Option<impl Iterator<Item = Segment<'a>>> {
+        let len = grid.scheme.group_len(grid.k);
+        let plain = grid.scheme.scale_bytes() == 2 && !grid.scheme.zero_points && grid.segment_len() == len;
+        let group = 2 * PANEL + blocks(len) * 4 * PANEL;
+        plain.then(|| {
+            panel.chunks(group).filter_map(|group| {
+                let (scales, codes) = group.split_first_chunk::<{ 2 * PANEL }>()?;
+                Some(Segment { scales, zeros: None, codes: codes.as_chunks().0 })
+            })
+        })
     }
 }
 
@@ -408,7 +422,7 @@ impl<const R: usize> Few<'_, R> {
         for (p, panel) in piece.panels.chunks_exact(piece.bytes()).enumerate() {
             let column = (piece.first_panel + p) * N;
             // Biases come from memory too, where each panel would wait for a few.
-            lanes::prefetch::<1, _>(piece.bias.as_ptr().wrapping_add(column + N));
+            prefetch::<{ into::FIRST }, _>(piece.bias.as_ptr().wrapping_add(column + N));
             for (b, x) in x.chunks_exact(piece.grid.words(R)).enumerate() {
                 // SAFETY: the caller's promise.
                 let mut values = unsafe { Self::block::<I, BITS>(piece.grid, panel, x, &piece.out.bias(piece.bias, column)) };
@@ -422,16 +436,34 @@ impl<const R: usize> Few<'_, R> {
     /// `bias` + a block of rows times a panel.
     #[inline(always)]
     unsafe fn block<I: Ints, const BITS: u8>(grid: Grid, panel: &[u8], x: &[i32], bias: &[f32; N]) -> [[[f32; N]; 1]; R] {
+        let blocks = |columns| code_blocks(grid.scheme, columns);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match Segments::plain(grid, panel, blocks) {
+                Some(groups) => Self::sums::<I, BITS>(grid, groups, x, bias),
+                None => Self::sums::<I, BITS>(grid, Segments::new(grid, panel, blocks), x, bias),
+            }
+        }
+    }
+
+    /// [`Self::block`] of the segments of a panel.
+    #[inline(always)]
+    unsafe fn sums<'b, I: Ints, const BITS: u8>(
+        grid: Grid,
+        segments: impl Iterator<Item = Segment<'b>>,
+        x: &[i32],
+        bias: &[f32; N],
+    ) -> [[[f32; N]; 1]; R] {
         let (codes, rest) = x.split_at(grid.vectors() * R);
         let (scales, corrections) = rest.split_at(grid.segments() * R);
         let ((scales, _), (corrections, _)) = (scales.as_chunks::<R>(), corrections.as_chunks::<R>());
         let rows: [&[i32]; R] = std::array::from_fn(|r| &codes[r * grid.vectors()..][..grid.vectors()]);
-        let mut values = [[[0.0; N]]; R];
+        let (far, mut values) = (*ASK_FAR, [[[0.0; N]]; R]);
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [I::Floats::load(bias); R];
             let mut first = 0;
-            for ((segment, corrections), scales) in grid.segments_of(panel).zip(corrections).zip(scales) {
+            for ((segment, corrections), scales) in segments.zip(corrections).zip(scales) {
                 // Of the last segment of a row there may be fewer.
                 let end = rows[0].len().min(first + grid.vectors_of(grid.segment_len()));
                 let x = rows.map(|row| &row[first..end]);
@@ -440,7 +472,7 @@ impl<const R: usize> Few<'_, R> {
                 for r in 0..R {
                     products[r] = segment.correction(corrections[r]);
                 }
-                dot::<I, BITS, R>(&mut products, segment.codes, x);
+                dot::<I, BITS, R>(&mut products, segment.codes, x, far);
                 let scale = segment.scales::<I::Floats>();
                 for r in 0..R {
                     let scale = scale.mul(I::Floats::splat(f32::from_bits(scales[r] as u32)));
@@ -456,22 +488,23 @@ impl<const R: usize> Few<'_, R> {
 /// Rows that are so few that reading codes takes longer than multiplying with them.
 const FEWEST: usize = 3;
 
-/// Adds codes times `R` rows of `x`. Two sums of a row at once hide the latency of the additions where rows are few.
+/// Adds codes times `R` rows of `x`; `far` is that of [`prefetch_once`]. Two sums of a row at once hide the latency of the additions where rows are few.
 ///
 /// # Safety
 /// The CPU has the instruction set of `I`.
 #[inline(always)]
-unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes: &[[u8; 4 * PANEL]], x: [&[i32]; R]) {
+unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes: &[[u8; 4 * PANEL]], x: [&[i32]; R], far: bool) {
     // Vectors of codes that there are; the codes of a pair or a run that has fewer are 0.
     let words = x[0].len();
     assert!(x.iter().all(|x| x.len() == words));
     // SAFETY of words of `x`: these are below `words`. Else: the caller's promise.
     unsafe {
-        let pair = |i: usize| x.map(|x| x.as_ptr().add(i).cast::<[i32; 2]>().read_unaligned());
+        // Not one load of both, which would go through two general registers.
+        let pair = |i: usize| x.map(|x| [*x.get_unchecked(i), *x.get_unchecked(i + 1)]);
         let mut others = [I::splat(0); R];
         if BITS == 3 {
             for (i, run) in codes.as_chunks::<3>().0.iter().enumerate().take(words / (RUN / WORD)) {
-                run.iter().for_each(prefetch_for::<R>);
+                run.iter().for_each(|block| prefetch_for::<R>(block, far));
                 let codes = eighths(run);
                 for (j, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
                     multiply::<I, BITS, R>(sums, &mut others, *codes, pair(RUN / WORD * i + 2 * j));
@@ -479,13 +512,13 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
             }
         } else if BITS == 4 {
             for (i, block) in codes.iter().enumerate().take(words / 2) {
-                prefetch_for::<R>(block);
+                prefetch_for::<R>(block, far);
                 multiply::<I, BITS, R>(sums, &mut others, halves(I::load(block)), pair(2 * i));
             }
         } else {
             let (pairs, last) = codes.as_chunks::<2>();
             for (i, codes) in pairs.iter().enumerate().take(words / 2) {
-                codes.iter().for_each(prefetch_for::<R>);
+                codes.iter().for_each(|block| prefetch_for::<R>(block, far));
                 multiply::<I, BITS, R>(sums, &mut others, [I::load(&codes[0]), I::load(&codes[1])], pair(2 * i));
             }
             if let Some(codes) = last.first().filter(|_| 2 * pairs.len() + 1 < words) {
@@ -514,24 +547,26 @@ unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], o
     }
 }
 
-/// Asks for a block behind `block`, since the CPU's own prefetching stops at pages of 4 KiB. Codes that are multiplied as they come are asked
-/// for a little ahead and into the second cache: the CPU goes as far as memory can answer by itself, and more would come in its way (Zen 4,
-/// a thread: 32 blocks into the first cache take a sixth longer).
+/// Asks for a block behind `block`, since the CPU's own prefetching stops at pages of 4 KiB, where codes are multiplied as they come. With `far`,
+/// which is [`ASK_FAR`], as many lie between as memory needs to answer, and caches keep `x` rather than them; else they are asked for a little ahead
+/// and into the second cache. (Zen 4, a thread: 32 blocks into the first cache take a sixth longer than 12 into the second. Zen 5: 12 into the
+/// second take a third longer than 96 into the first.)
 #[inline(always)]
-fn prefetch(block: &[u8; 4 * PANEL]) {
-    lanes::prefetch::<2, _>(std::ptr::from_ref(block).wrapping_add(12));
+fn prefetch_once(block: &[u8; 4 * PANEL], far: bool) {
+    let block = std::ptr::from_ref(block);
+    if far { prefetch::<{ into::ONCE }, _>(block.wrapping_add(96)) } else { prefetch::<{ into::SECOND }, _>(block.wrapping_add(12)) }
 }
 
 /// The same where much is done with each block.
 #[inline(always)]
 fn prefetch_far(block: &[u8; 4 * PANEL]) {
-    lanes::prefetch::<1, _>(std::ptr::from_ref(block).wrapping_add(32));
+    prefetch::<{ into::FIRST }, _>(std::ptr::from_ref(block).wrapping_add(32));
 }
 
 /// The same where blocks are multiplied with `R` rows.
 #[inline(always)]
-fn prefetch_for<const R: usize>(block: &[u8; 4 * PANEL]) {
-    if R <= FEWEST { prefetch(block) } else { prefetch_far(block) }
+fn prefetch_for<const R: usize>(block: &[u8; 4 * PANEL], far: bool) {
+    if R <= FEWEST { prefetch_once(block, far) } else { prefetch_far(block) }
 }
 
 impl Kernels {

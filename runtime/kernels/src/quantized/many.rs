@@ -5,7 +5,7 @@ use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, eighths, halves, pref
 use crate::{
     ints::Ints,
     isa::IntTask,
-    lanes::{Lanes, N, prefetch},
+    lanes::{Lanes, N, into, prefetch},
 };
 use std::{cell::RefCell, ops::Range};
 use vlmc_artifact::{Scheme, program::PANEL, quant::RUN};
@@ -282,7 +282,7 @@ impl IntTile<'_, '_> {
             // Results are seldom in a cache. A CPU stores in order, so that what follows would wait for them.
             for r in 0..rows {
                 let to = out.place(self.first_row + row + r, self.column, 0);
-                (0..P).for_each(|p| prefetch::<2, _>(to.wrapping_add(p * N)));
+                (0..P).for_each(|p| prefetch::<{ into::SECOND }, _>(to.wrapping_add(p * N)));
             }
             for (s, i) in self.block.clone().enumerate() {
                 let columns = grid.columns(i);

@@ -6,11 +6,11 @@
 //! `Σ s² x² (4^b - 1) / 12`, `b` being the bits of a half. A row whose product is more than [`DEVIATIONS`] of these below the largest is
 //! not the largest; all others are multiplied as they are.
 
-use super::{Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch, prefetch_far};
+use super::{Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch_far, prefetch_once};
 use crate::{
     Kernels,
     isa::IntTask,
-    lanes,
+    lanes::{ASK_FAR, into, prefetch},
     linear::{OutColumns, Panels},
 };
 use smallvec::SmallVec;
@@ -65,24 +65,16 @@ impl<'a> Planes<'a> {
         [&self.upper[i * upper..][..upper], &self.lower[i * lower..][..lower]]
     }
 
+    /// Blocks of the upper plane for some columns.
+    #[inline(always)]
+    fn upper_blocks(self) -> impl Fn(usize) -> usize {
+        move |columns| columns.div_ceil(2 * block_len(self.grid.scheme))
+    }
+
     /// The segments of an upper plane.
     #[inline(always)]
     fn upper_segments(self, upper: &'a [u8]) -> Segments<'a> {
-        Segments::new(self.grid, upper, |columns| columns.div_ceil(2 * block_len(self.grid.scheme)))
-    }
-
-    /// The same if each is a group with a small scale, and nothing else: a loop that knows so is twice as fast.
-    #[inline(always)]
-    fn plain_groups(self, upper: &'a [u8]) -> Option<impl Iterator<Item = Segment<'a>>> {
-        let (grid, scheme) = (self.grid, self.grid.scheme);
-        let plain = scheme.scale_bytes() == 2 && !scheme.zero_points && grid.segment_len() == scheme.group_len(grid.k);
-        let group = 2 * PANEL + grid.segment_len().div_ceil(2 * block_len(scheme)) * 4 * PANEL;
-        plain.then(|| {
-            upper.chunks(group).filter_map(|group| {
-                let (scales, codes) = group.split_first_chunk::<{ 2 * PANEL }>()?;
-                Some(Segment { scales, zeros: None, codes: codes.as_chunks().0 })
-            })
-        })
+        Segments::new(self.grid, upper, self.upper_blocks())
     }
 
     /// Row `row` of the matrix.
@@ -317,7 +309,7 @@ impl Row<'_> {
         let planes = self.planes.upper_segments(upper).zip(lowers);
         let next = next.map(|next| self.planes.panel(next).map(|plane| plane.as_chunks::<{ 4 * PANEL }>().0));
         let (mut pairs, (mask, _)) = (0.., upper_bits(grid.scheme));
-        let mut values = self.out.bias(self.bias, panel * N);
+        let (far, mut values) = (*ASK_FAR, self.out.bias(self.bias, panel * N));
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = I::Floats::load(&values);
@@ -330,11 +322,11 @@ impl Row<'_> {
                         (Some([uppers, lowers]), Some(pair)) => {
                             // There are more upper blocks, since scales are among them.
                             let blocks = [uppers.get(pair), uppers.get(pair + lowers.len()), lowers.get(pair)];
-                            blocks.into_iter().flatten().for_each(|block| lanes::prefetch::<2, _>(block));
+                            blocks.into_iter().flatten().for_each(|block| prefetch::<{ into::SECOND }, _>(block));
                         }
                         _ => {
-                            prefetch(upper);
-                            prefetch(lower);
+                            prefetch_once(upper, far);
+                            prefetch_once(lower, far);
                         }
                     }
                     let [first, second] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
@@ -372,7 +364,7 @@ impl Row<'_> {
         let [upper, _] = self.planes.panel(panel);
         // SAFETY: the caller's promise.
         unsafe {
-            match self.planes.plain_groups(upper) {
+            match Segments::plain(self.planes.grid, upper, self.planes.upper_blocks()) {
                 Some(groups) => self.bound_of::<I, HALF>(panel, groups),
                 None => self.bound_of::<I, HALF>(panel, self.planes.upper_segments(upper)),
             }
@@ -387,7 +379,7 @@ impl Row<'_> {
     unsafe fn bound_of<'b, I: Ints, const HALF: u32>(&self, panel: usize, segments: impl Iterator<Item = Segment<'b>>) -> f32 {
         let grid = self.planes.grid;
         let xs = self.x[..grid.vectors()].chunks(grid.segment_len() / WORD);
-        let (mut values, mut squares) = (self.out.bias(self.bias, panel * N), [0.0; N]);
+        let (far, mut values, mut squares) = (*ASK_FAR, self.out.bias(self.bias, panel * N), [0.0; N]);
         // SAFETY: the caller's promise.
         unsafe {
             let mask = I::splat(i32::from_le_bytes([(1 << HALF) - 1; 4]));
@@ -395,7 +387,7 @@ impl Row<'_> {
             for ((segment, x), part) in segments.zip(xs).zip(self.parts) {
                 let mut parts = [I::splat(0); 2];
                 for (i, block) in segment.codes.iter().enumerate() {
-                    prefetch(block);
+                    prefetch_once(block, far);
                     let codes = I::load(block);
                     let [first, second] = [codes.and(mask), codes.shift_right::<4>().and(mask)];
                     if HALF == 2 {
