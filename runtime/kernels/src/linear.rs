@@ -5,7 +5,7 @@ use crate::amx;
 use crate::{
     Arithmetic, Isa, Kernels, Src, elementwise,
     isa::Task,
-    lanes::{Lanes, N},
+    lanes::{ASK_FAR, Lanes, N, prefetch_far},
     quantized::{Grid, Piece, Planes, Rounded},
 };
 use half::{bf16, f16};
@@ -251,7 +251,11 @@ impl<W: Element> Tile<'_, W> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut acc = [L::splat(0.0); M];
+            let far = M == 1 && *ASK_FAR;
             for (c, w) in panel.iter().enumerate().take(self.k) {
+                if far {
+                    prefetch_far(w);
+                }
                 let w = W::lanes::<L>(w);
                 for r in 0..M {
                     // SAFETY: `c < k`, the length of each row.

@@ -16,7 +16,7 @@ use crate::{
     Isa, Kernels, elementwise,
     ints::Ints,
     isa::{IntTask, Task},
-    lanes::{ASK_FAR, Lanes, N, into, prefetch},
+    lanes::{ASK_FAR, Lanes, N, into, prefetch, prefetch_far},
     linear::OutColumns,
 };
 use half::f16;
@@ -547,26 +547,25 @@ unsafe fn multiply<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], o
     }
 }
 
-/// Asks for a block behind `block`, since the CPU's own prefetching stops at pages of 4 KiB, where codes are multiplied as they come. With `far`,
-/// which is [`ASK_FAR`], as many lie between as memory needs to answer, and caches keep `x` rather than them; else they are asked for a little ahead
-/// and into the second cache. (Zen 4, a thread: 32 blocks into the first cache take a sixth longer than 12 into the second. Zen 5: 12 into the
-/// second take a third longer than 96 into the first.)
+/// Asks for a block behind `block`, since the CPU's own prefetching stops at pages of 4 KiB. Codes that are multiplied as they come are asked
+/// for [`prefetch_far`] with `far`, which is [`ASK_FAR`]; else a little ahead and into the second cache: the CPU goes as far as memory can
+/// answer by itself, and more would come in its way (Zen 4, a thread: 32 blocks into the first cache take a sixth longer).
 #[inline(always)]
 fn prefetch_once(block: &[u8; 4 * PANEL], far: bool) {
     let block = std::ptr::from_ref(block);
-    if far { prefetch::<{ into::ONCE }, _>(block.wrapping_add(96)) } else { prefetch::<{ into::SECOND }, _>(block.wrapping_add(12)) }
+    if far { prefetch_far(block) } else { prefetch::<{ into::SECOND }, _>(block.wrapping_add(12)) }
 }
 
 /// The same where much is done with each block.
 #[inline(always)]
-fn prefetch_far(block: &[u8; 4 * PANEL]) {
+fn prefetch_ahead(block: &[u8; 4 * PANEL]) {
     prefetch::<{ into::FIRST }, _>(std::ptr::from_ref(block).wrapping_add(32));
 }
 
 /// The same where blocks are multiplied with `R` rows.
 #[inline(always)]
 fn prefetch_for<const R: usize>(block: &[u8; 4 * PANEL], far: bool) {
-    if R <= FEWEST { prefetch_once(block, far) } else { prefetch_far(block) }
+    if R <= FEWEST { prefetch_once(block, far) } else { prefetch_ahead(block) }
 }
 
 impl Kernels {

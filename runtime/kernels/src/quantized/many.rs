@@ -1,7 +1,7 @@
 //! Products of many rows of rounded `x`: the codes of a block of segments are unpacked once for all of them. Small groups of 3 or 4 bits
 //! become longer ones of 8 bits then, whose sums are brought together more seldom.
 
-use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, eighths, halves, prefetch_far};
+use super::{BLOCK, Grid, Piece, ROWS, Segment, WIDE, WORD, eighths, halves, prefetch_ahead};
 use crate::{
     ints::Ints,
     isa::IntTask,
@@ -65,20 +65,20 @@ impl Unpacked {
                 }
                 if grid.scheme.bits == 3 {
                     for (to, from) in codes.as_chunks_mut::<{ RUN / WORD }>().0.iter_mut().zip(segment.codes.as_chunks::<3>().0) {
-                        from.iter().for_each(prefetch_far);
+                        from.iter().for_each(prefetch_ahead);
                         let codes = eighths::<I>(from);
                         to.iter_mut().zip(codes).for_each(|(to, codes)| codes.store(to));
                     }
                 } else if grid.scheme.bits == 4 {
                     for (to, from) in codes.as_chunks_mut::<2>().0.iter_mut().zip(segment.codes) {
-                        prefetch_far(from);
+                        prefetch_ahead(from);
                         let [low, high] = halves(I::load(from));
                         low.store(&mut to[0]);
                         high.store(&mut to[1]);
                     }
                 } else {
                     for (to, from) in codes.iter_mut().zip(segment.codes) {
-                        prefetch_far(from);
+                        prefetch_ahead(from);
                         I::load(from).store(to);
                     }
                 }
@@ -119,7 +119,7 @@ unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes:
             let scale = Rescale { zeros, steps };
             if grid.scheme.bits == 3 {
                 for run in group.codes.as_chunks::<3>().0 {
-                    run.iter().for_each(prefetch_far);
+                    run.iter().for_each(prefetch_ahead);
                     let codes = eighths::<I>(run);
                     for (codes, to) in codes.as_chunks::<2>().0.iter().zip(&mut to) {
                         for (codes, to) in codes.iter().zip(to) {
@@ -130,7 +130,7 @@ unsafe fn merge<I: Ints>(grid: Grid, panel: &[u8], columns: Range<usize>, codes:
                 continue;
             }
             for (from, to) in group.codes.iter().zip(&mut to) {
-                prefetch_far(from);
+                prefetch_ahead(from);
                 let codes = I::load(from);
                 scale.bytes(codes.shift_left::<4>(), codes.shift_right::<4>()).store(&mut to[0]);
                 scale.bytes(codes, codes.shift_right::<8>()).store(&mut to[1]);

@@ -6,7 +6,7 @@
 //! `Σ s² x² (4^b - 1) / 12`, `b` being the bits of a half. A row whose product is more than [`DEVIATIONS`] of these below the largest is
 //! not the largest; all others are multiplied as they are.
 
-use super::{Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch_far, prefetch_once};
+use super::{Grid, Ints, Lanes, N, Segment, Segments, WORD, halves, prefetch_ahead, prefetch_once};
 use crate::{
     Kernels,
     isa::IntTask,
@@ -153,8 +153,8 @@ impl Join<'_> {
                 out[..head].copy_from_slice(&upper[..head]);
                 let pairs = out[head..].as_chunks_mut::<{ 4 * PANEL }>().0.as_chunks_mut::<2>().0;
                 for ((upper, lower), [first, second]) in upper[head..].as_chunks().0.iter().zip(&mut lower).zip(pairs) {
-                    prefetch_far(upper);
-                    prefetch_far(lower);
+                    prefetch_ahead(upper);
+                    prefetch_ahead(lower);
                     let [a, b] = join::<I, HALF>(I::load(upper), I::load(lower), mask);
                     a.store(first);
                     b.store(second);
