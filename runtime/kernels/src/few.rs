@@ -5,7 +5,7 @@ use crate::{
     Kernels,
     attention::{Attention, Heads, Kept, softmax},
     isa::Task,
-    lanes::{Lanes, N, into, prefetch},
+    lanes::{ASK_FAR, Lanes, N, into, prefetch},
     linear::Element,
     norm::rotate,
 };
@@ -18,7 +18,9 @@ const KEYS: usize = 2;
 const COLUMNS: usize = 4;
 /// Bytes from what is read to what is asked for: about what a thread reads until memory answers. The CPU's own prefetching stops at
 /// pages of 4 KiB.
-const AHEAD: usize = 4096;
+fn ahead() -> usize {
+    if *ASK_FAR { 8192 } else { 4096 }
+}
 
 /// Vectors of 16 keys for each of some queries, whose sums are the products with the keys.
 type Partial = [[[f32; N]; N]; QUERIES];
@@ -171,7 +173,7 @@ unsafe fn dots<L: Lanes, W: Element, const R: usize>(q: &[f32], rows: &[W], d: u
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
 unsafe fn dots_of<L: Lanes, W: Element, const R: usize, const B: usize>(q: &[f32], rows: &[W], d: usize, out: &mut Partial) {
-    let count = rows.len() / d;
+    let (count, ahead) = (rows.len() / d, ahead());
     let q: [&[[f32; N]]; R] = std::array::from_fn(|r| &q.as_chunks::<N>().0[r * d.div_ceil(N)..][..d.div_ceil(N)]);
     for first in (0..count).step_by(B) {
         let keys: [&[W]; B] = std::array::from_fn(|b| &rows[(first + b).min(count - 1) * d..][..d]);
@@ -181,7 +183,7 @@ unsafe fn dots_of<L: Lanes, W: Element, const R: usize, const B: usize>(q: &[f32
             for c in 0..d / N {
                 let mut vectors = [L::splat(0.0); B];
                 for b in 0..B {
-                    vectors[b] = load(&keys[b][c * N..]);
+                    vectors[b] = load(&keys[b][c * N..], ahead);
                 }
                 add_products(&mut sums, vectors, q, c);
             }
@@ -280,7 +282,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[L::splat(0.0); B]; R];
+        let (mut sums, ahead) = ([[L::splat(0.0); B]; R], ahead());
         for r in 0..R {
             for b in 0..B {
                 sums[r][b] = L::load(first_of(&out[r * width + b * N..]));
@@ -289,7 +291,7 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
         for (i, row) in rows.chunks(width).enumerate().take(weights[0].len()) {
             let mut vectors = [L::splat(0.0); B];
             for b in 0..B {
-                vectors[b] = load(&row[b * N..]);
+                vectors[b] = load(&row[b * N..], ahead);
             }
             for r in 0..R {
                 let weight = L::splat(weights[r][i]);
@@ -306,13 +308,13 @@ unsafe fn add_columns<L: Lanes, W: Element, const R: usize, const B: usize>(
     }
 }
 
-/// The first 16 elements. What lies [`AHEAD`] of them is asked for.
+/// The first 16 elements. What lies so many bytes behind them is asked for.
 ///
 /// # Safety
 /// The CPU has the instruction set of `L`.
 #[inline(always)]
-unsafe fn load<L: Lanes, W: Element>(row: &[W]) -> L {
-    prefetch::<{ into::FIRST }, _>(row.as_ptr().cast::<u8>().wrapping_add(AHEAD));
+unsafe fn load<L: Lanes, W: Element>(row: &[W], ahead: usize) -> L {
+    prefetch::<{ into::FIRST }, _>(row.as_ptr().cast::<u8>().wrapping_add(ahead));
     // SAFETY: the caller's promise.
     unsafe { W::lanes(first_of(row)) }
 }
