@@ -439,7 +439,8 @@ impl<const R: usize> Few<'_, R> {
         let blocks = |columns| code_blocks(grid.scheme, columns);
         // SAFETY: the caller's promise.
         unsafe {
-            match Segments::plain(grid, panel, blocks) {
+            // Sums of more rows find no registers then.
+            match Segments::plain(grid, panel, blocks).filter(|_| R <= 4) {
                 Some(groups) => Self::sums::<I, BITS>(grid, groups, x, bias),
                 None => Self::sums::<I, BITS>(grid, Segments::new(grid, panel, blocks), x, bias),
             }
@@ -499,8 +500,13 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
     assert!(x.iter().all(|x| x.len() == words));
     // SAFETY of words of `x`: these are below `words`. Else: the caller's promise.
     unsafe {
-        // Not one load of both, which would go through two general registers.
-        let pair = |i: usize| x.map(|x| [*x.get_unchecked(i), *x.get_unchecked(i + 1)]);
+        // Words of few rows are spread as they are loaded. Of more, so many loads would be waited for: both at once go through general registers
+        // (Zen 5: 6 rows take two thirds of the time so).
+        let pair = |i: usize| {
+            x.map(|x| {
+                if R <= 2 { [*x.get_unchecked(i), *x.get_unchecked(i + 1)] } else { x.as_ptr().add(i).cast::<[i32; 2]>().read_unaligned() }
+            })
+        };
         let mut others = [I::splat(0); R];
         if BITS == 3 {
             for (i, run) in codes.as_chunks::<3>().0.iter().enumerate().take(words / (RUN / WORD)) {
