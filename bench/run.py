@@ -54,7 +54,8 @@ def machine() -> dict[str, str]:
     fields = {name.strip(): value.strip() for name, _, value in lines}
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return {
-        "processor": fields.get("model name", platform.machine()),
+        # Virtual machines often have the maker's name only; family and model tell which cores these are.
+        "processor": " ".join([fields.get("model name", platform.machine()), *(f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields)]),
         "cores": str(os.cpu_count()),
         "instructions": ", ".join(flag for flag in known if flag in fields.get("flags", "").split()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
