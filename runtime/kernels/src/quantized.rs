@@ -501,7 +501,7 @@ unsafe fn dot<I: Ints, const BITS: u8, const R: usize>(sums: &mut [I; R], codes:
     // SAFETY of words of `x`: these are below `words`. Else: the caller's promise.
     unsafe {
         // Words of few rows are spread as they are loaded. Of more, so many loads would be waited for: both at once go through general registers
-        // (Zen 5: 6 rows take two thirds of the time so).
+        // (Zen 5: 6 rows take three fifths of the time so).
         let pair = |i: usize| {
             x.map(|x| {
                 if R <= 2 { [*x.get_unchecked(i), *x.get_unchecked(i + 1)] } else { x.as_ptr().add(i).cast::<[i32; 2]>().read_unaligned() }
